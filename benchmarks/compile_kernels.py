@@ -44,7 +44,7 @@ from .results import CORES, Result, Table, print_results, track
 from .timing import CPU
 
 if TYPE_CHECKING:
-    from nogpu.data_sheets import DataSheet
+    from nogpu import DataSheet
 
 TENSOR_COLUMNS = 512  # of a multiprocessor
 PRINTED = [
@@ -59,14 +59,14 @@ PRINTED = [
 
 
 class Architecture(NamedTuple):
-    """A GPU for which kernels are compiled: its name in `nogpu.data_sheets`, and in tables."""
+    """A GPU for which kernels are compiled: its name in `nogpu.DATA_SHEETS`, and in tables."""
 
     gpu: str
     name: str
 
     @property
     def sheet(self) -> "DataSheet":
-        from nogpu.data_sheets import DATA_SHEETS
+        from nogpu import DATA_SHEETS
 
         return DATA_SHEETS[self.gpu]
 
@@ -244,9 +244,9 @@ def resident_blocks(
 ) -> int:
     """The blocks that a multiprocessor runs at a time, by registers, warps, shared and tensor
     memory."""
-    from nogpu.record.resources import Resources, programs_of
+    from nogpu import Resources
 
-    blocks = programs_of(Resources(registers, 0), warps, shared, f"sm_{capability}")
+    blocks = Resources(registers, 0).resident_programs(warps, shared, f"sm_{capability}")
     return min(blocks, TENSOR_COLUMNS // tensor_columns) if tensor_columns else blocks
 
 

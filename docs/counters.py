@@ -13,9 +13,8 @@ from torch import Tensor
 
 import nogpu
 import torchpar
-from nogpu.data_sheets import DATA_SHEETS
+from nogpu import DATA_SHEETS, Launch
 from nogpu.machine.counts import SECTOR
-from nogpu.record.launch import Launch
 from nogpu.record.roofline import bound
 from torchpar.kernels import linear_sigmoid, matmul_t
 from torchpar.kernels.rule import KINDS, Tiles, count_tiles

@@ -47,8 +47,7 @@ from torchpar.parallel.launch.world import join_world
 from torchpar.testing.operators.compare import farthest
 
 try:
-    from nogpu import emulate
-    from nogpu.data_sheets import DATA_SHEETS
+    from nogpu import DATA_SHEETS, emulate
 except ImportError as error:
     sys.exit(f"course_kernels.py executes kernels by nogpu ({error}); pip install ./nogpu")
 

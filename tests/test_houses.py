@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: MIT
 """torchpar beside nogpu: the old command names the new one, and what needs nogpu says so."""
 
+import ast
 import runpy
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 
+import nogpu
 import torchpar
 from benchmarks import driver
 from nogpu.check import rows
@@ -17,6 +21,7 @@ from torchpar.ops import _operator
 from torchpar.testing import check_operator, doctor
 from torchpar.testing.operators import kernel_rules
 
+ROOT = Path(__file__).parents[1]
 FOLDER = SimpleNamespace(
     origin=None
 )  # the folder nogpu of a checkout, where nogpu is not installed
@@ -63,3 +68,43 @@ def test_benchmarks_launch_kernels_for_cpu_tensors_without_nogpu(is_there, monke
         assert _operator.is_emulating()
     assert sys.modules.get("nogpu") is before
     assert not _operator.is_emulating()
+
+
+def inner_names(text: str) -> Iterator[str]:
+    """Yield what a program imports or takes of nogpu that is no public name."""
+    for node in ast.walk(ast.parse(text)):
+        named: list[str] = []
+        if isinstance(node, ast.Import):
+            named = [one.name for one in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            named = [f"{node.module}.{one.name}" for one in node.names]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            named = [f"{node.value.id}.{node.attr}"]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            named = [str(one.value) for one in node.args if isinstance(one, ast.Constant)]
+        public = {"nogpu", *(f"nogpu.{name}" for name in nogpu.__all__)}
+        yield from (one for one in named if one.split(".")[0] == "nogpu" and one not in public)
+
+
+@pytest.mark.parametrize("house", ["torchpar", "kernels", "benchmarks", "examples"])
+def test_torchpar_takes_public_names_of_nogpu_alone(house):
+    files = list((ROOT / house).rglob("*.py"))
+    found = {str(file): list(inner_names(file.read_text("utf-8"))) for file in files}
+    assert files
+    assert {file: names for file, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from nogpu.check.rows import fault_rows",
+        "from nogpu import triton",
+        "import nogpu.native.core as core",
+        "if later:\n    from nogpu.record.time import estimate",
+        "nogpu.machine.gpu.Gpu",
+        "importlib.import_module('nogpu.native')",
+    ],
+)
+def test_an_inner_name_of_nogpu_is_found(text):
+    assert list(inner_names(text))
+    assert not list(inner_names("import nogpu\nfrom nogpu import emulate\nnogpu.estimate"))

@@ -189,8 +189,7 @@ def execute_once(
 @contextmanager
 def emulated() -> Iterator["Emulator"]:
     """Execute Triton's kernels as compiled for an H100, and let "cuda" mean the CPU."""
-    from nogpu import emulate
-    from nogpu.cuda.stand_in import cuda_is_cpu
+    from nogpu import cuda_is_cpu, emulate
 
     with emulate("sm_90") as gpu, cuda_is_cpu(gpu):
         yield gpu

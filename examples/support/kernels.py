@@ -12,7 +12,6 @@ import triton
 from triton.runtime import KernelInterface
 
 from nogpu import Emulator
-from nogpu.check.rows import described
 from torchpar.errors import ConfigError
 
 
@@ -76,7 +75,7 @@ def check_faults(gpu: Emulator, name: str = "") -> None:
         name: of what was launched, which begins the message.
     """
     if errors := gpu.report().errors:
-        said = described(errors[0])
+        said = errors[0].in_one_line()
         if errors[0].launched is not None:
             file, line = errors[0].launched
             said += f"; launched at {Path(file).name}:{line}"

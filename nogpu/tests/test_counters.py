@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nogpu import emulate
 from nogpu.machine.block import SCHEDULES
 from nogpu.machine.counters import Access, summarize
-from nogpu.record.resources import Resources, programs_of
+from nogpu.record.resources import Resources
 from nogpu.record.source import moved
 
 slow = pytest.mark.slow
@@ -279,7 +279,7 @@ def test_the_bound_of_a_launch_is_that_of_its_slowest_unit():
 )
 def test_programs_of_a_multiprocessor(registers, warps, shared, arch, programs):
     """Of cuda_occupancy.h's rules, and NVIDIA's table of compute capabilities."""
-    assert programs_of(Resources(registers, 0), warps, shared, arch) == programs
+    assert Resources(registers, 0).resident_programs(warps, shared, arch) == programs
 
 
 def test_a_source_that_was_renamed_is_named_by_its_file():

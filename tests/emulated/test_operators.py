@@ -182,7 +182,7 @@ def test_kernels_in_c_plus_plus_stay_on_their_device():
 
 
 def test_both_houses_have_the_same_facts_of_gpus():
-    from nogpu.data_sheets import DATA_SHEETS
+    from nogpu import DATA_SHEETS
     from torchpar.kernels.device import GPUS
 
     found = {name: (one.capability, one.multiprocessors) for name, one in GPUS.items()}

@@ -11,9 +11,8 @@ import triton
 import walk
 from commands import ROOT
 
-from nogpu import command, emulate
+from nogpu import Launch, command, emulate
 from nogpu.machine.counts import SECTOR
-from nogpu.record.launch import Launch
 from torchpar.kernels import matmul_t
 from torchpar.kernels.rule import Tiles
 
@@ -201,12 +200,15 @@ def test_the_example_of_graphs_is_what_the_command_prints(tmp_path, monkeypatch,
     assert capsys.readouterr().out == shown
 
 
+GRAPHS = ("watcher", "graph", "capture", "context")
+
+
 def test_each_fault_of_graphs_is_explained():
     page = (ROOT / "docs" / "graphs.md").read_text("utf-8")
     table = page.partition("## What is found")[2].partition("\n\nWhat a replay")[0]
     explained = re.findall(r"^\| ([a-z][^|]+) \| [a-z`]", table, re.MULTILINE)[1:]
     folder = ROOT / "nogpu" / "src" / "nogpu" / "cuda"
-    code = "".join((folder / f"{name}.py").read_text("utf-8") for name in ("graphs", "graph"))
+    code = "".join((folder / f"{name}.py").read_text("utf-8") for name in GRAPHS)
     refused = re.findall(r"""\.refuse\(\s*"([^"]+)",""", code)
     noted = re.findall(r"""note(?:_gradient)?\(\s*"(?:error|warning)"[^,]*,\s*"([^"]+)",""", code)
     assert len(set(refused)) > 4 < len(set(noted))

@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from products import MEASURED, timed_on_h100
 
-from nogpu import emulate
-from nogpu.data_sheets import DATA_SHEETS
-from nogpu.record.time import FITTED, TRUST, Fitted, Work, estimate, shown, work_of
+from nogpu import DATA_SHEETS, emulate
+from nogpu.record.time import ESTIMATE_ACCURACY, FITTED, Fitted, Work, estimate, shown, work_of
 from torchpar.kernels.device import GPUS
 from torchpar.kernels.linear_sigmoid import LINEAR_SIGMOID, linear_sigmoid
 from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL, matmul_t
@@ -191,7 +190,7 @@ def test_a_launch_has_its_estimate_on_each_gpu():
 
     text = gpu.report().timed()
     assert text.startswith("scale[4×1×1]: BLOCK=1024, 4 warps\n")
-    assert TRUST in text
+    assert ESTIMATE_ACCURACY in text
     row = next(line for line in text.splitlines() if line.startswith("H200"))
     assert shown(launch.time["H200"].microseconds) in row
 

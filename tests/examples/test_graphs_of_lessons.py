@@ -12,8 +12,7 @@ from fake_data import fashion_mnist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nogpu import emulate
-from nogpu.cuda.stand_in import cuda_is_cpu
+from nogpu import cuda_is_cpu, emulate
 from torchpar import training
 from torchpar.training import Run
 from torchpar.training.graphed import WARMUP_DDP, count_replays

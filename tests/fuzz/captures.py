@@ -21,10 +21,9 @@ from driver import Found, run
 from torch import Tensor
 from torch.nn import functional as F
 
-from nogpu import emulate
+from nogpu import cuda_is_cpu, emulate
 from nogpu.cuda import host_copies, places, reading_operators
 from nogpu.cuda.reading_operators import READERS, Reader
-from nogpu.cuda.stand_in import cuda_is_cpu
 
 DTYPES = (torch.float32, torch.float64, torch.int32)
 LAYOUTS = ("plain", "transposed", "every other", "one row")

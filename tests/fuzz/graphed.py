@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel
 
-from nogpu import emulate
+from nogpu import cuda_is_cpu, emulate
 from nogpu.cuda import capture
-from nogpu.cuda.stand_in import cuda_is_cpu
 from torchpar.errors import ConfigError
 from torchpar.training import graphed, leaf_gradients, muon
 from torchpar.training.graphed import _GraphedStep

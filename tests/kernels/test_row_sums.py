@@ -20,8 +20,7 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 import triton
 
-from nogpu import emulate
-from nogpu.record.launch import Launch
+from nogpu import Launch, emulate
 from torchpar.kernels import row_sums
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))

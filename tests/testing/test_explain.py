@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the rule is part of the kernels")
 
-from nogpu.record.time import TRUST
+from nogpu.record.time import ESTIMATE_ACCURACY
 from torchpar.kernels.matmul_t import SYMMETRIC_MATMUL
 from torchpar.kernels.rule import KINDS
 from torchpar.testing import explain
@@ -119,13 +119,13 @@ def test_the_runners_up_stand_below_in_the_order_of_their_times(capsys):
 def configurations(capsys, *arguments):
     """Return the lines of configurations, and what is said below them."""
     lines = run(capsys, *arguments)
-    said = TRUST.count("\n") + 1
+    said = ESTIMATE_ACCURACY.count("\n") + 1
     return lines[:-said], "\n".join(lines[-said:])
 
 
 def test_all_prints_an_estimate_of_each_configuration_and_what_was_measured(capsys):
     lines, trust = configurations(capsys, "matmul_t", "4096x4096", "--all")
-    assert trust == TRUST
+    assert trust == ESTIMATE_ACCURACY
     assert not any("split_k" in line for line in lines)  # nothing is split here
     found = {line[:26].strip(): line[26:].split() for line in lines}
     assert set(map(str, SYMMETRIC_MATMUL.tiles["bfloat16"])) < set(found)

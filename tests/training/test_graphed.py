@@ -20,8 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel
 
-from nogpu import emulate
-from nogpu.cuda.stand_in import cuda_is_cpu
+from nogpu import cuda_is_cpu, emulate
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP

@@ -170,9 +170,7 @@ def emulator() -> Iterator[Finding]:
             "nogpu", "missing; kernels for a GPU are not tried", "note", "pip install nogpu"
         )
         return
-    from nogpu import emulate
-    from nogpu.native import core as native
-    from nogpu.triton.emulate import why_not_compiled
+    from nogpu import emulate, has_core, why_not_compiled
 
     if reason := why_not_compiled():
         value, _, remedy = reason.partition("; ")
@@ -185,7 +183,7 @@ def emulator() -> Iterator[Finding]:
         yield Finding("maximum, sm_90", str(gpu.report()), "problem", REPORT)
     else:
         yield Finding("maximum, sm_90", "right, as compiled for an H100 and executed here")
-    if native.library() is None:
+    if not has_core():
         remedy = "install a C compiler such as gcc; the emulator is then at least 60 times as fast"
         yield Finding("core", "Python executes all instructions", "note", remedy)
     else:

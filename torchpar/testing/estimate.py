@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: MIT
 """The estimated time of a matrix kernel, from its configuration and the sizes alone.
 
-What a launch does is counted here without executing it; the model is `nogpu.record.time`, so that
-this module needs nogpu.
+What a launch does is counted here without executing it; the model is `nogpu.estimate`, so that this
+module needs nogpu.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 from math import ceil, gcd
 
-from nogpu.data_sheets import DATA_SHEETS, RESERVED
-from nogpu.record.resources import Resources, programs_of
-from nogpu.record.time import FITTED, Estimate, Fitted, Work, estimate
+from nogpu import DATA_SHEETS, Estimate, Fitted, Resources, Work, estimate
 from torchpar.kernels.device import GPUS
 from torchpar.kernels.rule import (
     BYTES,
@@ -33,6 +31,7 @@ _REGISTERS, _BY_TMA, _SPLIT = 48, 40, 40
 # FLOPs that threads take to split a float32 of the first operand into two numbers of TF32, fitted
 # to an H200's times.
 SPLIT_FLOPS = 60.0
+FITTED = Fitted()
 
 
 def candidates(choice: Choice, tried: Iterable[str]) -> list[Tiles]:
@@ -49,7 +48,7 @@ def candidates(choice: Choice, tried: Iterable[str]) -> list[Tiles]:
     for match in filter(None, map(pattern.fullmatch, tried)):
         tiles = Tiles(*map(int, match.groups()[:5]), match[6])  # type: ignore[call-arg,arg-type]
         fits = tiles.num_stages * (tiles.block_m + tiles.block_n) * tiles.block_k
-        fits = fits * KINDS[kind].dtype.itemsize + RESERVED <= DATA_SHEETS[device.name].shared
+        fits = fits * KINDS[kind].dtype.itemsize <= DATA_SHEETS[device.name].shared_of_program
         loads = choice.allows_tma if tiles.by_tma else takes_pointers
         runs = device.capability == 90 or (tiles.block_m, tiles.by_tma) in have
         if fits and loads and runs and tiles.variant in product.variants:
@@ -146,7 +145,7 @@ def _resident(product: Product, kind: str, tiles: Tiles, device: Device) -> int:
     elif tiles.by_tma:
         shared += tiles.block_m * tiles.block_m * item
     used = Resources(min(registers, 255), 0)
-    at_once = max(1, programs_of(used, tiles.num_warps, shared, f"sm_{device.capability}"))
+    at_once = max(1, used.resident_programs(tiles.num_warps, shared, f"sm_{device.capability}"))
     if tiles.by_tma:
         at_once = min(at_once, resident_programs(tiles, device) // device.multiprocessors)
     return at_once

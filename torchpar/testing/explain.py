@@ -161,7 +161,7 @@ def explain(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: str
 def estimates(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: str) -> str:
     """A line for each configuration: the estimate, and the measured time where there is one."""
     import_nogpu("--all")
-    from nogpu.record.time import TRUST
+    from nogpu import ESTIMATE_ACCURACY
     from torchpar.testing.estimate import candidates, estimate_tiles
 
     choice, with_c = _choice(operator, sizes, kind, gpu), OPERATORS[operator].with_c
@@ -185,7 +185,7 @@ def estimates(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: s
         if str(tiles) in timed:
             line += f"  measured {shown(timed[str(tiles)])}"
         lines.append(line)
-    return "\n".join([*lines, TRUST])
+    return "\n".join([*lines, ESTIMATE_ACCURACY])
 
 
 def _choice(operator: str, sizes: tuple[int, int, int, int], kind: str, gpu: str) -> Choice:

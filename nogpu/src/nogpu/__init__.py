@@ -44,47 +44,78 @@ from nogpu.version import __version__
 
 if TYPE_CHECKING:
     from nogpu.check.kernels import check_kernel
+    from nogpu.check.rows import fault_rows, resource_row
     from nogpu.check.table import KernelTable
     from nogpu.cuda.stand_in import cuda_is_cpu
+    from nogpu.data_sheets import ARCHITECTURES, DATA_SHEETS, DataSheet
     from nogpu.machine.counters import Access, Counters, Line
+    from nogpu.native.core import has_core
     from nogpu.record.faults import Fault
     from nogpu.record.launch import Launch
+    from nogpu.record.resources import Resources
+    from nogpu.record.time import ESTIMATE_ACCURACY, Estimate, Fitted, Work, estimate
     from nogpu.report.limits import Limits
     from nogpu.report.report import Report
-    from nogpu.triton.emulate import emulate
+    from nogpu.triton.emulate import emulate, why_not_compiled
     from nogpu.triton.emulator import Emulator
 
 # Where the public names are. They are imported on first use: pytest loads its plugin in every run,
 # which then needs neither PyTorch nor Triton.
 _MODULES = {
+    "ARCHITECTURES": "data_sheets",
     "Access": "machine.counters",
     "Counters": "machine.counters",
+    "DATA_SHEETS": "data_sheets",
+    "DataSheet": "data_sheets",
+    "ESTIMATE_ACCURACY": "record.time",
     "Emulator": "triton.emulator",
+    "Estimate": "record.time",
     "Fault": "record.faults",
+    "Fitted": "record.time",
     "KernelTable": "check.table",
     "Launch": "record.launch",
     "Limits": "report.limits",
     "Line": "machine.counters",
     "Report": "report.report",
+    "Resources": "record.resources",
+    "Work": "record.time",
     "check_kernel": "check.kernels",
     "cuda_is_cpu": "cuda.stand_in",
     "emulate": "triton.emulate",
+    "estimate": "record.time",
+    "fault_rows": "check.rows",
+    "has_core": "native.core",
+    "resource_row": "check.rows",
+    "why_not_compiled": "triton.emulate",
 }
 __all__ = [
+    "ARCHITECTURES",
+    "DATA_SHEETS",
+    "ESTIMATE_ACCURACY",
     "Access",
     "Counters",
+    "DataSheet",
     "Emulator",
+    "Estimate",
     "Fault",
+    "Fitted",
     "KernelTable",
     "Launch",
     "Limits",
     "Line",
     "Report",
+    "Resources",
+    "Work",
     "__version__",
     "check_kernel",
     "cuda_is_cpu",
     "emulate",
+    "estimate",
+    "fault_rows",
+    "has_core",
     "is_emulating",
+    "resource_row",
+    "why_not_compiled",
 ]
 
 

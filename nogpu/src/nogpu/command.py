@@ -28,11 +28,12 @@ from nogpu.cuda.advice import (
     says_cuda,
 )
 from nogpu.cuda.stand_in import cuda_is_cpu
+from nogpu.data_sheets import ARCHITECTURES
 from nogpu.machine.sample import LEAST
 from nogpu.report.report import Report
 from nogpu.triton.driver import how_far
 from nogpu.triton.emulate import emulate, why_not_compiled
-from nogpu.triton.emulator import ARCHITECTURES, Emulator
+from nogpu.triton.emulator import Emulator
 
 WITHIN = "only kernels that the script's own process launches are executed"
 SIMULATED = "kernels of numba.cuda are executed by Numba's simulator, and not checked"

@@ -32,6 +32,11 @@ class DataSheet(NamedTuple):
     tensor: Mapping[str, float]
     flops: Mapping[str, float]
 
+    @property
+    def shared_of_program(self) -> int:
+        """The most bytes of shared memory that a program may ask for."""
+        return self.shared - RESERVED
+
 
 _HOPPER = {"f16": 989.4, "tf32": 494.7, "int8": 1978.9, "fp8": 1978.9, "f64": 66.9}
 _HOPPER_FLOPS = {"f32": 66.9, "f16": 133.8, "f64": 33.5}
@@ -49,6 +54,9 @@ DATA_SHEETS = {
         {"f32": 80.0, "f16": 160.0, "f64": 40.0},
     ),
 }
+"""The data sheets by the GPUs' names: those of A100, H100, H200 and B200."""
+ARCHITECTURES = {f"sm_{one.capability}": one.capability for one in DATA_SHEETS.values()}
+"""The architectures for which kernels are compiled and executed, with their capabilities."""
 # Of a multiprocessor of each of these GPUs, and the bytes of shared memory that a program takes
 # for the system.
 REGISTERS, WARPS, PROGRAMS, RESERVED = 65_536, 64, 32, 1024

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from nogpu.data_sheets import ARCHITECTURES
+
 if TYPE_CHECKING:
     from nogpu.triton.emulator import Emulator
 
-NAMES = ("sm_80", "sm_90", "sm_100")  # of `nogpu.triton.emulator.ARCHITECTURES`
 NEED = ("cuda_is_cpu", "nogpu_arch", "nogpu_schedules", "nogpu_configurations")
 HOOKS = "nogpu.hooks"
 
@@ -30,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--nogpu", action="store_true", help="execute Triton kernels as compiled for a GPU"
     )
-    group.addoption("--nogpu-arch", choices=NAMES, help="that GPU, by default sm_90")
+    group.addoption("--nogpu-arch", choices=ARCHITECTURES, help="that GPU, by default sm_90")
     group.addoption("--nogpu-schedules", choices=["one", "all"], help="orders of each launch")
     group.addoption(
         "--nogpu-configurations",

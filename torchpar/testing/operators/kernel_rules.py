@@ -67,9 +67,8 @@ NOT_EMULATED = (
 
 def emulated_rows(names: Sequence[str], cases: Sequence[Case], arch: str) -> list[RuleResult]:
     """The rows of the rules, whose calls run the operator's kernels, and the kernels' own rows."""
-    emulate = import_nogpu(f"emulate={arch!r}").emulate
-    from nogpu.check.rows import fault_rows, resource_row
-    from nogpu.triton.emulator import ARCHITECTURES
+    import_nogpu(f"emulate={arch!r}")
+    from nogpu import ARCHITECTURES, emulate, fault_rows, resource_row
 
     if arch not in ARCHITECTURES:
         raise ConfigError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")

@@ -18,14 +18,13 @@ from nogpu.check.rows import (
     FAULT_ROWS,
     OTHERS,
     RESOURCES,
-    described,
     fault_rows,
     resource_row,
 )
 from nogpu.check.table import KernelTable, Row
+from nogpu.data_sheets import ARCHITECTURES
 from nogpu.record.launch import Launch
 from nogpu.triton.emulate import emulate
-from nogpu.triton.emulator import ARCHITECTURES
 
 ATOMICS = (
     "an atomic adds floats, which FpSan does not replace; let each program store its sum instead"
@@ -195,7 +194,7 @@ def _launch_in(
         else:
             one(*arguments)  # type: ignore[operator]
     if errors := gpu.report().errors:
-        raise OutcomeException("wrong", f"with FpSan: {described(errors[0])}")
+        raise OutcomeException("wrong", f"with FpSan: {errors[0].in_one_line()}")
     return gpu.launches
 
 

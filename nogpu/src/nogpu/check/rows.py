@@ -2,7 +2,6 @@
 """Rows of a kernel's table that say what the emulator has found: faults by kind, and resources."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from nogpu.record.faults import Fault
 from nogpu.record.resources import resources
@@ -33,28 +32,24 @@ EMPTY_GRID = "the grid has no programs"
 
 
 def fault_rows(faults: Sequence[Fault]) -> Iterator[tuple[str, str, str]]:
-    """Yield for each kind of faults the row, its outcome, and the first fault with its line."""
+    """Yield for each kind of faults the row, its outcome, and the first fault with its line.
+
+    The outcome is "wrong" if one of them is an error, and "works" otherwise.
+    """
     named = {name for names in FAULT_ROWS.values() for name in names}
     for row, names in {**FAULT_ROWS, OTHERS: ()}.items():
         mine = [one for one in faults if (one.name in names if names else one.name not in named)]
         mine = [one for one in mine if one.kind != "note"]
         errors = [one for one in mine if one.kind == "error"]
         first = next(iter(errors or mine), None)
-        yield row, "wrong" if errors else "works", "" if first is None else described(first)
-
-
-def described(fault: Fault) -> str:
-    where = f"line {fault.line} of the PTX"
-    if fault.source is not None:
-        path, line = fault.source
-        where = f"{Path(path).name}:{line}"
-    kind = "" if fault.kind == "error" else f"{fault.kind}: "
-    where += f", {fault.kernel}" if fault.kernel else ""  # a fault around the kernels has none
-    return f"{where}: {kind}{fault.name}: {fault.message}"
+        yield row, "wrong" if errors else "works", "" if first is None else first.in_one_line()
 
 
 def resource_row(gpus: Sequence[Emulator]) -> tuple[str, str, str]:
-    """The row of what each kernel takes of a multiprocessor, by ptxas."""
+    """Return the row of what each kernel takes of a multiprocessor, by ptxas.
+
+    The outcome is "not run" if nothing was launched, or if there is no ptxas; otherwise "works".
+    """
     found: dict[str, str] = {}
     for launch in (launch for gpu in gpus for launch in gpu.launches):
         try:

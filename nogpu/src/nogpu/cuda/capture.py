@@ -29,7 +29,7 @@ from nogpu.cuda.operations import (
     with_tensors,
     written_by,
 )
-from nogpu.cuda.steps import NOT_CAPTURABLE, Step, has_host_count, why_not_capturable
+from nogpu.cuda.steps import Step, has_host_count, why_not_capturable
 from nogpu.cuda.streams import Stream
 from nogpu.cuda.types import Arguments, Keywords, Operator
 from nogpu.cuda.uncaptured import Beside
@@ -74,7 +74,7 @@ class Capture(CaptureState):
         if not self.context.is_capturing:
             return
         if has_host_count(optimizer):  # some, such as Adagrad, have no check of their own
-            self.context.refuse(NOT_CAPTURABLE, why_not_capturable(optimizer))
+            self.context.refuse("optimizer that is not capturable", why_not_capturable(optimizer))
         self.gradients.note_step(parameters_of(optimizer))
 
     def _note_step(self, optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:

@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 from nogpu.cuda import places
 from nogpu.cuda.graph_memory import Line
 
-NOT_CAPTURABLE = "optimizer that is not capturable"  # a fault
 UNUSED = ("params", "initial_lr", "param_names")  # of a group: no step computes with them
 
 

@@ -32,7 +32,7 @@ from nogpu.cuda.graph_memory import REPLAYED, WRITTEN, Memory, memory_of, shown
 from nogpu.cuda.host_copies import CANNOT_COPY, NOT_PERMITTED, HostCopy
 from nogpu.cuda.host_values import results_on_host, taken_by_function
 from nogpu.cuda.operations import tensors_in, tensors_of_launch, written_by
-from nogpu.cuda.steps import NOT_CAPTURABLE, why_not_capturable
+from nogpu.cuda.steps import why_not_capturable
 from nogpu.cuda.streams import Stream
 from nogpu.cuda.types import (
     Arguments,
@@ -441,7 +441,9 @@ class Watcher:
         def check(optimizer: Optimizer) -> None:
             groups = optimizer.param_groups
             if self.is_capturing and not all(group.get("capturable") for group in groups):
-                self.context.refuse(NOT_CAPTURABLE, why_not_capturable(optimizer))
+                self.context.refuse(
+                    "optimizer that is not capturable", why_not_capturable(optimizer)
+                )
 
         return check
 

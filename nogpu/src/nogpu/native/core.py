@@ -85,6 +85,11 @@ def library() -> ctypes.CDLL | None:
     return core
 
 
+def has_core() -> bool:
+    """Whether the core in C executes the common instructions; without it Python executes all."""
+    return library() is not None
+
+
 def _compiler() -> list[str]:
     """Return the command of the C compiler, which CC may give with flags or a launcher.
 

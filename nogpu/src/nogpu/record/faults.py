@@ -2,6 +2,7 @@
 """Faults of kernels, and of the program around them."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from nogpu.record.source import line_of, shown_path
@@ -48,6 +49,16 @@ class Fault:
         self.count += 1
         if case.configuration not in ("", self.configuration, *self.other_configurations):
             self.other_configurations.append(case.configuration)
+
+    def in_one_line(self) -> str:
+        """Return the file and the line, the kernel, the name and the message as one line."""
+        where = f"line {self.line} of the PTX"
+        if self.source is not None:
+            path, line = self.source
+            where = f"{Path(path).name}:{line}"
+        kind = "" if self.kind == "error" else f"{self.kind}: "
+        where += f", {self.kernel}" if self.kernel else ""  # a fault around the kernels has none
+        return f"{where}: {kind}{self.name}: {self.message}"
 
     def __str__(self) -> str:
         where = f"line {self.line} of the PTX"

@@ -12,7 +12,7 @@ from nogpu.machine.counts import Counts
 from nogpu.machine.kinds import KINDS
 from nogpu.machine.parse import Source
 from nogpu.machine.trace import Trace
-from nogpu.record.resources import MOST_REGISTERS, Resources, programs_of, resources
+from nogpu.record.resources import MOST_REGISTERS, Resources, resources
 from nogpu.record.roofline import GPU_OF, Bound, bounds
 from nogpu.record.source import moved, shown_path
 from nogpu.record.time import Estimate, estimates
@@ -96,7 +96,7 @@ class Launch:
         """How many programs, or CTAs, a multiprocessor has at once; None if there is no ptxas."""
         if self.resources is None:
             return None
-        return programs_of(self.resources, self.warps, self.shared, self.arch)
+        return self.resources.resident_programs(self.warps, self.shared, self.arch)
 
     def fits(self, programs: int, multiprocessors: int) -> bool:
         """Whether so many multiprocessors have so many programs, or CTAs, at once.
@@ -116,7 +116,7 @@ class Launch:
 
     def _programs_with(self, registers: int) -> int:
         used = Resources(registers, 0)
-        return max(programs_of(used, self.warps, self.shared, self.arch), 1)
+        return max(used.resident_programs(self.warps, self.shared, self.arch), 1)
 
     @cached_property
     def bounds(self) -> list[Bound]:

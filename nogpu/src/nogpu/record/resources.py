@@ -29,22 +29,26 @@ class Resources(NamedTuple):
         spills = f"spills {self.spilled_bytes} bytes" if self.spilled_bytes else "no spills"
         return f"{self.registers} registers, {spills}"
 
+    def resident_programs(self, warps: int, shared: int, arch: str) -> int:
+        """Return how many programs a multiprocessor has at once: its theoretical occupancy.
 
-def programs_of(used: Resources, warps: int, shared: int, arch: str) -> int:
-    """Return how many programs a multiprocessor has at once: its theoretical occupancy.
+        A quarter of the registers serves each fourth warp. A warp's registers come in units of 256,
+        and shared memory in units of 128 bytes.
 
-    A quarter of the registers serves each fourth warp. A warp's registers come in units of 256, and
-    shared memory in units of 128 bytes.
-    """
-    shared_of = {f"sm_{one.capability}": one.shared for one in DATA_SHEETS.values()}[arch]
-    of_warp = -(-used.registers * 32 // 256) * 256
-    warps_of_quarter = REGISTERS // 4 // max(of_warp, 1)
-    return min(
-        PROGRAMS,
-        WARPS // warps,
-        4 * warps_of_quarter // warps,
-        shared_of // (-(-shared // 128) * 128 + RESERVED),
-    )
+        Args:
+            warps: of a program.
+            shared: bytes of shared memory of a program.
+            arch: such as "sm_90".
+        """
+        shared_of = {f"sm_{one.capability}": one.shared for one in DATA_SHEETS.values()}[arch]
+        of_warp = -(-self.registers * 32 // 256) * 256
+        warps_of_quarter = REGISTERS // 4 // max(of_warp, 1)
+        return min(
+            PROGRAMS,
+            WARPS // warps,
+            4 * warps_of_quarter // warps,
+            shared_of // (-(-shared // 128) * 128 + RESERVED),
+        )
 
 
 def assemble(ptx: str, arch: str) -> tuple[int, str]:

@@ -151,9 +151,11 @@ def shown(microseconds: float) -> str:
 
 
 def estimate(work: Work, gpu: str, fitted: Fitted = FITTED, in_graph: bool = False) -> Estimate:
-    """Return the estimated time of a launch.
+    """Return the estimated time of a launch, by the formula at the head of this module.
 
     Args:
+        work: what the launch does.
+        fitted: the numbers that are no data sheet's.
         gpu: one of `DATA_SHEETS`.
         in_graph: the launch is one of a CUDA graph, and its operands are in the L2 cache.
     """
@@ -296,7 +298,8 @@ def estimates(launch: "Launch") -> dict[str, Estimate]:
     return {name: estimate(work, name) for name in names}
 
 
-TRUST = """\
+ESTIMATE_ACCURACY = """\
 The times are estimates. Of matrix kernels whose counts follow from their tiles, half were within 7%
 of the times of an H200 and of an H100, and nine of ten within 20%. Other kernels, other GPUs,
 programs of unequal length and clusters were not compared."""
+"""How far the estimates were from measured times, as text for a report."""

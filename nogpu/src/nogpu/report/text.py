@@ -17,7 +17,7 @@ from nogpu.record.launch import (
     of_sample,
     shown_grid,
 )
-from nogpu.record.time import TRUST, shown
+from nogpu.record.time import ESTIMATE_ACCURACY, shown
 from nogpu.report.groups import Group, Numbered, longest, shown_line
 
 WIDTH = 100  # of lines that can be broken
@@ -115,7 +115,7 @@ def of_times(groups: Iterable[Group]) -> str:
             waves = f"{one.waves:.2f}"
             table.append([one.gpu, shown(one.microseconds), one.binds, waves, words])
         blocks.append(f"{title}\n{in_columns(table)}")
-    return "\n\n".join([*blocks, TRUST])
+    return "\n\n".join([*blocks, ESTIMATE_ACCURACY])
 
 
 def wrapped(text: str) -> list[str]:

@@ -12,6 +12,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver as active_driver
 
+from nogpu.data_sheets import ARCHITECTURES
 from nogpu.decorating import context_manager
 from nogpu.machine.block import SCHEDULES
 from nogpu.machine.sample import LEAST
@@ -28,7 +29,7 @@ from nogpu.triton.driver import (
     patches,
     present,
 )
-from nogpu.triton.emulator import ARCHITECTURES, MULTIPROCESSORS, Emulator
+from nogpu.triton.emulator import MULTIPROCESSORS, Emulator
 from nogpu.triton.torch_operators import Host
 
 # The first version of Triton whose CompiledKernel has a method __del__, which unloads `module`.

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from nogpu.data_sheets import DATA_SHEETS, RESERVED
+from nogpu.data_sheets import ARCHITECTURES, DATA_SHEETS
 from nogpu.machine import dependents, gpu
 from nogpu.machine.allocation import Allocation
 from nogpu.machine.block import Schedule
@@ -37,9 +37,8 @@ from nogpu.triton.host_memory import HostMemory
 if TYPE_CHECKING:
     from nogpu.machine.block import Warp
 
-ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 # By capability; shared memory of a program at most.
-SHARED_BYTES = {sheet.capability: sheet.shared - RESERVED for sheet in DATA_SHEETS.values()}
+SHARED_BYTES = {sheet.capability: sheet.shared_of_program for sheet in DATA_SHEETS.values()}
 MULTIPROCESSORS = {sheet.capability: sheet.multiprocessors for sheet in DATA_SHEETS.values()}
 LEAST_DEPENDENT = 90  # the first capability with programmatic dependent launch
 OF_WARP = r" of warp \d+( of CTA \d+)?$"  # in the name of an access
