@@ -20,10 +20,10 @@ class Gpu(gpu.Gpu):
     """A stand-in for a GPU whose memory belongs to tensors on the meta device.
 
     Args:
-        change: of the PTX of each kernel, before it is executed.
+        change: of the PTX of each kernel, before it is executed; None: there is none.
     """
 
-    def __init__(self, schedule: Schedule, change: Callable[[str], str] = lambda text: text):
+    def __init__(self, schedule: Schedule, change: Callable[[str], str] | None = None):
         super().__init__(schedule, change)
         self.places: dict[int, Allocation] = {}  # by the storage of the meta tensor
         self.kept: list[Tensor] = []

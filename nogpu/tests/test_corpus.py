@@ -5,9 +5,7 @@
 """
 
 import inspect
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,77 +13,59 @@ import packages
 import pytest
 import torch
 import tutorials
-from compiling_driver import Driver, target
 from faults import FAULTS, VALUES, Fault
 from right import RIGHT
-from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
+
+from nogpu import emulate
 
 FIRST, *OTHERS = (90, 80, 100)
 LAUNCH = JITFunction.run
 slow = pytest.mark.slow
 
 
-@contextmanager
-def compiling(architecture: int, cache: str) -> Iterator[list[str]]:
-    """Launches compile their kernels to PTX, which is collected, and do no more."""
+def check_compiled(run: Callable[[], object], architecture: int) -> None:
+    """Check that the launches of ``run`` compile to PTX of an architecture; none is executed."""
     texts: list[str] = []
 
-    def run(kernel, *args, grid, warmup, **options):
+    def compile_alone(kernel, *args, grid, warmup, **options):
         compiled = LAUNCH(kernel, *args, grid=grid, warmup=True, **options)
         texts.append(compiled.asm["ptx"])
 
-    def benchmark(driver):
-        return lambda call, quantiles: [1.0] * len(quantiles)
-
     with (
-        target(architecture),
-        patch.dict("os.environ", TRITON_CACHE_DIR=cache),
-        # Kernels that were compiled for a launch of another test are not of this cache.
-        patch.object(Driver, "get_benchmarker", benchmark, create=True),
-        patch.object(CUDABackend, "make_cubin", lambda *args: b""),
-        patch.object(JITFunction, "run", run),
+        emulate(f"sm_{architecture}") as gpu,
+        patch.object(JITFunction, "run", compile_alone),
     ):
-        yield texts
-
-
-@pytest.fixture(scope="module")
-def cache() -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield folder
-
-
-def check_compiled(run: Callable[[], object], architecture: int, cache: str) -> None:
-    with compiling(architecture, cache) as texts:
         run()
     assert texts
+    assert not gpu.launches
     for text in texts:
         assert f".target sm_{architecture}" in text
 
 
 @slow
 @pytest.mark.parametrize("name", FAULTS)
-def test_fault_compiles(name: str, cache: str) -> None:
+def test_fault_compiles(name: str) -> None:
     for architecture in OTHERS:
         if architecture >= FAULTS[name].needs_arch:
-            check_compiled(FAULTS[name].run, architecture, cache)
+            check_compiled(FAULTS[name].run, architecture)
 
 
 @slow
 @pytest.mark.parametrize("name", RIGHT)
-def test_right_kernel_compiles(name: str, cache: str) -> None:
+def test_right_kernel_compiles(name: str) -> None:
     for architecture in OTHERS:
-        check_compiled(RIGHT[name], architecture, cache)
+        check_compiled(RIGHT[name], architecture)
 
 
 @slow
 @pytest.mark.parametrize("name", packages.CASES)
-def test_package_compiles(name: str, cache: str) -> None:
+def test_package_compiles(name: str) -> None:
     if packages.missing():
         pytest.skip(packages.missing())
     if packages.CASES[name].asks:
         pytest.skip(f"asks torch.cuda: {packages.CASES[name].asks}")
-    check_compiled(packages.CASES[name].run, FIRST, cache)
+    check_compiled(packages.CASES[name].run, FIRST)
 
 
 @pytest.mark.parametrize("name", packages.CASES)
