@@ -14,7 +14,7 @@ from torch import Tensor
 import nogpu
 import torchpar
 from nogpu import DATA_SHEETS, Launch
-from nogpu.machine.counts import SECTOR
+from nogpu.machine.instruction_counts import SECTOR
 from nogpu.record.roofline import bound
 from torchpar.kernels import linear_sigmoid, matmul_t
 from torchpar.kernels.rule import KINDS, Tiles, count_tiles

@@ -10,7 +10,7 @@ import kernel_cases as cases
 from launching import Gpu
 
 from nogpu.machine.block import SCHEDULES
-from nogpu.machine.counts import Column
+from nogpu.machine.instruction_counts import Column
 from nogpu.machine.parse import PtxError
 from torchpar.kernels.rule import Tiles
 

@@ -2,6 +2,7 @@
 """The wheel and the plugin: nogpu runs from an empty folder, and pytest loads it by each way."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from zipfile import ZipFile
 
 import pytest
 from processes import ROOT
+
+import nogpu
 
 SCRIPT = """
 import importlib.util
@@ -94,3 +97,22 @@ def test_no_module_imports_torchpar():
         text = Path(path).read_text("utf-8")
         assert "import torchpar" not in text, path
         assert "from torchpar" not in text, path
+
+
+def modules() -> set[str]:
+    """The names of all modules and folders, but for the many files of `instructions`."""
+    folder = ROOT / "src" / "nogpu"
+    files = [one for one in folder.rglob("*.py") if one.parent.name != "instructions"]
+    return {one.stem for one in files} - {"__init__", "__main__"} | {
+        one.parent.name for one in folder.rglob("*/__init__.py")
+    }
+
+
+def named(text: str) -> set[str]:
+    return set(re.findall(r"(?<!`)`(\w+)`(?!`)", text))
+
+
+def test_the_map_names_each_module_and_no_other():
+    text = nogpu.__doc__ or ""
+    assert modules() - {"nogpu"} == named(text)
+    assert modules() - {"nogpu"} != named(text.replace("`spins`", "`spinning`"))

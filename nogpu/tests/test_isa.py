@@ -13,8 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nogpu import emulate
 from nogpu.machine.block import SCHEDULES
-from nogpu.machine.counts import Column
 from nogpu.machine.gpu import _decoded
+from nogpu.machine.instruction_counts import Column
 from nogpu.machine.parse import PtxError
 
 PAGE = Path(__file__).parents[2] / "docs" / "ptx_instructions.md"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nogpu import Launch, Report
-from nogpu.machine.counts import BANKS, SECTOR, Column, Counts
+from nogpu.machine.instruction_counts import BANKS, SECTOR, Column, Counts
 from nogpu.machine.parse import parse
 from nogpu.machine.trace import Request
 from nogpu.record.time import Work, work_of

@@ -13,7 +13,7 @@ from processes import ROOT
 
 from nogpu import Fault, Launch, Report, command
 from nogpu.data_sheets import DATA_SHEETS
-from nogpu.machine.counts import Column, Counts
+from nogpu.machine.instruction_counts import Column, Counts
 from nogpu.machine.parse import parse
 from nogpu.record import source
 from nogpu.record.faults import HostFault

@@ -16,7 +16,7 @@ import triton.language as tl
 from test_core import in_python
 
 from nogpu import emulate
-from nogpu.machine.counts import Column
+from nogpu.machine.instruction_counts import Column
 from nogpu.machine.vector_clocks import merged
 from nogpu.native import core as native
 from nogpu.record.launch import Launch

@@ -18,9 +18,9 @@ from right import chain_kernel, lock_kernel
 from small_kernels import matmul_kernel
 
 from nogpu import command, emulate
-from nogpu.machine import sample
+from nogpu.machine import program_sample
 from nogpu.machine.allocation import Allocation
-from nogpu.machine.counts import SECTOR, Counts
+from nogpu.machine.instruction_counts import SECTOR, Counts
 from nogpu.machine.parse import parse
 from nogpu.record.launch import Launch
 from nogpu.triton.emulator import Emulator
@@ -181,7 +181,7 @@ def test_counts_are_near_where_work_grows_along_the_grid(monkeypatch):
     assert few.counts.distinct_written == full.counts.distinct_written
     # The check would notice programs that are not spread over the grid.
     monkeypatch.setattr(
-        sample.Kind, "spread", lambda kind, count, random: map(kind.position, range(count))
+        program_sample.Kind, "spread", lambda kind, count, random: map(kind.position, range(count))
     )
     assert off(growing(most)) > bound
 
@@ -190,18 +190,18 @@ def test_a_sample_is_of_the_edges_and_spread_over_the_others():
     for programs in product((1, 2, 3, 8), repeat=3):
         count = math.prod(programs)
         for most in (6, 18, 60, count - 1):
-            if not sample.LEAST <= most < count:
+            if not program_sample.LEAST <= most < count:
                 continue
-            found = sample.kinds(programs, most)
-            shares = sample.shares([one.size for one in found], most)
+            found = program_sample.kinds(programs, most)
+            shares = program_sample.shares([one.size for one in found], most)
             assert sum(one.size for one in found) == count
             assert sum(shares) == most
             assert all(1 <= n <= kind.size for n, kind in zip(shares, found, strict=True))
             every = {one for kind in found for one in kind.spread(kind.size, Random(0))}
             assert every == set(np.ndindex(programs))
-    corners = [one.position(0) for one in sample.kinds((40, 40, 1), 18) if one.size == 1]
+    corners = [one.position(0) for one in program_sample.kinds((40, 40, 1), 18) if one.size == 1]
     assert corners == [(0, 0, 0), (0, 39, 0), (39, 0, 0), (39, 39, 0)]
-    (others,) = (one for one in sample.kinds((42, 1, 1), 18) if one.size == 40)
+    (others,) = (one for one in program_sample.kinds((42, 1, 1), 18) if one.size == 40)
     parts = [position[0] - 1 for position in others.spread(10, Random(0))]
     assert [n // 4 for n in parts] == list(range(10))
 
@@ -224,7 +224,7 @@ def estimated(
     """How many sectors the programs of a sample touch, and how many those of all are said to."""
     counts, place = Counts(parse(LOADS)), Allocation("x", 0, size * SECTOR)
     counts.watch(place)
-    few = sample.Sample((count, 1, 1), most, counts)
+    few = program_sample.ProgramSample((count, 1, 1), most, counts)
     for position in few.positions:
         counts.execute(0, 32)
         place.touched[0, sector_of(position[0])] = 1
@@ -245,7 +245,7 @@ def test_distinct_sectors_that_programs_share_are_estimated():
     found, all_of_them = estimated(lambda n: of_program.get(n, n % 1000))
     assert abs(all_of_them - 1002) < min(1002 - found, found * 10_002 / 402 - 1002) / 4
     # The formula, with 400 of 10,000 programs between the ends.
-    few = sample.Sample((10_002, 1, 1), 402, Counts(parse(LOADS)))
+    few = program_sample.ProgramSample((10_002, 1, 1), 402, Counts(parse(LOADS)))
     times = Counter(Counter(n % 1000 for n, _, _ in few.positions[1:-1]).values())
     unseen = times[1] ** 2 / (400 / 399 * 2 * times[2] + 0.04 / 0.96 * times[1])
     assert all_of_them == round(found + unseen)

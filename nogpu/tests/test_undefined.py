@@ -9,7 +9,7 @@ import triton.language as tl
 from test_instructions import executed
 
 from nogpu import emulate
-from nogpu.machine.undefined import of_conversion, of_sum, of_table
+from nogpu.machine.packed_definedness import of_conversion, of_sum, of_table
 
 TABLE = 0xCA  # of lop3: a ? b : c
 RULES = {

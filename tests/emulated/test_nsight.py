@@ -16,10 +16,10 @@ import pytest
 import triton
 
 from nogpu import emulate
-from nogpu.machine import counts
+from nogpu.machine import instruction_counts
 from nogpu.machine.block import SCHEDULES
-from nogpu.machine.counts import Column, Counts, sectors, wavefronts
 from nogpu.machine.gpu import Gpu
+from nogpu.machine.instruction_counts import Column, Counts, sectors, wavefronts
 from nogpu.native import core
 
 slow = pytest.mark.slow
@@ -197,7 +197,7 @@ def test_a_count_that_is_off_by_one_is_noticed():
 def test_a_fault_of_counting_is_noticed():
     """Each request takes a sector more, as a planted fault."""
     with (
-        patch.object(counts, "sectors", lambda *given: sectors(*given) + 1),
+        patch.object(instruction_counts, "sectors", lambda *given: sectors(*given) + 1),
         patch.object(core, "library", lambda: None),
     ):
         (launch,) = measured.launches("strided33")

@@ -12,7 +12,7 @@ import walk
 from commands import ROOT
 
 from nogpu import Launch, command, emulate
-from nogpu.machine.counts import SECTOR
+from nogpu.machine.instruction_counts import SECTOR
 from torchpar.kernels import matmul_t
 from torchpar.kernels.rule import Tiles
 

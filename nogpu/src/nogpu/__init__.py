@@ -12,26 +12,43 @@ A launch passes these folders, one after the other:
   `conditions` and `assumptions` (of the compiled code), `emulator` (the GPU, its launches and
   faults), `host_memory` (of tensors), `torch_operators` (beside launches), and `autotuner`, whose
   state of a call is `tuning`.
-  `cuda` stands in for `torch.cuda`, CUDA graphs included, in scripts that say "cuda".
-- `machine`: one launch, `gpu`. What is executed: `parse` (text to instructions), `decode`
-  (instructions to functions), `registers` (kinds of numbers), `block` (warps, barriers and
-  schedules), `cluster`, `execute` (steps of a warp), and `workers` (threads that divide a launch).
-  What is watched: `allocation` (bytes, and who has accessed them), `address_space`, `memory` (the
-  rules of accesses), `vector_clocks` (who knows of which access), `operation` (asynchronous ones),
-  `definedness` (undefined bits), `counts`, their sums in `counters`, `sample` (of programs, for the
-  counts of all), and `trace` (a record of one program).
+- `machine`: one launch, `gpu`. What is executed: `parse` (text to instructions), `kinds` (of
+  instructions), `decode` (instructions to functions), `registers` (kinds of numbers), `block`
+  (warps, barriers and schedules), `cluster`, `execute` (steps of a warp), and `workers` (threads
+  that divide a launch). What is watched: `allocation` (bytes, and who has accessed them),
+  `address_space`, with `origins` and `overflow` of addresses outside, `memory` (the rules of
+  accesses), `vector_clocks` (who knows of which access), `operation` (asynchronous ones),
+  `dependents` (grids that may still run), `spins` (blocks that wait for ever), `definedness`
+  (undefined bits) and `packed_definedness` (of several numbers in a register). What is counted:
+  `instruction_counts`, their sums in `counters`, `program_sample` (for the counts of all
+  programs), and `trace` (a record of one program).
 - `instructions`: what each instruction of PTX does, in Python.
 - `native`: the common instructions, and whole blocks, in C: `layout` (what Python and C share),
-  `core` (built once, and loaded), `encoding`, `warps`, `blocks`.
+  `core` (built once, and loaded, from a folder of `cache`), `encoding`, `warps`, `blocks`.
 - `record`: what is kept of a launch: `launch`, its `faults` with their `source`, `resources` (by
   ptxas), `roofline` (bounds by data sheets) and `time` (an estimate).
-- `report`: `groups` of launches, and `report`, as `text`, as a `page`, or as JSON (`data`);
-  `limits` are what a program asserts of counters.
+- `report`: `groups` of launches, and `report`, as `text`, as a `page` with each `drawing`, or as
+  JSON (`data`); `assembly` is what ptxas refuses, and `limits` are what a program asserts of
+  counters.
 
-`command`, `pytest` and `check` (a kernel beside its reference) are the ways to run it. Imports go
-one way, which import-linter checks: `cuda`, `triton`, `report` and `record` import the folders
-after them, and the modules of `triton`, `machine`, `instructions` and `native` have the order of
-pyproject.toml.
+`cuda` stands beside `triton` for scripts that say "cuda":
+
+- `stand_in` answers for `torch.cuda`, with `libraries` of CUDA and `advice` for scripts without it.
+- `watcher` sees operators and launches. A `graph` is captured by a `capture`. They share a
+  `context`, its `streams`, and the `types` of PyTorch. `graph_memory` is the memory of a graph,
+  and `operations` are what it executes.
+- What a graph has of its program: `steps` of optimizers, `captured_gradients`, `host_values`,
+  `accesses` (races between streams), and `uncaptured` work. `by_shapes` computes without values.
+- What a GPU refuses: `places` of tensors and `devices` of operators, and in a capture
+  `capture_rules`, `reading_operators` and `host_copies`.
+
+`command`, `pytest` with `pytest_hooks`, and `check` are the ways to run it. `check` compares a
+kernel with its reference: `kernels`, by `compare`, to a `table` of `rows`. All of them may use
+`console`, `data_sheets`, `decorating`, `libraries` and `version`.
+
+Imports go one way, which import-linter checks: `cuda`, `triton`, `report` and `record` import the
+folders after them, and the modules of `cuda`, `triton`, `machine`, `instructions` and `native` have
+the order of pyproject.toml. Public names are those of ``__all__``.
 
 Sections are those of NVIDIA's "PTX ISA", release 9.0.
 """

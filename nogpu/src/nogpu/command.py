@@ -29,7 +29,7 @@ from nogpu.cuda.advice import (
 )
 from nogpu.cuda.stand_in import cuda_is_cpu
 from nogpu.data_sheets import ARCHITECTURES
-from nogpu.machine.sample import LEAST
+from nogpu.machine.program_sample import LEAST
 from nogpu.report.report import Report
 from nogpu.triton.driver import how_far
 from nogpu.triton.emulate import emulate, why_not_compiled

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nogpu.machine.allocation import POISON, Allocation
-from nogpu.machine.counts import Counts
+from nogpu.machine.instruction_counts import Counts
 from nogpu.machine.origins import origins
 from nogpu.machine.overflow import NOT_FOLLOWED, Lost, lost
 from nogpu.machine.parse import PtxError

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Counters of a launch, as a profiler shows them: sums of its `counts` by line of the source."""
+"""Counters of a launch, as a profiler shows them: sums by line of the source."""
 
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from nogpu.machine.counts import Column, Counts
+from nogpu.machine.instruction_counts import Column, Counts
 from nogpu.machine.kinds import flops, kind_of, operation, spaces, tensor_flops
 from nogpu.machine.parse import Instruction, Source
 

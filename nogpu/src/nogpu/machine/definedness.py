@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nogpu.machine.packed_definedness import SUMS, of_conversion, of_sum, of_table
 from nogpu.machine.parse import Address, Instruction, Register, flat
 from nogpu.machine.registers import (
     DTYPES,
@@ -29,7 +30,6 @@ from nogpu.machine.registers import (
     Tainted,
     Values,
 )
-from nogpu.machine.undefined import SUMS, of_conversion, of_sum, of_table
 
 if TYPE_CHECKING:
     from nogpu.machine.block import Warp

@@ -32,12 +32,12 @@ from nogpu.machine import dependents
 from nogpu.machine.allocation import Allocation
 from nogpu.machine.block import LIMIT, Block, Schedule
 from nogpu.machine.cluster import Cluster
-from nogpu.machine.counts import Counts, Progress
 from nogpu.machine.decode import decode
+from nogpu.machine.instruction_counts import Counts, Progress
 from nogpu.machine.memory import Space
 from nogpu.machine.parse import Kernel, PtxError, parse
+from nogpu.machine.program_sample import ProgramSample
 from nogpu.machine.registers import Values
-from nogpu.machine.sample import Sample
 from nogpu.machine.spins import PATIENCE
 from nogpu.machine.trace import Trace
 from nogpu.machine.vector_clocks import Events
@@ -117,7 +117,7 @@ class Gpu:
     multiprocessors = 132
     keeps_allocations = True  # for the next launch
     most_programs: int | None = None  # of a launch that are executed; None: all
-    sample: Sample | None = None  # of the last launch; None: all were executed
+    sample: ProgramSample | None = None  # of the last launch; None: all were executed
 
     def __init__(self, schedule: Schedule, change: Callable[[str], str] | None = None):
         self.schedule, self.change = schedule, change
@@ -189,7 +189,7 @@ class Gpu:
         self.programs = self._programs()
         self.sample, most = None, self.most_programs
         if most is not None and most < math.prod(self.programs):
-            self.sample = Sample(self.programs, most, self.counts)
+            self.sample = ProgramSample(self.programs, most, self.counts)
         blocks = self._positions()
         if self.schedule.order == "reverse":
             blocks.reverse()

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nogpu.machine.allocation import Allocation, zeros
-from nogpu.machine.counts import Column, Counts
 from nogpu.machine.dependents import kinds_of
+from nogpu.machine.instruction_counts import Column, Counts
 from nogpu.machine.memory import Space
 from nogpu.machine.registers import Values
 from nogpu.machine.vector_clocks import Events

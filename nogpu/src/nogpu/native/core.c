@@ -38,7 +38,7 @@ enum {
     MBARRIER_INIT, MBARRIER_INVAL, MBARRIER_ARRIVE, MBARRIER_WAIT, LOAD_BOX, STORE_BOX,
     BULK_COMMIT, BULK_WAIT, MAP_REPLACE, MAP_PUBLISH, MAP_ACQUIRE, GRID_WAIT, GRID_TRIGGER
 };
-/* The numbers of an instruction, as in `counts.Column`. */
+/* The numbers of an instruction, as in `instruction_counts.Column`. */
 enum {
     EXECUTIONS, THREADS, REQUESTS, BYTES, SECTORS, LEAST_SECTORS, SHARED_REQUESTS, SHARED_BYTES,
     WAVEFRONTS, LEAST_WAVEFRONTS, TENSOR_FLOPS, WAITS, IN_FLIGHT, MOST_IN_FLIGHT, COLUMNS
@@ -1102,7 +1102,7 @@ static inline void copy_value(uint8_t *values, int lane, const uint8_t *from, in
     }
 }
 
-/* What `counts` counts of an access. */
+/* What `instruction_counts` has of an access. */
 
 static inline int64_t *counts_of(const Warp *w, const Instruction *i)
 {
@@ -1153,8 +1153,8 @@ static void count_global(const Warp *w, const Instruction *i, const Access *at, 
     row[LEAST_SECTORS] += ((int64_t)distinct(at->offsets, at->count) * width + 31) / 32;
 }
 
-/* `counts.wavefronts`: threads go together that access 128 bytes, and a group that reads only
-   words of the last group that was served takes no turn. */
+/* `instruction_counts.wavefronts`: threads go together that access 128 bytes, and a group that reads
+   only words of the last group that was served takes no turn. */
 static void count_shared(const Warp *w, const Instruction *i, const Access *at, int width)
 {
     int64_t *row = counts_of(w, i), both[2][LANES], *words = both[0], *before = both[1];

@@ -26,7 +26,7 @@ from nogpu.native.layout import (
 if TYPE_CHECKING:
     from nogpu.machine.allocation import Allocation
     from nogpu.machine.block import Block, Warp
-    from nogpu.machine.counts import Counts
+    from nogpu.machine.instruction_counts import Counts
     from nogpu.machine.memory import Space
     from nogpu.machine.operation import Operation
     from nogpu.machine.vector_clocks import Events

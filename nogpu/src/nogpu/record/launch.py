@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nogpu.console import in_columns
 from nogpu.machine.counters import Counters, summarize
-from nogpu.machine.counts import Counts
+from nogpu.machine.instruction_counts import Counts
 from nogpu.machine.kinds import KINDS
 from nogpu.machine.parse import Source
 from nogpu.machine.trace import Trace

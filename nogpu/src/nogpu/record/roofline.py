@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from nogpu.data_sheets import DATA_SHEETS
 from nogpu.machine.counters import Counters
-from nogpu.machine.counts import SECTOR
+from nogpu.machine.instruction_counts import SECTOR
 
 SPECIAL = 16  # results of special functions in a clock and multiprocessor
 

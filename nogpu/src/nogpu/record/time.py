@@ -25,7 +25,7 @@ from math import ceil, log1p
 from typing import TYPE_CHECKING, NamedTuple
 
 from nogpu.data_sheets import DATA_SHEETS, DataSheet
-from nogpu.machine.counts import SECTOR, WAVEFRONT, Column
+from nogpu.machine.instruction_counts import SECTOR, WAVEFRONT, Column
 from nogpu.machine.kinds import operation, tensor_flops
 from nogpu.machine.parse import Instruction
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from nogpu.data_sheets import DATA_SHEETS
 from nogpu.machine.counters import Access, Line
-from nogpu.machine.counts import BANKS, SECTOR, WORD
+from nogpu.machine.instruction_counts import BANKS, SECTOR, WORD
 from nogpu.machine.kinds import kind_of, operation
 from nogpu.machine.trace import Request, Span, Trace
 from nogpu.record.faults import Fault

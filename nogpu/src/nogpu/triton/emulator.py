@@ -19,8 +19,8 @@ from nogpu.data_sheets import ARCHITECTURES, DATA_SHEETS
 from nogpu.machine import dependents, gpu
 from nogpu.machine.allocation import Allocation
 from nogpu.machine.block import Schedule
-from nogpu.machine.counts import Counts, Progress
 from nogpu.machine.dependents import Access, EarlierGrid
+from nogpu.machine.instruction_counts import Counts, Progress
 from nogpu.machine.memory import Space
 from nogpu.machine.parse import Kernel, PtxError, Source, own_error
 from nogpu.machine.trace import Trace

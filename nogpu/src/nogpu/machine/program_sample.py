@@ -21,7 +21,7 @@ from random import Random
 import numpy as np
 
 from nogpu.machine.allocation import Allocation, zeros
-from nogpu.machine.counts import SECTOR, Column, Counts, Slots
+from nogpu.machine.instruction_counts import SECTOR, Column, Counts, Slots
 from nogpu.machine.registers import Values
 
 LEAST = 6  # programs of a sample: two of each kind of one dimension
@@ -95,7 +95,7 @@ def shares(sizes: list[int], most: int) -> list[int]:
     return found
 
 
-class Sample:
+class ProgramSample:
     """The programs of a launch that are executed, and what these have done.
 
     Args:
