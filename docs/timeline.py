@@ -10,7 +10,7 @@ import kernel_cases as cases
 import matplotlib.pyplot as plt
 from launching import Gpu
 
-from nogpu.machine.block import SCHEDULES
+from nogpu.machine.gpu_state import SCHEDULES
 from nogpu.machine.trace import Trace
 from torchpar.kernels.rule import Tiles
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import kernel_cases as cases
 from launching import Gpu
 
-from nogpu.machine.block import SCHEDULES
+from nogpu.machine.gpu_state import SCHEDULES
 from nogpu.machine.instruction_counts import Column
 from nogpu.machine.parse import PtxError
 from torchpar.kernels.rule import Tiles

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nogpu.machine import gpu
 from nogpu.machine.allocation import Allocation
-from nogpu.machine.block import Schedule
+from nogpu.machine.gpu_state import Schedule
 
 
 class Gpu(gpu.Gpu):

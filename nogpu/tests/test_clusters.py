@@ -19,7 +19,7 @@ from launch import Gpu
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nogpu import emulate
-from nogpu.machine.block import SCHEDULES
+from nogpu.machine.gpu_state import SCHEDULES
 from nogpu.machine.parse import PtxError, parse
 from nogpu.native import core as native
 

@@ -10,7 +10,7 @@ from launch import Gpu
 from test_instructions import EXECUTORS, as_tensor, by, executed
 
 from nogpu import emulate
-from nogpu.machine.block import SCHEDULES
+from nogpu.machine.gpu_state import SCHEDULES
 from nogpu.machine.parse import PtxError
 
 APART = """

@@ -22,7 +22,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nogpu import Report, emulate
 from nogpu.instructions import tensor_cores
-from nogpu.machine.block import SCHEDULES, Block, Schedule
+from nogpu.machine.block import Block
+from nogpu.machine.gpu_state import SCHEDULES, Schedule
 from nogpu.machine.instruction_counts import Counts
 from nogpu.native import core as native
 from nogpu.native import layout

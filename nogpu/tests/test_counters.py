@@ -13,8 +13,8 @@ from test_core import in_python
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nogpu import emulate
-from nogpu.machine.block import SCHEDULES
 from nogpu.machine.counters import Access, summarize
+from nogpu.machine.gpu_state import SCHEDULES
 from nogpu.record.resources import Resources
 from nogpu.record.source import moved
 

@@ -22,7 +22,7 @@ from triton.language.extra.cuda import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nogpu import emulate
-from nogpu.machine.block import SCHEDULES
+from nogpu.machine.gpu_state import SCHEDULES
 from nogpu.native import core as native
 
 EXECUTORS = ("core", "python")

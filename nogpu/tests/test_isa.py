@@ -12,8 +12,8 @@ from test_instructions import multiply, print_percent, reduce_boxes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nogpu import emulate
-from nogpu.machine.block import SCHEDULES
 from nogpu.machine.gpu import _decoded
+from nogpu.machine.gpu_state import SCHEDULES
 from nogpu.machine.instruction_counts import Column
 from nogpu.machine.parse import PtxError
 

@@ -16,8 +16,8 @@ from test_consan import APART
 from nogpu import emulate
 from nogpu.machine import gpu, workers
 from nogpu.machine.allocation import Allocation
-from nogpu.machine.block import SCHEDULES
 from nogpu.machine.definedness import full
+from nogpu.machine.gpu_state import SCHEDULES
 from nogpu.machine.parse import PtxError, parse
 from nogpu.machine.trace import Trace
 from nogpu.native.blocks import Blocks

@@ -25,7 +25,7 @@ from benchmarks import autotune, compile_kernels, driver
 from benchmarks.compile_kernels import Job, all_jobs, tuned_jobs, tuned_of
 from benchmarks.records import OPERATORS
 from benchmarks.results import Table
-from nogpu.machine.block import SCHEDULES
+from nogpu.machine.gpu_state import SCHEDULES
 from torchpar.errors import ConfigError
 from torchpar.kernels import launch, matmul_t, maximum
 from torchpar.kernels.matmul_t import symmetric_matmul

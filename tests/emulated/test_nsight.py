@@ -17,8 +17,8 @@ import triton
 
 from nogpu import emulate
 from nogpu.machine import instruction_counts
-from nogpu.machine.block import SCHEDULES
 from nogpu.machine.gpu import Gpu
+from nogpu.machine.gpu_state import SCHEDULES
 from nogpu.machine.instruction_counts import Column, Counts, sectors, wavefronts
 from nogpu.native import core
 

@@ -9,7 +9,7 @@ import pytest
 from launching import Gpu
 from test_core import LIMIT, TWO, bits, in_python, numbers
 
-from nogpu.machine.block import Schedule
+from nogpu.machine.gpu_state import Schedule
 from nogpu.machine.parse import PtxError
 
 slow = pytest.mark.slow

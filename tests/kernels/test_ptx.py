@@ -19,8 +19,8 @@ from products import PRODUCTS
 from benchmarks.records.record import FLOATS, INTEGERS
 from nogpu import emulate
 from nogpu.instructions import copies
-from nogpu.machine.block import SCHEDULES, Schedule
 from nogpu.machine.counters import summarize
+from nogpu.machine.gpu_state import SCHEDULES, Schedule
 from nogpu.machine.parse import PtxError
 from nogpu.machine.trace import Trace
 from torchpar.kernels import exact_matmul, matmul_t

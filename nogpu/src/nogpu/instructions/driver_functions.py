@@ -89,7 +89,7 @@ def _fail(warp: Warp, i: Instruction) -> None:
     lane = warp.lanes()[0]
     message = _text(warp, int(warp.arguments["param0", 0][lane]), i.line)
     thread = f"thread {warp.first_thread + int(lane)}{warp.block.suffix}"
-    warp.block.gpu.fault("error", "assertion", i.line, f"{thread}: {message}", warp)
+    warp.block.gpu.fault("error", "assertion", i.line, f"{thread}: {message}", warp.block.program)
 
 
 @action("trap", "brkpt")

@@ -404,7 +404,7 @@ def _with_rest(
         f"16 bytes, and a row of it has {tensor.sizes[0] * tensor.bytes} bytes"
     )
     kind = "warning" if tensor.has_padded_rows else "error"
-    warp.block.gpu.fault(kind, "out of bounds", i.line, message, warp)
+    warp.block.gpu.fault(kind, "out of bounds", i.line, message, warp.block.program)
     return places._replace(inside=places.inside | rest)
 
 

@@ -275,7 +275,7 @@ class AddressSpace:
         overflow = lost(warp, address) if self is warp.block.gpu.space else NOT_FOLLOWED
         meant = self._meant(warp, line)
         error = self._error(place, address, width, line, f"{does} ", meant, overflow)
-        warp.block.gpu.fault("error", error.name, line, error.reason, warp)
+        warp.block.gpu.fault("error", error.name, line, error.reason, warp.block.program)
 
     def _meant(self, warp: Warp, line: int) -> Allocation | None:
         """Return the tensor at which the addresses of an instruction begin, if there is one."""

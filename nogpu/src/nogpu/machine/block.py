@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from nogpu.machine.allocation import Allocation
 from nogpu.machine.cluster import Cluster, Phase
 from nogpu.machine.execute import advance
+from nogpu.machine.gpu_state import GpuState
 from nogpu.machine.memory import Space
 from nogpu.machine.operation import Operation
 from nogpu.machine.parse import (
@@ -38,28 +38,9 @@ from nogpu.machine.trace import Trace
 from nogpu.machine.vector_clocks import Events, VectorClocks, merged
 from nogpu.native.warps import BlockState, WarpState
 
-if TYPE_CHECKING:
-    from nogpu.machine.gpu import Gpu
-
-LIMIT = 3_000_000  # instructions of a warp
 LOCAL_BASE = 2**20  # of the threads' stacks
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """When asynchronous operations complete ("early", "late", "random"), and the order in which
-    warps run."""
-
-    completion: str
-    order: str
-    seed: int = 0
-
-
-SCHEDULES = (
-    Schedule("early", "forward"),
-    Schedule("late", "reverse"),
-    Schedule("random", "random", 1),
-)
 LANE_MASKS = {
     "WARP_SZ": np.full(32, 32),
     "%laneid": LANES,
@@ -262,7 +243,7 @@ class Block:
 
     def __init__(
         self,
-        gpu: Gpu,
+        gpu: GpuState,
         position: tuple[int, ...],
         number: int,
         trace: Trace | None = None,
@@ -368,7 +349,7 @@ class Block:
             for w, n in zip(running, lines, strict=True)
         )
         message = f"warps wait for what nobody will do: {', '.join(waiting)}"
-        self.gpu.fault("error", "deadlock", min(lines), message, running[0])
+        self.gpu.fault("error", "deadlock", min(lines), message, self.program)
 
     def _next(self, warps: list[Any]) -> Warp | None:
         """Return the one of these warps that runs next; None: all wait, have ended or spin."""
@@ -402,7 +383,9 @@ class Block:
             if barrier.transactions:
                 what = "still expects" if barrier.transactions > 0 else "has got unexpected"
                 message = f"the mbarrier at {address}{self.suffix} {what} bytes"
-                self.gpu.fault("error", "unfinished copy", barrier.line, message, warp)
+                self.gpu.fault(
+                    "error", "unfinished copy", barrier.line, message, warp.block.program
+                )
         of_bulk = {agent for agent, _, _ in self.bulk}
         known = self.clocks.times.max(0)
         for agent, line, what in self.bulk:  # also those that this schedule has completed
@@ -417,7 +400,7 @@ class Block:
 
     def _note_unfinished(self, line: int, what: str) -> None:
         message = f"the program may end before {what}"
-        self.gpu.fault("error", "unfinished copy", line, message, self.warps[0])
+        self.gpu.fault("error", "unfinished copy", line, message, self.program)
 
 
 def _missing(warp: Warp) -> str:

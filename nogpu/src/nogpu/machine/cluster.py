@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from nogpu.machine.allocation import Allocation
+from nogpu.machine.gpu_state import GpuState
 from nogpu.machine.memory import Space
 from nogpu.machine.parse import PtxError
 from nogpu.machine.registers import WINDOW_BITS, Values
@@ -25,7 +26,6 @@ from nogpu.machine.vector_clocks import VectorClocks, merged
 
 if TYPE_CHECKING:
     from nogpu.machine.block import Block, Warp
-    from nogpu.machine.gpu import Gpu
     from nogpu.machine.operation import Operation
 
 ENDED = "ended CTA"  # the name of a fault
@@ -64,7 +64,7 @@ class SharedMemory(Space):
         self, warp: Warp, place: Allocation | None, address: int, width: int, line: int, does: str
     ) -> None:
         if why := self.why_ended(address):
-            warp.block.gpu.fault("error", ENDED, line, f"{does} {why}", warp)
+            warp.block.gpu.fault("error", ENDED, line, f"{does} {why}", warp.block.program)
             return
         super().tell(warp, place, address, width, line, does)
 
@@ -126,7 +126,7 @@ class Cluster:
         size: blocks.
     """
 
-    def __init__(self, gpu: Gpu, number: int, size: int):
+    def __init__(self, gpu: GpuState, number: int, size: int):
         warps = gpu.kernel.threads // 32
         self.gpu, self.number, self.size = gpu, number, size
         self.blocks: list[Block] = []  # by their ranks
@@ -194,7 +194,7 @@ class Cluster:
                     "have ended: this CTA does not wait for the access"
                 )
                 line = int(events.lines[number])
-                self.gpu.fault("error", ENDED, line, message, warp)
+                self.gpu.fault("error", ENDED, line, message, warp.block.program)
 
     def _check_arrival(self, block: Block, known: Values, arrival: Arrival) -> None:
         agent = arrival.agent
@@ -203,7 +203,7 @@ class Cluster:
                 f"{arrival.name} reaches an mbarrier of CTA {block.rank}, which may have ended: "
                 "this CTA does not wait for the arrival"
             )
-            self.gpu.fault("error", ENDED, arrival.line, message, block.warps[0])
+            self.gpu.fault("error", ENDED, arrival.line, message, block.program)
 
 
 def rank_of(address: int) -> int:

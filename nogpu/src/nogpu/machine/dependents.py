@@ -15,17 +15,15 @@ waited itself before it let the next grid begin, the grids before its own had en
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from nogpu.machine.allocation import Allocation
+from nogpu.machine.memory import Space
 from nogpu.machine.registers import Values
 from nogpu.machine.vector_clocks import EARLIER, GIVEN, Events
 from nogpu.native.layout import EARLY, PAGE, TRIGGERED, WAIT_ADDRESS, WAITED
-
-if TYPE_CHECKING:
-    from nogpu.machine.memory import Space
 
 ALL_OF_THEM = {EARLIER: np.ones(1, np.int32)}  # what a warp knows after it has waited
 MOST_GRIDS = 8  # that may still run; those before them count as ended
@@ -131,7 +129,7 @@ def grid_of(
 
 
 def begin(
-    grids: list[EarlierGrid], events: Events, space: "Space", released: dict[int, dict[int, Values]]
+    grids: list[EarlierGrid], events: Events, space: Space, released: dict[int, dict[int, Values]]
 ) -> None:
     """Let the accesses of earlier grids, of which the last one comes first, be events of a launch.
 

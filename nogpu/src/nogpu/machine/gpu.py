@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from random import Random
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,11 +29,11 @@ from nogpu.instructions import (  # noqa: F401
 )
 from nogpu.machine import dependents
 from nogpu.machine.allocation import Allocation
-from nogpu.machine.block import LIMIT, Block, Schedule
+from nogpu.machine.block import Block
 from nogpu.machine.cluster import Cluster
 from nogpu.machine.decode import decode
+from nogpu.machine.gpu_state import GpuState, Schedule
 from nogpu.machine.instruction_counts import Counts, Progress
-from nogpu.machine.memory import Space
 from nogpu.machine.parse import Kernel, PtxError, parse
 from nogpu.machine.program_sample import ProgramSample
 from nogpu.machine.registers import Values
@@ -48,15 +47,12 @@ from nogpu.native.encoding import Program
 from nogpu.native.layout import WAIT_ADDRESS
 from nogpu.native.warps import LaunchState
 
-if TYPE_CHECKING:
-    from nogpu.machine.block import Warp
-
 Turns = Iterator[bool]  # of `Block.turns`
 # The memory of the launches has addresses that no process has; between allocations are gaps.
 FIRST_ADDRESS, GAP = 2**56, 2**20
 
 
-def _blocks(gpu: Gpu, position: tuple[int, ...]) -> Blocks:
+def _blocks(gpu: GpuState, position: tuple[int, ...]) -> Blocks:
     return Blocks(Block(gpu, position, 0), copies.COPIES_NEED_FENCE)
 
 
@@ -106,48 +102,29 @@ class Residents:
         return has_given_up or (is_idle and self._stuck >= len(self))
 
 
-class Gpu:
-    """Global memory, and the launches on it: what the blocks of the present launch share.
+class Gpu(GpuState):
+    """A GPU: global memory, and the launches on it.
 
     Args:
         change: of the PTX of each kernel, before it is executed; None: there is none.
     """
 
-    limit = LIMIT
-    multiprocessors = 132
     keeps_allocations = True  # for the next launch
     most_programs: int | None = None  # of a launch that are executed; None: all
     sample: ProgramSample | None = None  # of the last launch; None: all were executed
 
     def __init__(self, schedule: Schedule, change: Callable[[str], str] | None = None):
-        self.schedule, self.change = schedule, change
-        self.space = Space("global memory")
+        super().__init__(schedule)
+        self.change = change
         self.next = FIRST_ADDRESS
-        self.counts: Any = None  # of the last launch
         self.counted: list[Counts] = []  # of all launches
-        self.symbols: dict[str, int] = {}  # addresses of the kernel's constants
-        self.released: dict[int, dict[int, Values]] = {}  # what blocks have released, by address
-        self.changes = 0  # stores, and atomics that changed a value
-        self.printed: list[str] = []  # by the program that is executed
-        self.executed_instructions = 0  # of the warps of the present launch
         self.trace: Trace | None = None  # of the first program of the next launch
-        self.progress = Progress()  # of the present launch
         # Grids that may still run when the next launch begins, the last one first.
         self.earlier: list[dependents.EarlierGrid] = []
-        self.controls: Values | None = None  # what blocks of the launch do to control grids
         self.core_blocks: Blocks | None = None  # of the last launch
 
     def prepare(self, kernel: Kernel) -> None:
         """A launch of ``kernel`` begins."""
-
-    def fault(self, kind: str, name: str, line: int, message: str, warp: Warp) -> None:
-        """A fault was found: an error or a warning ends the launch."""
-        if kind != "note":
-            raise PtxError(line, message)
-
-    def place_of(self, line: int) -> str:
-        """Name a line of the PTX in a message."""
-        return f"line {line} of the PTX"
 
     def allocate(self, name: str, size: int) -> Allocation:
         """Return memory that nobody has written."""

@@ -89,7 +89,7 @@ class Space(AddressSpace):
         elif _are_close(a, b):
             how, kind = ", which differ in the last bits", "note"
         message = f"{who} store different values to the same bytes{how}"
-        warp.block.gpu.fault(kind, "different values", line, message, warp)
+        warp.block.gpu.fault(kind, "different values", line, message, warp.block.program)
 
     def change(
         self,
@@ -105,7 +105,7 @@ class Space(AddressSpace):
         """Note an atomic, which writes, and perhaps ``reads``."""
         if reads and self._read(warp, place, rows, width, event, line, atomic) is not None:
             message = f"{warp.cause.message}; an atomic changes it"
-            warp.block.gpu.fault("error", warp.cause.name, line, message, warp)
+            warp.block.gpu.fault("error", warp.cause.name, line, message, warp.block.program)
         self._write(warp, place, rows, width, event, line, atomic=atomic)
 
     # The rules, of the accesses of a warp and of its asynchronous operations
@@ -162,7 +162,7 @@ class Space(AddressSpace):
             where = warp.block.gpu.place_of(int(events.lines[number]))
             what = f"reads what {events.who(number)} wrote ({where})"
             message = f"{what}, which needs a fence between the proxies"
-            warp.block.gpu.fault("error", "missing fence", line, message, warp)
+            warp.block.gpu.fault("error", "missing fence", line, message, warp.block.program)
         return is_known
 
     def _read(
@@ -277,7 +277,9 @@ class Space(AddressSpace):
         for address, barrier in place.barriers.items():
             if ((offsets <= address + 7) & (offsets + width > address)).any():
                 message = f"overwrites the mbarrier of {warp.block.gpu.place_of(barrier.line)}"
-                warp.block.gpu.fault("error", "overwritten mbarrier", line, message, warp)
+                warp.block.gpu.fault(
+                    "error", "overwritten mbarrier", line, message, warp.block.program
+                )
 
     def _same(
         self,
@@ -302,7 +304,7 @@ class Space(AddressSpace):
                 f"{place.where(int(rows.flat[0]) * width)} without order, and both the same value "
                 f"(the other one at {other})"
             )
-            warp.block.gpu.fault("warning", name, line, message, warp)
+            warp.block.gpu.fault("warning", name, line, message, warp.block.program)
         if all_true(known | same) or foreign.any():
             return known | same
         if _are_close(held, values) or self._are_copies(
@@ -371,7 +373,11 @@ class Space(AddressSpace):
         gpu = warp.block.gpu
         if number == UNWRITTEN:
             gpu.fault(
-                "error", "uninitialised memory", line, f"{where} was not written before", warp
+                "error",
+                "uninitialised memory",
+                line,
+                f"{where} was not written before",
+                warp.block.program,
             )
             return
         name, who, by, waits = _agent(warp, number)
@@ -379,7 +385,7 @@ class Space(AddressSpace):
         message = f"{here} {where}, which {who} {does} ({by}), without {waits}"
         # The value that was read may be one that nobody uses: Triton has copies in several warps.
         is_weak = self.is_deferred and other == "read" and name == "race"
-        gpu.fault("warning" if is_weak else "error", name, line, message, warp)
+        gpu.fault("warning" if is_weak else "error", name, line, message, warp.block.program)
 
 
 def _agent(warp: Warp, number: int) -> tuple[str, str, str, str]:

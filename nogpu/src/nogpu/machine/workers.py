@@ -16,21 +16,18 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nogpu.machine.allocation import Allocation, zeros
 from nogpu.machine.dependents import kinds_of
+from nogpu.machine.gpu_state import GpuState
 from nogpu.machine.instruction_counts import Column, Counts
 from nogpu.machine.memory import Space
 from nogpu.machine.registers import Values
 from nogpu.machine.vector_clocks import Events
 from nogpu.native.blocks import Blocks
 from nogpu.native.warps import LaunchState
-
-if TYPE_CHECKING:
-    from nogpu.machine.gpu import Gpu
 
 LEAST_SECONDS = 0.004  # of the blocks that are left, below which one worker executes them
 # To copy the shadow of an element, and to compare it; a few times what memory takes.
@@ -52,7 +49,7 @@ def least_seconds(places: list[Allocation]) -> float:
 class Worker:
     """A worker's blocks of a launch, and what it knows of global memory."""
 
-    def __init__(self, gpu: Gpu, make: Callable[[Gpu], Blocks]):
+    def __init__(self, gpu: GpuState, make: Callable[[GpuState], Blocks]):
         self.gpu = copy.copy(gpu)
         self.gpu.changes = self.gpu.executed_instructions = 0
         self.gpu.counts = Counts(gpu.kernel)
@@ -103,7 +100,7 @@ def _mirror(place: Allocation) -> Allocation:
 
 
 def run_by_workers(
-    gpu: Gpu, positions: Values, number: int, make: Callable[[Gpu], Blocks]
+    gpu: GpuState, positions: Values, number: int, make: Callable[[GpuState], Blocks]
 ) -> bool | None:
     """Execute all blocks that are left, and return whether that was possible; None: not tried.
 
@@ -151,7 +148,7 @@ def run_by_workers(
     return True
 
 
-def _take_accesses(gpu: Gpu, workers: list[Worker], pages: list[Values]) -> None:
+def _take_accesses(gpu: GpuState, workers: list[Worker], pages: list[Values]) -> None:
     """Note what the workers have accessed and counted.
 
     Args:
@@ -172,7 +169,7 @@ def _take_accesses(gpu: Gpu, workers: list[Worker], pages: list[Values]) -> None
         _add(gpu, worker)
 
 
-def _add_events(gpu: Gpu, worker: Worker) -> Values:
+def _add_events(gpu: GpuState, worker: Worker) -> Values:
     """Add an event for each kind of a worker's accesses, and return the number for each of its own.
 
     Those that it has begun with keep theirs.
@@ -190,7 +187,7 @@ def _add_events(gpu: Gpu, worker: Worker) -> Values:
     return numbers
 
 
-def _begin_pages(gpu: Gpu) -> None:
+def _begin_pages(gpu: GpuState) -> None:
     """Find what is unwritten of each page before one of the workers writes there."""
     assert gpu.native is not None
     for place in gpu.space.allocations:
@@ -225,7 +222,7 @@ def _restore(places: list[Allocation], before: list[Values]) -> None:
         content[changed] = data[changed]
 
 
-def _add(gpu: Gpu, worker: Worker) -> None:
+def _add(gpu: GpuState, worker: Worker) -> None:
     """Add what a worker has counted."""
     most = Column.MOST_IN_FLIGHT
     together, mine = gpu.counts.table, worker.gpu.counts.table

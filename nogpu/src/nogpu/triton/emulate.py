@@ -14,7 +14,7 @@ from triton.runtime.driver import driver as active_driver
 
 from nogpu.data_sheets import ARCHITECTURES
 from nogpu.decorating import context_manager
-from nogpu.machine.block import SCHEDULES
+from nogpu.machine.gpu_state import SCHEDULES
 from nogpu.machine.program_sample import LEAST
 from nogpu.native.cache import cache_folder, writable
 from nogpu.triton import autotuner

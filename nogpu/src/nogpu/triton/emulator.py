@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,8 +18,8 @@ import torch
 from nogpu.data_sheets import ARCHITECTURES, DATA_SHEETS
 from nogpu.machine import dependents, gpu
 from nogpu.machine.allocation import Allocation
-from nogpu.machine.block import Schedule
 from nogpu.machine.dependents import Access, EarlierGrid
+from nogpu.machine.gpu_state import Schedule
 from nogpu.machine.instruction_counts import Counts, Progress
 from nogpu.machine.memory import Space
 from nogpu.machine.parse import Kernel, PtxError, Source, own_error
@@ -33,9 +33,6 @@ from nogpu.report.report import Report
 from nogpu.triton import tuning
 from nogpu.triton.assumptions import Assertions
 from nogpu.triton.host_memory import HostMemory
-
-if TYPE_CHECKING:
-    from nogpu.machine.block import Warp
 
 # By capability; shared memory of a program at most.
 SHARED_BYTES = {sheet.capability: sheet.shared_of_program for sheet in DATA_SHEETS.values()}
@@ -196,15 +193,17 @@ class Emulator(gpu.Gpu):
         source = self._source_of(line)
         return super().place_of(line) if source is None else f"{Path(source[0]).name}:{source[1]}"
 
-    def fault(self, kind: str, name: str, line: int, message: str, warp: Warp) -> None:
-        """Note a fault of a warp; the launch goes on."""
+    def fault(
+        self, kind: str, name: str, line: int, message: str, program: tuple[int, ...]
+    ) -> None:
+        """Note a fault of a program; the launch goes on."""
         if self._asserts and name == "assertion":
             name, message = "false assumption", "this is false, and the compiler relies on it"
         elif self._asserts:  # the launch itself finds it
             return
         if name == "deadlock":  # its program has not ended
             self._ended = name
-        self._note(kind, name, line, message, warp.block.program)
+        self._note(kind, name, line, message, program)
 
     def _note(
         self, kind: str, name: str, line: int, message: str, program: tuple[int, ...]
