@@ -63,6 +63,11 @@ def test_batch_sizes_that_are_refused():
             data.batches(samples_of(5), size, seed=0, epoch=1)
     with pytest.raises(ConfigError, match="start is -1, expected a whole number from 0 on"):
         data.batches(samples_of(5), 2, seed=0, epoch=1, start=-1)
+    with pytest.raises(
+        ConfigError, match="start is 4, expected at most 3, the batches of an epoch of 5 samples"
+    ):
+        data.batches(samples_of(5), 2, seed=0, epoch=1, start=4)
+    assert not list(data.batches(samples_of(5), 2, seed=0, epoch=1, start=3))
     (batch,) = data.batches(samples_of(5), 2**63, seed=0, epoch=1)
     assert batch.global_size == 5
     assert not list(data.batches(samples_of(0), 3, seed=0, epoch=1))
@@ -83,7 +88,9 @@ def test_ranks_share_the_batches_of_one_order(batch_size):
     (whole,) = data.batches(samples, 1030, seed=5, epoch=2)
     order = whole.labels
     assert order.sort().values.tolist() == list(range(1030))
-    for world_size, start in ((1, 0), (1, 3), (2, 0), (4, 0), (4, 1)):
+    count = len(order.split(batch_size))
+    for world_size, first in ((1, 0), (1, 3), (2, 0), (4, 0), (4, 1)):
+        start = min(first, count)
         expected = order.split(batch_size)[start:]
         for rank in range(world_size):
             share = partial(World.share, SimpleNamespace(dp_size=world_size, dp_rank=rank))

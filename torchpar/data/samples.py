@@ -172,15 +172,23 @@ def batches(
     Args:
         batch_size: samples of the global batch, over all ranks.
         share: returns this rank's share of a batch's indices, such as `World.share`; by default
-            all.
-        start: number of the first batch, to continue within an epoch.
+            all. A loop in a `torchpar.training.Run` takes `run.batches`, which gives each rank its
+            share.
+        start: number of the first batch, to continue within an epoch; with the number of batches
+            none remain.
 
     Raises:
         ConfigError: a ``batch_size`` that is no whole number from 1 on, or a ``start`` that is none
-            from 0 on.
+            from 0 to the number of batches.
     """
     batch_size = check_whole("batch_size", batch_size)
     start = check_whole("start", start, least=0)
+    count = -(-len(samples) // batch_size)
+    if start > count:
+        raise ConfigError(
+            f"start is {start}, expected at most {count}, the batches of an epoch of "
+            f"{len(samples)} samples; give the batch_size of the epoch that is continued"
+        )
     return _batches(samples, min(batch_size, max(len(samples), 1)), seed, epoch, share, start)
 
 
