@@ -292,7 +292,7 @@ def by_lesson(world: World, fused: bool) -> Train:
                     loss = gradients(x, labels, size)
                     optimizer.step()
                     optimizer.zero_grad()
-                    run.end_step(loss)
+                    run.end_step(loss_sum=loss)
                     yield loss.item() / size
 
                 run.end_epoch()

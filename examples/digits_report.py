@@ -80,7 +80,7 @@ def train(
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
-                run.end_step(loss)
+                run.end_step(loss_sum=loss)
             run.end_epoch()
     seconds = len(sets[0]) / max(r.samples_per_s for r in run.results)
     cost = {"steps": steps, "ms_per_step": 1000 * seconds / steps, "s_per_epoch": seconds}

@@ -143,7 +143,7 @@ def main(flags: Flags) -> None:
                     optimizer.step()
                     scheduler.step()
                     optimizer.zero_grad()
-                    run.end_step(loss)
+                    run.end_step(loss_sum=loss)
                 run.end_epoch()
     epochs = [asdict(result) for result in run.results]
     console.print_rows(

@@ -38,8 +38,8 @@ Without torchrun, ``python examples/train_ddp.py`` is one process with all threa
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from support import cli, lesson
 from support.cli import Bounds, Count, Free, Share, Size, Switch
@@ -49,7 +49,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from torchpar import data, training
+from torchpar import training
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP, Hidden
 from torchpar.parallel import join_world, register_shared_memory_hook
@@ -82,21 +82,31 @@ class Flags(lesson.TrainFlags):
     graph: Switch = False
 
     # By --plain.
-    PLAIN: ClassVar = {"optimizer": "sgd", "crop": 0, "pool": 1, "label_smoothing": 0.0}
+    PLAIN: ClassVar[dict[str, Any]] = {
+        "optimizer": "sgd",
+        "crop": 0,
+        "pool": 1,
+        "label_smoothing": 0.0,
+    }
+
+    def completed(self) -> Self:
+        flags = super().completed()
+        if flags.plain:
+            for name, value in self.PLAIN.items():
+                if getattr(flags, name) not in (value, getattr(Flags, name)):
+                    flag = f"--{name.replace('_', '-')}"
+                    raise ConfigError(f"--plain sets {flag} to {value}; drop one of the two")
+            flags = replace(flags, **self.PLAIN)
+        if flags.optimizer == "muon" and flags.lr is None and flags.activation != "sigmoid":
+            flags = replace(flags, lr=0.2)  # their slopes are up to 1, the sigmoid's up to 1/4
+        return flags
 
     def check(self) -> None:
-        for name, value in self.PLAIN.items() if self.plain else ():
-            if getattr(self, name) not in (value, getattr(Flags, name)):
-                flag = f"--{name.replace('_', '-')}"
-                raise ConfigError(f"--plain sets {flag} to {value}; drop one of the two")
-            setattr(self, name, value)
         super().check()
         if self.graph and self.recorded:
             raise ConfigError(
                 f"{self.recorded} looks into a step, and --graph launches it as one; drop one"
             )
-        if self.optimizer == "muon" and self.lr is None and self.activation != "sigmoid":
-            self.lr = 0.2  # their slopes are up to 1, the sigmoid's up to 1/4
 
     @property
     def recorded(self) -> str:
@@ -144,29 +154,21 @@ def main(flags: Flags) -> None:
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             world=world,
-            task=task,  # by which an epoch's end judges the model
+            task=task,  # which samples, in which batches, and how the model is judged
             epochs=flags.epochs,
             checkpoint=flags.saving(),
             config=flags.config(),
         )
         with run, lesson.Log(flags, run) as log:
             run.resume()
-            log()
+            log.resumed()
             for epoch in run.epochs():
-                for x, labels, global_size in data.batches(
-                    train,
-                    flags.batch_size,
-                    seed=flags.seed,
-                    epoch=epoch,
-                    share=world.share,
-                    start=run.begin_epoch(epoch),
-                ):
+                for x, labels, global_size in run.batches(epoch):  # this rank's share
                     loss = take_step(x, labels, global_size)
                     lr_scheduler.step()
-                    run.end_step(loss)
-                    log()
-                run.end_epoch()
-                log()
+                    run.end_step(loss_sum=loss)
+                    log.step()
+                log.epoch(run.end_epoch())
 
 
 if __name__ == "__main__":

@@ -223,15 +223,14 @@ def main(flags: Flags) -> None:
         )
         with run, lesson.Log(flags, run) as log:
             run.resume()
-            log()
+            log.resumed()
             for epoch in run.epochs():
                 for batch in run.batches(epoch):
                     loss = trainer.step(*batch)
                     lr_scheduler.step()
-                    run.end_step(loss)
-                    log()
-                run.end_epoch()
-                log()
+                    run.end_step(loss_sum=loss)
+                    log.step()
+                log.epoch(run.end_epoch())
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def main(flags: Flags) -> None:
         )
         with run, lesson.Log(flags, run) as log:
             run.resume()
-            log()
+            log.resumed()
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
                     loss = gradients(x, labels, global_size)
@@ -103,10 +103,9 @@ def main(flags: Flags) -> None:
                     optimizer.step()
                     lr_scheduler.step()
                     optimizer.zero_grad()
-                    run.end_step(loss)
-                    log()
-                run.end_epoch()
-                log()
+                    run.end_step(loss_sum=loss)
+                    log.step()
+                log.epoch(run.end_epoch())
 
 
 if __name__ == "__main__":

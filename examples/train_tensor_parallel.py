@@ -88,7 +88,7 @@ def main(flags: Flags) -> None:
         )
         with run, lesson.Log(flags, run) as log:
             run.resume()
-            log()
+            log.resumed()
             for epoch in run.epochs():
                 for x, labels, global_size in run.batches(epoch):
                     # Every rank has the whole batch, and so the whole gradient of its slices: no
@@ -99,10 +99,9 @@ def main(flags: Flags) -> None:
                     optimizer.step()
                     lr_scheduler.step()
                     optimizer.zero_grad()
-                    run.end_step(loss)
-                    log()
-                run.end_epoch()
-                log()
+                    run.end_step(loss_sum=loss)
+                    log.step()
+                log.epoch(run.end_epoch())
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def train(name: str, flags: Flags, world: World) -> report.Run:
     recorder = Recorder(model, optimizer, world) if flags.report else None
     with run, recorder or nullcontext():
         for epoch in run.epochs():
-            batches = task.batches(epoch, run.begin_epoch(epoch), world)
+            batches = run.batches(epoch)
             for starts in recorder.steps(batches) if recorder else batches:
                 with task.arithmetic():
                     if parallel:
@@ -203,7 +203,7 @@ def train(name: str, flags: Flags, world: World) -> report.Run:
                 schedule.step()
                 optimizer.zero_grad()
                 # Each rank's mean is over as many windows.
-                run.end_step(loss * flags.batch_size / world.world_size)
+                run.end_step(loss_sum=loss * flags.batch_size / world.world_size)
             run.end_epoch()
     seconds = accumulate(task.samples / result.samples_per_s for result in run.results)
     rows = [

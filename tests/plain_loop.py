@@ -45,6 +45,6 @@ def train(
                 if scheduler:
                     scheduler.step()
                 optimizer.zero_grad()
-                run.end_step(total)
+                run.end_step(loss_sum=total)
             run.end_epoch()
     return run

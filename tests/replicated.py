@@ -98,7 +98,7 @@ def train_replicated(mesh: Mapping[str, int], way: Way) -> list[float]:
                         clip_grad_norm_(model, way.clips, world)
                     optimizer.step()
                     optimizer.zero_grad()
-                    one.end_step(loss)
+                    one.end_step(loss_sum=loss)
                     losses.append(world.sum(loss.detach() * world.owns_outputs).item())
                 one.end_epoch()
     return losses

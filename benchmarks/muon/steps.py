@@ -195,7 +195,7 @@ def train(epochs: int, samples: int | None = None) -> list[Result]:
                         optimizer.step()
                         schedule.step()
                         optimizer.zero_grad()
-                        run.end_step(loss)
+                        run.end_step(loss_sum=loss)
                     run.end_epoch()
             case = {"weight": "-".join(map(str, SIZES))}
             for score in run.results:

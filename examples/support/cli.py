@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args, get_type_hints
 
 from support.ending import WrongFlags, ending, line_of, parsing
 
@@ -126,8 +126,16 @@ class ExampleFlags:
     # File for the run's figures, a JSON object per line; the last line is the final result.
     metrics: File = None
 
+    def completed(self) -> Self:
+        """Return the flags with those that others set, such as --dry-run; `main` calls it.
+
+        Raises:
+            ConfigError: a flag that is given, and that another sets otherwise.
+        """
+        return self
+
     def check(self) -> None:
-        """Complete the flags, and refuse those that do not fit; `main` calls it.
+        """Refuse flags that do not fit, and change nothing; `main` calls it.
 
         Raises:
             ConfigError: a flag out of its bounds, a package that is missing, or an output that
@@ -239,6 +247,7 @@ def main(
             with agreeing() as check:
                 with parsing():
                     parsed = tyro.cli(flags, config=(tyro.conf.FlagCreatePairsOff,))
+                parsed = parsed.completed()
                 parsed.check()
                 check({"the version of torchpar": __version__, **parsed.shared()})
         except AllRanksError:

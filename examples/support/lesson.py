@@ -7,7 +7,7 @@ The model, its split and the loop are the lessons' own.
 import math
 import os
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -25,7 +25,14 @@ from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.clip import clip_grad_norm_
 from torchpar.parallel.split.shared_memory import can_share_memory
-from torchpar.training import CheckpointConfig, Classification, LRSchedule, Run, Stopped
+from torchpar.training import (
+    CheckpointConfig,
+    Classification,
+    EpochResult,
+    LRSchedule,
+    Run,
+    Stopped,
+)
 from torchpar.training.profile.recorder import Recorder
 
 # Steps that are not traced: two in which DistributedDataParallel sets itself up, one warms up.
@@ -83,10 +90,15 @@ class TrainFlags(cli.DataFlags):
     # Seconds after which a rank that waits for another gives up.
     timeout: Annotated[float, Bounds(1, 1e6), Free()] = 600.0
 
+    def completed(self) -> Self:
+        flags = super().completed()
+        if not self.dry_run:
+            return flags
+        return replace(
+            flags, epochs=1, metrics=None, log_dir=None, report=None, profile=None, checkpoint=None
+        )
+
     def check(self) -> None:
-        if self.dry_run:
-            self.epochs = 1
-            self.metrics = self.log_dir = self.report = self.profile = self.checkpoint = None
         if self.decay_biases and self.optimizer == "muon":
             raise ConfigError(
                 "--decay-biases changes sgd's L2 penalty, and the optimizer is muon; take "
@@ -184,9 +196,13 @@ class Log:
 
         with Run(…) as run, Log(flags, run) as log:
             run.resume()
-            log()
-            …
-                log()  # after each step, and after each epoch
+            log.resumed()
+            for epoch in run.epochs():
+                for … in run.batches(epoch):
+                    …
+                    run.end_step(loss_sum=loss)
+                    log.step()
+                log.epoch(run.end_epoch())
 
     The last lines follow where the context ends without an error.
 
@@ -200,7 +216,7 @@ class Log:
         self.bar = console.progress_bar(hidden=not self.speaks)
         self.recorder: Recorder | None = None
         self.profiler: torch.profiler.profile | None = None
-        self._shown: int | None = None  # epochs; None until something is shown
+        self._shown = 0  # epochs
         self._active = ExitStack()
         if draw:
             timeline.check_one_machine(run.world)
@@ -220,45 +236,51 @@ class Log:
                 self._active.enter_context(context)
         return self
 
-    def __call__(self) -> None:
-        """Show how far the run is; at first, where it was resumed."""
-        run = self.run
-        if self._shown is None:
-            self._begin()
-        elif run.state.step and self.profiler is not None:
+    def resumed(self) -> None:
+        """Show where the run was resumed, if it was."""
+        run, step = self.run, self.run.resumed_from
+        self._shown = len(run.results)
+        if step is not None:
+            complete = self._shown == run.num_epochs
+            where = f"complete already, at step {step}" if complete else f"resumed from step {step}"
+            self._print(where)
+            if self.world.dp_size > 2 and not can_share_memory(self.world.dp_size):
+                self._print(
+                    "the weights may differ in the last bits from those of a run that was not "
+                    "stopped"
+                )
+            self._write(first=0)
+        self._advance()
+
+    def step(self) -> None:
+        """Show that a step has ended."""
+        if self.profiler is not None:
             self.profiler.step()
-        if self._shown != len(run.results):
-            self._shown = len(run.results)
-            self._print(console.epoch_line(run.results[-1], run.num_epochs))
-            self._write(first=-1)
-        if not self.bar.disable:
-            samples = min(run.state.step * run.task.batch_size, run.task.samples)
-            self.bar.update(self.task, completed=len(run.results) * run.task.samples + samples)
+        self._advance()
+
+    def epoch(self, result: EpochResult) -> None:
+        """Show and write the figures of an epoch that has ended."""
+        self._shown = result.epoch
+        self._print(console.epoch_line(result, self.run.num_epochs))
+        self._write(first=-1)
+        self._advance()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._active:
             if kind is not None and not issubclass(kind, Stopped):
                 return
-            if self._shown != len(self.run.results):
-                self()  # of a run that was complete, or whose last save stopped it
+            if len(self.run.results) > self._shown:  # its save stopped the run
+                self.epoch(self.run.results[-1])
         if kind is None:
             self.run.wait()
             self._end()
 
-    def _begin(self) -> None:
-        """Say where a run was resumed."""
-        run, step = self.run, self.run.resumed_from
-        self._shown = (step or 0) // run.steps_per_epoch
-        if step is None:
-            return
-        complete = self._shown == run.num_epochs
-        where = f"complete already, at step {step}" if complete else f"resumed from step {step}"
-        self._print(where)
-        if self.world.dp_size > 2 and not can_share_memory(self.world.dp_size):
-            self._print(
-                "the weights may differ in the last bits from those of a run that was not stopped"
-            )
-        self._write(first=0)
+    def _advance(self) -> None:
+        """Move the progress bar to the samples that were trained on."""
+        if not self.bar.disable:
+            run = self.run
+            samples = min(run.state.step * run.task.batch_size, run.task.samples)
+            self.bar.update(self.task, completed=len(run.results) * run.task.samples + samples)
 
     def _print(self, *lines: str) -> None:
         for line in lines if self.speaks else ():

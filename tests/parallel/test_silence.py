@@ -162,7 +162,7 @@ def run_in_which_rank_1_is_stopped() -> tuple[list[str], int, list[str]]:
                 loss = torch.nn.functional.cross_entropy(replica(x), labels, reduction="sum")
                 loss.backward()
                 optimizer.step()
-                run.end_step(loss)
+                run.end_step(loss_sum=loss)
             run.end_epoch()
         last.cancel()
     return said, os.getpid(), [thread.name for thread in threading.enumerate()]

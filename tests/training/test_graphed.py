@@ -779,7 +779,7 @@ def test_a_run_with_a_graph_is_saved_in_any_step(gpu, tmp_path):
                     number += 1
                     if number == stop_after:
                         signal.raise_signal(signal.SIGTERM)
-                    run.end_step(loss)
+                    run.end_step(loss_sum=loss)
                 run.end_epoch()
         return run
 

@@ -127,7 +127,7 @@ def train(axes: dict[str, int], ways: list[str]) -> list[tuple[str, int]]:
                             model.add_up(world)
                             optimizer.step()
                             optimizer.zero_grad()
-                            run.end_step(loss)
+                            run.end_step(loss_sum=loss)
                         run.end_epoch()
                 except ConfigError as e:
                     error = str(e)
@@ -213,7 +213,7 @@ def train_stages() -> tuple[float, int]:
                 loss = pipeline.step(x, labels, size, cross_entropy_sum)
                 optimizer.step()
                 optimizer.zero_grad()
-                run.end_step(loss)
+                run.end_step(loss_sum=loss)
             loss_of_epoch = run.end_epoch().train_loss
         assert [*model.state_dict()] == ["0.weight", "0.bias", "1.weight", "1.bias"]
         return loss_of_epoch, looked.call_count

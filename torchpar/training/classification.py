@@ -27,6 +27,7 @@ class Classification:
         train, test: the same samples on every rank.
         batch_size: samples per step, over all ranks.
         predict: inputs → outputs, or None on ranks without outputs; by default the run's model.
+            `Run` refuses a module with other parameters than its model's.
         loss: for evaluation, outputs and labels → the sum of the losses; by default the
             cross-entropy.
         seed: the seed of the samples' order.
@@ -57,7 +58,11 @@ class Classification:
         }
 
     def check(self, world: World) -> None:
-        """Raise a ConfigError on every rank if samples differ between ranks, or there are none."""
+        """Refuse samples that differ between ranks, no samples, and a test set of other classes.
+
+        Raises:
+            ConfigError: on every rank.
+        """
         if world.world_size > 1:
             sizes = {
                 "test": len(self.test),
@@ -70,6 +75,11 @@ class Classification:
             raise ConfigError(
                 f"{len(self.train)} training and {len(self.test)} test samples, expected at least "
                 "one of each"
+            )
+        if tuple(self.train.classes) != tuple(self.test.classes):
+            raise ConfigError(
+                f"the test samples have the classes {self.test.classes}, expected those of the "
+                f"training samples, {self.train.classes}, in their order; give both sets all names"
             )
         if world.world_size > 1:
             drawn = {"train.features": self.train.features, "train.labels": self.train.labels}

@@ -5,22 +5,22 @@
     with Run(model, optimizer, lr_scheduler, world, task, epochs=10) as run:
         run.resume()  # from the newest checkpoint, if there is one
         for epoch in run.epochs():
-            start = run.begin_epoch(epoch)  # 0, or the batch before which the run was stopped
-            for x, labels, global_size in task.batches(epoch, start, world):
+            for x, labels, global_size in run.batches(epoch):  # of this rank, those that remain
                 loss = cross_entropy(model(x), labels, reduction="sum")
                 (loss / global_size).backward()
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
-                run.end_step(loss)  # counts and checks; saves and stops if it is time to
+                run.end_step(loss_sum=loss)  # counts and checks; saves and stops if it is time to
             result = run.end_epoch()  # evaluates and saves
 
-The model, the optimizer and the loop are the program's own. A `Task` says what is trained on and
-how it is judged. A loop that accumulates the gradients of several batches calls `end_step` after
-each batch, and is saved and stopped after a step of the optimizer.
+The model, the optimizer and the loop are the program's own. A `Task` says what is trained on, in
+which batches, and how the model is judged; a loop over data of its own is a Task of its own. A loop
+that accumulates the gradients of several batches calls `end_step` after each batch, and is saved
+and stopped after a step of the optimizer.
 
-A ``break`` before `Run.begin_epoch` ends the run after the last whole epoch, as to stop early. What
-an epoch's body does before `Run.begin_epoch` is done again when a run resumes within that epoch;
+A ``break`` before `Run.batches` ends the run after the last whole epoch, as to stop early. What an
+epoch's body does before `Run.batches` is done again when a run resumes within that epoch;
 afterwards the random state is the saved one.
 """
 
@@ -45,6 +45,7 @@ from torchpar.parallel.save.checkpoint import CheckpointConfig, Checkpoints
 from torchpar.parallel.split.parts import local, reshard
 from torchpar.training import state
 from torchpar.training.answers import answering_signals
+from torchpar.training.consistency import check_consistency, has_gradients
 from torchpar.training.graphed import count_replays
 from torchpar.training.outcome import EpochResult, Evaluation, Stopped
 from torchpar.training.replicas import check_replicas
@@ -92,8 +93,8 @@ class Run:
 
     Args:
         model: this rank's part of the model; not its DistributedDataParallel wrapper.
-        optimizer, lr_scheduler: over ``model``'s parameters; the training loop steps both.
-            ``lr_scheduler`` may be None.
+        optimizer, lr_scheduler: over all of ``model``'s parameters that require a gradient; the
+            training loop steps both. ``lr_scheduler`` may be None.
         world: the ranks and their mesh.
         task: what is trained on, and how it is judged.
         epochs: passes over the training samples, those of a resumed run included.
@@ -108,11 +109,13 @@ class Run:
         resumed_from: the step at which the run was resumed; None if it was not.
 
     Raises:
-        ConfigError: ranks with different models, arguments or samples; in the optimizer's first
-            step, gradients that differ between the ranks of "dp", or those of whole parameters
-            between the ranks of "tp"; a checkpoint that is damaged, of another run or of more
-            epochs; a model or an optimizer of which a checkpoint would lose something. On every
-            rank.
+        ConfigError: ranks with different models, arguments or samples; an optimizer of other
+            parameters than the model's, an lr_scheduler of another optimizer or longer than the
+            run, or a task that judges another model; in the optimizer's first step, a model
+            without gradients, gradients that differ between the ranks of "dp", or those of whole
+            parameters between the ranks of "tp"; a checkpoint that is damaged, of another run or
+            of more epochs; a model or an optimizer of which a checkpoint would lose something. On
+            every rank.
         DivergedError: the training or the test loss of an epoch is not finite, or a weight or a
             loss when it is to be saved. On every rank.
         RuntimeError: a loop that leaves out a step's end, or an epoch's beginning or end, or was
@@ -147,11 +150,14 @@ class Run:
         epochs = check_whole("epochs", epochs)
         check_whole("batch_size", task.batch_size)
         task.check(world)
+        steps_per_epoch = math.ceil(task.samples / task.batch_size)
+        parts = model, optimizer, lr_scheduler, task
+        world.gather_results(lambda: check_consistency(*parts, epochs, steps_per_epoch))
         self.state = TrainState(model, optimizer, lr_scheduler, world, saved)
         self.world = world
         self.task = task
         self.num_epochs = epochs
-        self.steps_per_epoch = math.ceil(task.samples / task.batch_size)
+        self.steps_per_epoch = steps_per_epoch
         self.resumed_from: int | None = None
         self._stack = ExitStack()
         self._checkpoints = Checkpoints(checkpoint, world) if checkpoint else None
@@ -167,9 +173,8 @@ class Run:
         if checkpoint is not None:
             state.check_saveable(self.state)
             self._stack.callback(optimizer.register_step_post_hook(self._note_step).remove)
-        if world.dp_size * world.tp_size > 1:
-            # A hook that removed itself would disturb PyTorch's loop over the hooks.
-            self._stack.callback(optimizer.register_step_pre_hook(self._check_gradients).remove)
+        # A hook that removed itself would disturb PyTorch's loop over the hooks.
+        self._stack.callback(optimizer.register_step_pre_hook(self._check_gradients).remove)
 
     @property
     def results(self) -> list[EpochResult]:
@@ -200,7 +205,7 @@ class Run:
             raise RuntimeError(
                 f"the loop was left in epoch {len(self.results) + 1}, after {self.state.step} of "
                 f"{self.steps_per_epoch} batches: they were not evaluated, and not saved; take all "
-                "batches of an epoch and call run.end_epoch(), or leave before run.begin_epoch"
+                "batches of an epoch and call run.end_epoch(), or leave before run.batches"
             )
 
     def wait(self) -> None:
@@ -234,10 +239,10 @@ class Run:
             )
         return range(len(self.results) + 1, self.num_epochs + 1)
 
-    def begin_epoch(self, epoch: int) -> int:
-        """Begin ``epoch``; return the number of its first batch, which is 0 unless it is resumed.
+    def batches(self, epoch: int) -> Iterator[Any]:
+        """Begin ``epoch``; return this rank's share of each of the task's remaining batches.
 
-        Where it is resumed, random numbers go on as they would have.
+        Where the epoch is resumed, random numbers go on as they would have.
         """
         if epoch != len(self.results) + 1:
             raise RuntimeError(
@@ -250,11 +255,6 @@ class Run:
         self._first, self._start = first, time.perf_counter()
         self._is_within_epoch = True
         self._begin_step()
-        return first
-
-    def batches(self, epoch: int) -> Iterator[Any]:
-        """Begin ``epoch``; return this rank's share of each of the task's remaining batches."""
-        first = self.begin_epoch(epoch)
         return iter(self.task.batches(epoch, first, self.world))
 
     def _steps_in_epoch(self) -> int | None:
@@ -268,22 +268,23 @@ class Run:
             self._replays = count_replays(self.state.optimizer)
             self._stop.start_all_reduce()
 
-    def end_step(self, loss: Tensor) -> None:
+    def end_step(self, *, loss_sum: Tensor) -> None:
         """End a step: count it and check it, and save and stop if it is time to.
 
         Args:
-            loss: this rank's part of the sum of the step's losses; the ranks' parts add up to it.
+            loss_sum: this rank's part of the sum, not of the mean, of the losses of the step's
+                samples; the ranks' parts add up to the sum.
         """
         step = self.state.step + 1
         if not self._is_within_epoch or step > self.steps_per_epoch:
             raise RuntimeError(
-                f"step {step} ends in an epoch of {self.steps_per_epoch} batches; call "
-                "run.begin_epoch(epoch) before the batches, and run.end_step(loss) once for each"
+                f"step {step} ends in an epoch of {self.steps_per_epoch} batches; take the batches "
+                "of run.batches(epoch), and call run.end_step(loss_sum=…) once for each"
             )
         self.state.step = step
         if self.world.owns_outputs:
             # A tensor: the host waits for no GPU.
-            self.state.loss_sum = self.state.loss_sum + loss.detach().double()
+            self.state.loss_sum = self.state.loss_sum + loss_sum.detach().double()
         if step == self._first + 1:
             self._check_replicas()
         if step < self.steps_per_epoch:  # the last step's comes after the evaluation
@@ -297,8 +298,8 @@ class Run:
             raise RuntimeError(
                 f"epoch {epoch} ends after {step} of {self.steps_per_epoch} batches, which the "
                 f"task has by its samples ({self.task.samples}) and batch_size "
-                f"({self.task.batch_size}); take all of them, and call run.end_step(loss) once "
-                "after each"
+                f"({self.task.batch_size}); take all of them, and call run.end_step(loss_sum=…) "
+                "once after each"
             )
         self._is_within_epoch = False
         loss = torch.tensor(
@@ -384,6 +385,8 @@ class Run:
             )
 
     def _is_on_any_rank(self, mine: bool) -> bool:
+        if self.world.world_size == 1:
+            return mine
         count = torch.tensor(float(mine), dtype=torch.float64, device=self.world.device)
         return bool(self.world.sum(count).item())
 
@@ -393,14 +396,28 @@ class Run:
             for buffer in self.state.model.buffers():
                 dist.broadcast(buffer, group=self.world.mesh.get_group("dp"), group_src=0)
 
-    def _check_gradients(self, *_: Any) -> None:
-        """Refuse gradients that nobody added up, once, before the optimizer's first step.
+    def _check_gradients(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Refuse the gradients of another model, and those that nobody added up, once, before the
+        optimizer's first step.
 
-        Comparing parameters would miss them where ranks share Muon's work: every rank gets every
-        update.
+        Comparing parameters would miss the latter where ranks share Muon's work: every rank gets
+        every update.
         """
-        if self._is_first_step:
-            self._is_first_step = False
+        if not self._is_first_step:
+            return
+        self._is_first_step = False
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # A closure computes the gradients later.
+        if not self._is_on_any_rank(closure is not None or has_gradients(parameters)):
+            raise ConfigError(
+                "no parameter of the run's model has a gradient in the optimizer's first step: the "
+                "loop trains another model, or calls no loss.backward() before the step; train the "
+                "model that Run got"
+            )
+        if self.world.dp_size * self.world.tp_size > 1:
             check_replicas(self.state.model, self.world)
 
     def _check_replicas(self) -> None:

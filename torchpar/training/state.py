@@ -59,9 +59,8 @@ def check_saveable(state: TrainState) -> None:
     """Refuse a state of which checkpoints would lose something; the error names it.
 
     Raises:
-        ConfigError: an optimizer of parameters that are not the model's, or an optimizer that
-            divides its state over the ranks; a setting of a group, or a module's extra state, that
-            is neither a tensor nor JSON; a sparse tensor.
+        ConfigError: an optimizer that divides its state over the ranks; a setting of a group, or a
+            module's extra state, that is neither a tensor nor JSON; a sparse tensor.
     """
     reshard(state.model)
     for optimizer in optimizers_of(state.optimizer):
@@ -79,7 +78,6 @@ def check_saveable(state: TrainState) -> None:
 
 
 def _check_groups(state: TrainState) -> None:
-    names = {p: name for name, p in state.model.named_parameters(remove_duplicate=False)}
     for number, settings in enumerate(_settings(state.optimizer)):
         for key, value in settings.items():
             try:
@@ -89,14 +87,6 @@ def _check_groups(state: TrainState) -> None:
                     f"the optimizer's group {number} has {key} = {value!r}, which would not be "
                     "saved; expected numbers, strings or tensors"
                 ) from e
-    for number, group in enumerate(state.optimizer.param_groups):
-        for p in group["params"]:
-            if p not in names:
-                raise ConfigError(
-                    f"the optimizer's group {number} has a parameter of shape {tuple(p.shape)} "
-                    "that is not the model's, and would not be saved; make it a parameter of the "
-                    "model, or make the optimizer after fully_shard"
-                )
 
 
 def save(state: TrainState, checkpoints: Checkpoints, number: int) -> None:
