@@ -27,12 +27,13 @@ from support import cli, console, plots
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar.data import Samples, load
 from torchpar.nn import MLP
 from torchpar.parallel import World
 from torchpar.parallel.launch.world import join_world
-from torchpar.training import Classification, Run, evaluate, lr_scheduler, sgd
+from torchpar.training import Classification, Run, evaluate, sgd
 
 Row = dict[str, Any]  # a choice and its figures after an epoch
 CHOICE = ("hidden", "batch_size", "lr", "weight_decay")
@@ -70,7 +71,7 @@ def train(
     model = MLP([784, *[choice["hidden"]] * flags.depth, len(sets[0].classes)]).to(world.device)
     optimizer = sgd(model, choice["lr"], 0.9, choice["weight_decay"], flags.decay_biases)
     steps = -(-len(sets[0]) // choice["batch_size"])
-    scheduler = lr_scheduler(optimizer, "linear", epochs * steps)
+    scheduler = LambdaLR(optimizer, lambda step: 1 - step / (epochs * steps))
     task = Classification(*sets, choice["batch_size"], seed=flags.seed)
     with Run(model, optimizer, scheduler, world, task, epochs=epochs) as run:
         for epoch in run.epochs():

@@ -18,12 +18,13 @@ from support import checks, cli, console, measure, plots
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, cross_entropy, layer_norm, linear
+from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar.console import breaking_silence
 from torchpar.data import load
 from torchpar.nn import Linear, LinearSigmoid
 from torchpar.parallel.launch.world import join_world
-from torchpar.training import Classification, Run, lr_scheduler, sgd
+from torchpar.training import Classification, Run, sgd
 
 
 @dataclass(kw_only=True)
@@ -130,7 +131,7 @@ def main(flags: Flags) -> None:
         model = ConvNet().to(world.device)
         optimizer = sgd(model, flags.lr, momentum=0.9, weight_decay=3e-5)
         steps = -(-len(train) // flags.batch_size)
-        scheduler = lr_scheduler(optimizer, "linear", flags.epochs * steps)
+        scheduler = LambdaLR(optimizer, lambda step: 1 - step / (flags.epochs * steps))
         task = Classification(train, test, flags.batch_size, seed=flags.seed)
         with Run(model, optimizer, scheduler, world, task, epochs=flags.epochs) as run:
             for epoch in run.epochs():

@@ -42,6 +42,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from train_by_hand import BinaryCrossEntropy, build_network, draw
 
 from torchpar.data import Samples, batches
@@ -49,7 +50,7 @@ from torchpar.errors import ConfigError, check_finite
 from torchpar.nn import MLP
 from torchpar.parallel.launch.local import Ranks
 from torchpar.parallel.launch.world import join_world
-from torchpar.training import lr_scheduler, sgd
+from torchpar.training import sgd
 
 WIDTHS, PENALTIES = (1, 4, 8, 32), (0.0, 1e-3, 1e-2, 1e-1)  # with --noise
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -155,7 +156,8 @@ def train(
     seed: int,
     speaks: bool = False,
 ) -> None:
-    scheduler = lr_scheduler(optimizer, "linear", steps=epochs * -(-len(points) // batch_size))
+    steps = epochs * -(-len(points) // batch_size)
+    scheduler = LambdaLR(optimizer, lambda step: 1 - step / steps)
     for epoch in console.progress(range(1, epochs + 1), "epochs", speaks):
         for x, labels, _ in batches(points, batch_size, seed=seed, epoch=epoch):
             loss = loss_sum(model(x), labels) / len(x)

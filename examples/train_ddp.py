@@ -49,7 +49,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from torchpar import training
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP, Hidden
 from torchpar.parallel import join_world, register_shared_memory_hook
@@ -132,7 +131,7 @@ def main(flags: Flags) -> None:
         # Muon for the weight matrices and SGD for the biases, at a rate that falls to 0 linearly,
         # unless --optimizer, --lr and --schedule say otherwise.
         optimizer = flags.make_optimizer(model)
-        lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
+        lr_scheduler = lesson.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         def step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
             outputs = ddp(x)

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from torchpar import data, training
+from torchpar import data
 from torchpar.data import Batch, Samples
 from torchpar.errors import TorchparError
 from torchpar.nn import MLP
@@ -206,7 +206,7 @@ def main(flags: Flags) -> None:
             console.print_rows(rows)
             print(f"training with {ways[-1]}")
         trainer = Trainer(flags, world, train, ways[-1])
-        lr_scheduler = training.lr_scheduler(
+        lr_scheduler = lesson.lr_scheduler(
             trainer.optimizer, flags.schedule, flags.total_steps(train)
         )
 

@@ -32,6 +32,7 @@ if missing := [
 
 from support import console, ending, report
 from support.cli import Needs, Output
+from support.lesson import LRSchedule, lr_scheduler
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
@@ -46,7 +47,7 @@ from torchpar.data import Batch, Samples, batches, load
 from torchpar.data.files import Dataset
 from torchpar.errors import ConfigError, check_finite
 from torchpar.nn import MLP
-from torchpar.training import LRSchedule, lr_scheduler, sgd
+from torchpar.training import sgd
 from torchpar.training.profile.record import RankRecord
 from torchpar.training.profile.recorder import Recorder
 

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from torchpar import training
 from torchpar.nn import MLP
 from torchpar.parallel import join_world, parallel_mlp, register_shared_memory_hook
 from torchpar.parallel.split.pipeline import Pipeline, PipelineSchedule, stage_mlp
@@ -70,7 +69,7 @@ def main(flags: Flags) -> None:
             register_shared_memory_hook(ddp, world)  # on CPUs
         # Ranks of one stage share the work of Muon.
         optimizer = flags.make_optimizer(model, world.mesh["dp", "tp"])
-        lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
+        lr_scheduler = lesson.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         def gradients(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
             if pipeline is not None:

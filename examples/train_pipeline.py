@@ -38,7 +38,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.profiler import record_function
 
-from torchpar import training
 from torchpar.nn import MLP
 from torchpar.parallel import World, join_world
 from torchpar.parallel.split.pipeline import PipelineSchedule, check_one_rank_per_gpu, stage_mlp
@@ -118,7 +117,7 @@ def main(flags: Flags) -> None:
             stage.compile()
         gradients, predict = by_hand(flags, world, stage)
         optimizer = flags.make_optimizer(stage)
-        lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
+        lr_scheduler = lesson.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         task = Classification(train, test, flags.batch_size, predict=predict, seed=flags.seed)
         run = Run(

@@ -30,7 +30,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import cross_entropy
 
-from torchpar import training
 from torchpar.errors import ConfigError
 from torchpar.parallel import ColumnParallelLinear, RowParallelLinear, join_world
 from torchpar.training import Classification, Run
@@ -73,7 +72,7 @@ def main(flags: Flags) -> None:
         if flags.compile:
             model.compile()
         optimizer = flags.make_optimizer(model, world.mesh["tp"])
-        lr_scheduler = training.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
+        lr_scheduler = lesson.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
 
         task = Classification(train, test, flags.batch_size, seed=flags.seed)
         run = Run(

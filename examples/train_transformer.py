@@ -29,13 +29,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar import exact
 from torchpar.errors import ConfigError
 from torchpar.optim import Muon
 from torchpar.parallel import join_world
 from torchpar.parallel.launch.world import World
-from torchpar.training import Evaluation, Run, lr_scheduler
+from torchpar.training import Evaluation, Run
 from torchpar.training.profile.recorder import Recorder
 
 BOOK = Path(__file__).parent / "data" / "alice.txt"
@@ -180,7 +181,7 @@ def train(name: str, flags: Flags, world: World) -> report.Run:
         if world.rank == 0:
             print(optimizer)
     epochs = math.ceil(flags.steps / task.steps)
-    schedule = lr_scheduler(optimizer, "linear", epochs * task.steps)
+    schedule = LambdaLR(optimizer, lambda step: 1 - step / (epochs * task.steps))
     replica = DistributedDataParallel(model) if world.world_size > 1 and not is_exact else model
     parallel = exact.DataParallel(model, world.mesh["dp"].get_group()) if is_exact else None
     mine = slice(world.rank, None, world.world_size)

@@ -3,12 +3,14 @@
 
 from typing import Any
 
+from support.lesson import LRSchedule, lr_scheduler
+
 import torch
 from torch.optim import Optimizer
 
 from torchpar.data import Samples
 from torchpar.parallel.launch.world import World
-from torchpar.training import Classification, LRSchedule, Run, lr_scheduler
+from torchpar.training import Classification, Run
 from torchpar.training.classification import cross_entropy_sum
 
 

@@ -21,12 +21,13 @@ from statistics import median
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar import data
 from torchpar.nn import MLP
 from torchpar.optim import Muon
 from torchpar.parallel.launch.world import join_world
-from torchpar.training import Classification, Run, lr_scheduler, muon, sgd
+from torchpar.training import Classification, Run, muon, sgd
 
 from ..digits import DATA
 from ..flags import Command, run
@@ -185,7 +186,7 @@ def train(epochs: int, samples: int | None = None) -> list[Result]:
             torch.manual_seed(0)
             model = MLP(SIZES).to(world.device)
             optimizer = make(model)
-            schedule = lr_scheduler(optimizer, "linear", steps)
+            schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
             task = Classification(train_set, test_set, BATCH_SIZE)
             with Run(model, optimizer, schedule, world, task, epochs=epochs) as run:
                 for epoch in track(run.epochs(), f"epochs of {name}", epochs):

@@ -69,7 +69,7 @@ def replicas() -> None:
         [torch.ones(shape).requires_grad_() for shape in SHAPES], process_group=dist.group.WORLD
     )
     check_messages(ours, 1)
-    (exchange,) = ours._exchanges()
+    (exchange,), _ = ours._exchanges()
     work = [None] * dist.get_world_size()
     costs = [info.cost for info in exchange.params]
     dist.all_gather_object(work, sum(info.cost for info in exchange.owned))
@@ -256,7 +256,7 @@ def differ_later() -> None:
     p = torch.ones(4, 6).requires_grad_()
     p.grad = torch.ones(4, 6)
     optimizer = Muon([("p", p)], lr=0.1, process_group=dist.group.WORLD)
-    (exchange,) = optimizer._exchanges()
+    (exchange,), _ = optimizer._exchanges()
     exchange.reads_later = True  # as between GPUs, for which a step does not wait
     optimizer.step()
     optimizer.step()
@@ -273,7 +273,7 @@ def test_a_difference_between_gpus_is_named_in_the_next_step(ranks):
 def fails_alone(change: Any) -> None:
     p, q = (torch.ones(4, 6).requires_grad_() for _ in range(2))
     optimizer = Muon([("p", p), ("q", q)], lr=0.1, process_group=dist.group.WORLD)
-    (exchange,) = optimizer._exchanges()
+    (exchange,), _ = optimizer._exchanges()
     exchange.reads_later = True
     p.grad, q.grad = torch.ones(4, 6), torch.ones(4, 6)
     optimizer.step()

@@ -20,6 +20,7 @@ from saved import latest, same, steps, tensors
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
@@ -28,7 +29,7 @@ from torchpar.parallel.launch.world import join_world
 from torchpar.parallel.save.checkpoint import MANIFEST, Checkpoint, Checkpoints, write_manifest
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.pipeline import stage_mlp
-from torchpar.training import CheckpointConfig, Classification, Run, lr_scheduler, muon, sgd, state
+from torchpar.training import CheckpointConfig, Classification, Run, muon, sgd, state
 
 FILES = [".metadata", "__0_0.distcp", MANIFEST]
 
@@ -327,7 +328,7 @@ def test_ranks_that_see_different_folders_are_told_so(ranks, tmp_path):
 
 def make_run(model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: Any) -> Run:
     samples = Samples(torch.zeros(9, 2), torch.zeros(9, dtype=torch.int64), ("a",))
-    scheduler = lr_scheduler(optimizer, "linear", 9)
+    scheduler = LambdaLR(optimizer, lambda step: 1 - step / 9)
     return Run(model, optimizer, scheduler, world, Classification(samples, samples, 1), epochs=1)
 
 

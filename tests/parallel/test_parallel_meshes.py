@@ -12,6 +12,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+from support.orthogonality import add_orthogonality_gradient
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from torchpar.errors import ConfigError
+from torchpar.library.sharding import local
 from torchpar.nn import MLP
 from torchpar.parallel import (
     ColumnParallelLinear,
@@ -42,10 +45,9 @@ from torchpar.parallel import (
 from torchpar.parallel.split import clip as clip_module
 from torchpar.parallel.split import shared_memory
 from torchpar.parallel.split.layers import meshes_of_shards
-from torchpar.parallel.split.parts import local, part_of, slice_along
+from torchpar.parallel.split.parts import part_of, slice_along
 from torchpar.parallel.split.pipeline import Pipeline, check_one_rank_per_gpu, stage_mlp
 from torchpar.parallel.split.shared_memory import register_shared_memory_hook
-from torchpar.training import add_orthogonality_gradient
 from torchpar.training.fused import FusedGradients
 from torchpar.training.profile.collectives import Collectives
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import LambdaLR, StepLR
 from torch.optim.swa_utils import AveragedModel
 
 from nogpu import cuda_is_cpu, emulate
@@ -31,7 +31,6 @@ from torchpar.training import (
     Run,
     Stopped,
     graphed,
-    lr_scheduler,
     muon,
 )
 from torchpar.training.graphed import WARMUP, count_replays
@@ -96,7 +95,7 @@ def gpu():
 
 def run(training, step) -> list[Tensor]:
     """Train for `EPOCHS`, at a rate that falls after each step; the losses."""
-    scheduler = lr_scheduler(training.optimizer, "linear", TOTAL)
+    scheduler = LambdaLR(training.optimizer, lambda step: 1 - step / TOTAL)
     losses = []
     for _ in range(EPOCHS):
         for x, labels in batches():

@@ -200,37 +200,6 @@ def test_optimizers_get_their_parameters():
     assert not training.sgd(model, 0.02, 0.0, 0.0).param_groups[0]["nesterov"]
 
 
-def test_orthogonality_penalty(device):
-    model = MLP([6, 5, 3], device=device, dtype=torch.float64)
-    eye = [torch.eye(n, device=device, dtype=torch.float64) for n in (5, 3)]
-    weights = [layer.weight for layer in model.layers]
-    expected = sum((w @ w.T - i).norm() ** 2 for w, i in zip(weights, eye, strict=True))
-    torch.testing.assert_close(training.orthogonality_penalty(model), expected)
-    of_weights = torch.autograd.grad(expected, weights)
-    weights[0].grad = torch.ones_like(weights[0])
-    training.add_orthogonality_gradient(model, 0.5)
-    torch.testing.assert_close(weights[0].grad, 1 + of_weights[0] / 2)
-    assert weights[1].grad is None
-    for weight in weights:
-        torch.nn.init.orthogonal_(weight)
-    assert training.orthogonality_penalty(model) < 1e-24
-
-
-def test_schedules():
-    def course(schedule: training.LRSchedule) -> list[float]:
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-        (factor,) = training.lr_scheduler(optimizer, schedule, 4).lr_lambdas
-        return [factor(step) for step in range(6)]
-
-    assert course("linear") == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
-    assert course("constant") == [1.0] * 6
-    assert course("cosine") == pytest.approx(
-        [(1 + math.cos(math.pi * i / 4)) / 2 for i in (*range(5), 4)]
-    )
-    with pytest.raises(ConfigError, match="schedule is 'cosin', expected one of"):
-        course("cosin")
-
-
 def test_signals_are_ignored_only_while_the_process_leaves(world):
     received = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -160,7 +160,7 @@ def batches(
     *,
     seed: int,
     epoch: int,
-    share: Callable[[Tensor], Tensor] = lambda indices: indices,
+    share: Callable[[Tensor], Tensor] | None = None,
     start: int = 0,
 ) -> Iterator[Batch]:
     """Yield this rank's share of each global batch of one epoch.
@@ -197,7 +197,7 @@ def _batches(
     batch_size: int,
     seed: int,
     epoch: int,
-    share: Callable[[Tensor], Tensor],
+    share: Callable[[Tensor], Tensor] | None,
     start: int,
 ) -> Iterator[Batch]:
     began = time.perf_counter()
@@ -210,7 +210,7 @@ def _batches(
     skipped = start * batch_size
     for first in range(skipped // at_once * at_once, len(order), at_once):
         global_batches = order[first : first + at_once].split(batch_size)
-        shares = [share(batch) for batch in global_batches]
+        shares = [share(batch) for batch in global_batches] if share else global_batches
         indices, sizes = torch.cat(shares), [len(one) for one in shares]
         x, labels = samples.inputs(indices), samples.labels.index_select(0, indices)
         rank_batches = map(Batch, x.split(sizes), labels.split(sizes), map(len, global_batches))

@@ -22,6 +22,11 @@ def is_dtensor(t: object) -> "TypeGuard[DTensor]":
     return module is not None and isinstance(t, module.DTensor)
 
 
+def local(t: Tensor) -> Tensor:
+    """This rank's elements of ``t``."""
+    return t.to_local() if is_dtensor(t) else t
+
+
 def any_dtensor(tensors: tuple[object, ...]) -> bool:
     """Whether one of ``tensors`` is a DTensor; this does not import DTensor's module."""
     module = sys.modules.get("torch.distributed.tensor")

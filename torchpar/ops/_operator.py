@@ -14,6 +14,7 @@ from torchpar.kernels import Wrap
 from torchpar.library import CustomOpDef, triton_op
 from torchpar.library.private import count_dispatch_modes, dispatch_modes
 from torchpar.library.rules import Context, Function
+from torchpar.library.transforms import is_plain
 
 NAMESPACE = "torchpar"
 
@@ -103,6 +104,11 @@ def is_intercepted() -> bool:
     if not count_dispatch_modes():
         return False
     return not all([getattr(mode, "sees_launches", False) for mode in dispatch_modes()])
+
+
+def is_direct(*tensors: Tensor) -> bool:
+    """Whether no compiler, mode or subclass intercepts calls with these tensors."""
+    return is_plain(*tensors) and not is_intercepted()
 
 
 def is_seen_whole() -> bool:

@@ -139,22 +139,10 @@ def chain(  # noqa: C901  # a line for each rule, in their order
         if not isinstance(optimizers[-1], Optimizer):
             returned = type(optimizers[-1]).__name__
             raise ConfigError(f"Muon.for_model: others returns a {returned}, expected an optimizer")
-    optimizer = ModelOptimizer(list(assignments.values()), *optimizers)
-
-    # The model, until the first step; accelerate replaces parameters of optimizers before that
-    # step.
-    unchecked = [model]
-
-    def check_once(stepping: Optimizer, *_: object) -> None:
-        while unchecked:
-            _check_parameters(stepping, unchecked[0])
-            unchecked.clear()
-
-    optimizer.register_step_pre_hook(check_once)
-    return optimizer
+    return ModelOptimizer(list(assignments.values()), *optimizers)
 
 
-def _check_parameters(optimizer: Optimizer, model: nn.Module) -> None:
+def check_parameters(optimizer: Optimizer, model: nn.Module) -> None:
     """Raise a ConfigError if the optimizer has a parameter that is not the model's."""
     present = set(model.parameters())
     for group in optimizer.param_groups:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from torchpar.ops import cpu, matmul_t, symmetric_matmul
-from torchpar.ops.matrix import runs_kernels
-from torchpar.optim.elementwise import is_direct
+from torchpar.ops.matrix import is_direct, runs_kernels
 
 Launch = Callable[[Tensor, Tensor, Tensor | None, Tensor, float, float], None]
 

@@ -9,13 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from torchpar.library.transforms import is_plain
-from torchpar.ops.matrix import is_intercepted, runs_kernels
-
-
-def is_direct(*tensors: Tensor) -> bool:
-    """Whether no compiler, mode or subclass intercepts calls with these tensors."""
-    return is_plain(*tensors) and not is_intercepted()
+from torchpar.ops.matrix import is_direct, runs_kernels
 
 
 def launches_kernels(*tensors: Tensor) -> bool:
@@ -33,26 +27,21 @@ def on_device_of(t: Tensor) -> AbstractContextManager[object]:
 
 
 def normalized(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """``x / max(‖x‖, eps)`` for ``x (n, m)``, or for each matrix of a batch, in ``dtype``.
+    """``x / max(‖x‖, eps)`` for ``x (n, m)``, or for each matrix of a batch, on a GPU.
 
-    On a CPU x is rounded to bfloat16 first, and the norm to ``dtype``. On a GPU only the result is
-    rounded, with the same bits whether the kernel or PyTorch's functions compute it: a mode may be
-    active on one rank alone, and replicas must stay equal.
+    Only the result is rounded to ``dtype``, with the same bits whether the kernel or PyTorch's
+    functions compute it: a mode may be active on one rank alone, and replicas must stay equal.
     """
-    if runs_kernels(x):
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        norm = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=wide)
-        if not launches_kernels(x) or not (x.is_contiguous() or x.mT.is_contiguous()):
-            return x.to(wide).div(norm.clamp(min=eps)[..., None, None]).to(dtype)
-        from torchpar.kernels import muon as kernel
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=wide)
+    if not launches_kernels(x) or not (x.is_contiguous() or x.mT.is_contiguous()):
+        return x.to(wide).div(norm.clamp(min=eps)[..., None, None]).to(dtype)
+    from torchpar.kernels import muon as kernel
 
-        out = torch.empty_like(x, dtype=dtype)
-        with on_device_of(x):
-            kernel.normalize(x, norm, out, eps)
-        return out
-    x = x.to(torch.bfloat16).to(dtype)
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    return x.div(norm.clamp(min=eps))
+    out = torch.empty_like(x, dtype=dtype)
+    with on_device_of(x):
+        kernel.normalize(x, norm, out, eps)
+    return out
 
 
 def update_alone(

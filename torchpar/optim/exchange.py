@@ -10,7 +10,7 @@ notices a missing gradient, or a learning rate that differs.
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import permutations
 from math import prod
 from typing import NamedTuple
@@ -47,7 +47,7 @@ class Exchange:
     All ranks of the group make an exchange, and call its methods in the same order.
 
     Args:
-        group: the ranks that hold the parameters; None if this rank is alone, and sends nothing.
+        group: the ranks that hold the parameters.
 
     Attributes:
         owned: the parameters that this rank owns.
@@ -58,23 +58,20 @@ class Exchange:
             parameter do not add up to its size.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, params: list[ParamInfo]):
+    def __init__(self, group: dist.ProcessGroup, params: list[ParamInfo]):
         self.group, self.params = group, params
         self._sent: tuple[int, Tensor] | None = None  # the last checksum
         # The last step on a GPU: whether checksums differed, when the answer arrives, the facts.
         self._unread: tuple[Tensor, torch.cuda.Event | None, Mapping[str, object]] | None = None
         shards = [info.part._replace(mesh=None) for info in params]
-        self.rank, by_rank = 0, [shards]
-        self._wire = torch.device("cpu")
-        if group is not None and dist.get_backend(group) != "gloo":
-            # gloo sends CUDA tensors in all-reduces and broadcasts only.
-            self._wire = params[0].p.device
+        # gloo sends CUDA tensors in all-reduces and broadcasts only.
+        by_gloo = dist.get_backend(group) == "gloo"
+        self._wire = torch.device("cpu") if by_gloo else params[0].p.device
         self.reads_later = self._wire.type == "cuda"
-        if group is not None:
-            same = {f"parameter {i}": info.description for i, info in enumerate(params)}
-            check_same_on_all_ranks(group, "Muon", same)
-            self.rank, by_rank = dist.get_rank(group), [shards] * group.size()
-            dist.all_gather_object(by_rank, shards, group)
+        same = {f"parameter {i}": info.description for i, info in enumerate(params)}
+        check_same_on_all_ranks(group, "Muon", same)
+        self.rank, by_rank = dist.get_rank(group), [shards] * group.size()
+        dist.all_gather_object(by_rank, shards, group)
         owners = assign_owners([info.cost for info in params], len(by_rank))
         self.owned = [
             info for info, owner in zip(params, owners, strict=True) if owner == self.rank
@@ -95,13 +92,7 @@ class Exchange:
             for rank, part in enumerate(of_ranks):
                 if prod(part.size):
                     holders.setdefault(part, []).append(rank)
-            elements = sum(prod(part.size) for part in holders)
-            if elements != prod(info.part.whole):
-                raise ConfigError(
-                    f"Muon: the ranks have {elements} elements of {info.name}, which has shape "
-                    f"{info.part.whole}; expected a process_group of all ranks that have parts of "
-                    "it"
-                )
+            check_whole_matrix(info, holders)
             for part, ranks in holders.items():
                 if owner not in ranks:
                     to_owners.append(Message(ranks[i % len(ranks)], owner, info, part))
@@ -125,8 +116,6 @@ class Exchange:
     ) -> dict[ParamInfo, Tensor]:
         """Return the unsharded momenta of the parameters that this rank owns, in bfloat16.
 
-        A rank that is alone gets its own tensors, which are not to be written.
-
         Args:
             parts: this rank's parts of the momenta of this step.
             facts: the values that must be the same on all ranks in this step, by a description.
@@ -136,10 +125,6 @@ class Exchange:
         """
         self.read()
         self._facts, self._present = facts, set(parts)
-        if self.group is None:
-            return {
-                info: t.contiguous() for info in self.owned if (t := parts.get(info)) is not None
-            }
         full: dict[ParamInfo, Tensor] = {}
         for info in self.owned:
             if (t := parts.get(info)) is None:
@@ -163,8 +148,6 @@ class Exchange:
         Raises:
             ConfigError: as `gather`, if the parameters are replicated.
         """
-        if self.group is None:
-            return {info: results[info] for info in self.owned if info in results}
         sent = self._send(self._to_all, results)
         parts = {message.param: t for message, t in sent if message.param is not None}
         parts |= {info: info.part.narrow(results[info]) for info in self.owned if info in results}
@@ -243,6 +226,16 @@ class Exchange:
             arrived.synchronize()
         if differ:
             check_same_on_all_ranks(self.group, "Muon", facts)
+
+
+def check_whole_matrix(info: ParamInfo, parts: Iterable[Part]) -> None:
+    """Raise a ConfigError unless the different parts of a parameter add up to its size."""
+    elements = sum(prod(part.size) for part in parts)
+    if elements != prod(info.part.whole):
+        raise ConfigError(
+            f"Muon: the ranks have {elements} elements of {info.name}, which has shape "
+            f"{info.part.whole}; expected a process_group of all ranks that have parts of it"
+        )
 
 
 def _is_capturing() -> bool:

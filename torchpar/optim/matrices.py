@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.library.sharding import is_dtensor
+from torchpar.library.sharding import is_dtensor, local
 from torchpar.ops.matrix import runs_kernels
 from torchpar.optim.newton_schulz import Coefficients, NewtonSchulz, orthogonalize
-from torchpar.parallel.split.parts import Part, local
+from torchpar.parallel.split.parts import Part
 
 View = Callable[[Tensor], Tensor | Sequence[Tensor]]
 """A function from a parameter to its matrices.

@@ -18,14 +18,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from torchpar.errors import ConfigError
-from torchpar.library.sharding import is_dtensor
-from torchpar.optim.assign import Choice, ModelOptimizer, chain
+from torchpar.library.sharding import is_dtensor, local
+from torchpar.optim.assign import Choice, ModelOptimizer, chain, check_parameters
 from torchpar.optim.chained import Group, loading
 from torchpar.optim.elementwise import update_alone
-from torchpar.optim.exchange import Exchange
+from torchpar.optim.exchange import Exchange, check_whole_matrix
 from torchpar.optim.matrices import ParamInfo, View, orthogonalize_all
 from torchpar.optim.newton_schulz import COEFFICIENTS, Coefficients, NewtonSchulz, orthogonalize
-from torchpar.parallel.split.parts import local, part_of
+from torchpar.parallel.split.parts import part_of
 
 # The factor of the learning rate of a matrix (n, m), by the names of `torch.optim.Muon`.
 _RATIOS: dict[str, Callable[[int, int], float]] = {
@@ -90,9 +90,11 @@ class Muon(Optimizer):
     ns: NewtonSchulz = "auto"
     views: Mapping[str, View]
     process_group: dist.ProcessGroup | DeviceMesh | None = None  # not copied
-    _plan: list[Exchange] | None = None  # made in the first step
+    # Of the first step: the exchanges, and the parameters that this rank has alone.
+    _plan: tuple[list[Exchange], list[ParamInfo]] | None = None
     _planned: Sequence[object] = ()  # the parameters that `_plan` is for
     _has_updated = False
+    _check_model: Callable[[], None] | None = None  # before the first step; not copied
 
     def __init__(
         self,
@@ -187,7 +189,12 @@ class Muon(Optimizer):
                 `fully_shard` does.
         """
         make = partial(cls, lr=lr, **arguments)
-        return chain(make, model, others, overrides or {}, views or {})
+        optimizer = chain(make, model, others, overrides or {}, views or {})
+        muon = optimizer.optimizers[0]
+        assert isinstance(muon, Muon)
+        # Not at once: accelerate replaces parameters of optimizers before the first step.
+        muon._check_model = partial(check_parameters, optimizer, model)
+        return optimizer
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -245,7 +252,7 @@ class Muon(Optimizer):
             added = list(self._param_infos(len(self.param_groups) - 1))
             for info in added:
                 info.check()
-            if any(exchange.group for exchange in self._plan or ()):
+            if self._plan is not None and self._plan[0]:
                 # A rank that alone adds a group would wait for the other ranks in the next step.
                 first = f"{added[0].name}, …" if added else "of no parameters"
                 raise ConfigError(
@@ -287,12 +294,13 @@ class Muon(Optimizer):
                     raise ConfigError(f"Muon: {name}: {e}") from e
                 yield ParamInfo(name, index, p, part, self.views.get(name))
 
-    def _exchanges(self) -> list[Exchange]:
-        """The exchanges, one for each set of ranks that hold the same parameters.
+    def _exchanges(self) -> tuple[list[Exchange], list[ParamInfo]]:
+        """The exchanges, one for each set of ranks that hold the same parameters, and the
+        parameters that this rank has alone.
 
         Every rank takes its exchanges in the order of the ranks, so that ranks never wait for each
-        other in a circle. The last exchange has the parameters that this rank alone holds. The
-        exchanges are made again if a parameter, or its place, shape, dtype or device, has changed.
+        other in a circle. The exchanges are made again if a parameter, or its place, shape, dtype
+        or device, has changed.
         """
         facts = [
             (id(p), index, p.shape, p.dtype, p.device, p.placements if is_dtensor(p) else None)
@@ -300,20 +308,28 @@ class Muon(Optimizer):
             for p in group["params"]
         ]
         if self._plan is not None and facts != self._planned:
-            if any(exchange.group for exchange in self._plan):
-                self._refuse_change(self._plan)
+            if self._plan[0]:
+                self._refuse_change(self._plan[0])
             self._plan = None
         if self._plan is None:
+            if self._check_model is not None:
+                self._check_model()
+                self._check_model = None
             together: dict[tuple[tuple[int, ...], str], list[ParamInfo]] = {}
             for info in self._param_infos():
                 info.check()
                 key = _members(self._ranks_of(info)), str(info.p.device)
                 together.setdefault(key, []).append(info)
-            alone_last = sorted(together, key=lambda key: (key[0] == (), key))
-            self._plan = [
-                Exchange(_group_of(map(self._ranks_of, together[key])), together[key])
-                for key in alone_last
-            ]
+            exchanges, alone = list[Exchange](), list[ParamInfo]()
+            for key in sorted(together):
+                group = _group_of(map(self._ranks_of, together[key]))
+                if group is not None:
+                    exchanges.append(Exchange(group, together[key]))
+                    continue
+                alone += together[key]
+                for info in together[key]:
+                    check_whole_matrix(info, [info.part])
+            self._plan = exchanges, alone
             # Forget the names of parameters that were removed.
             self._names = {info.p: info.name for info in self._param_infos()}
             # The plan keeps the parameters, so that no other one gets their id.
@@ -352,23 +368,24 @@ class Muon(Optimizer):
                 step of several ranks.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
-        exchanges = self._exchanges()
-        infos = [info for exchange in exchanges for info in exchange.params]
+        exchanges, alone = self._exchanges()
+        infos = [*(info for exchange in exchanges for info in exchange.params), *alone]
         grads = {info: local(grad) for info in infos if (grad := _valid_gradient(info)) is not None}
         tensors: dict[ParamInfo, Tensor] = {}
         for group, of_group in self._by_group(grads):
             tensors |= self._directions(group, of_group)
         gathered = [exchange.gather(tensors, self._facts(exchange)) for exchange in exchanges]
-        tensors = {info: t for of_ranks in gathered for info, t in of_ranks.items()}
+        own = {info: t.contiguous() for info in alone if (t := tensors.get(info)) is not None}
+        tensors = {info: t for of_ranks in (*gathered, own) for info, t in of_ranks.items()}
         # All exchanges gather first, so that ranks with different parameters work at the same time.
         tensors = {
             info: update
             for group, of_group in self._by_group(tensors)
             for info, update in self._orthogonalize(group, of_group).items()
         }
-        tensors = {
-            info: t for exchange in exchanges for info, t in exchange.scatter(tensors).items()
-        }
+        scattered = [exchange.scatter(tensors) for exchange in exchanges]
+        own = {info: tensors[info] for info in own}
+        tensors = {info: t for of_ranks in (*scattered, own) for info, t in of_ranks.items()}
         self._check_gradients(infos, set(grads))
         for group, of_group in self._by_group(tensors):
             self._apply(group, of_group)
@@ -416,8 +433,6 @@ class Muon(Optimizer):
 
     def _facts(self, exchange: Exchange) -> dict[str, object]:
         """The arguments, and which gradients there are: the same on all ranks of an exchange."""
-        if exchange.group is None:
-            return {}
         facts: dict[str, object] = {_PARAMETERS: "as in the first step", "ns": self.ns}
         for index, name in {
             info.group_index: info.name for info in reversed(exchange.params)
@@ -489,7 +504,7 @@ class Muon(Optimizer):
 
     def _join_comparison(self) -> None:
         """Raise the error of ranks that differed, which the others raise in their next step."""
-        for exchange in self._plan or ():
+        for exchange in self._plan[0] if self._plan is not None else ():
             exchange.read()
 
     def _apply(self, group: Group, updates: dict[ParamInfo, Tensor]) -> None:

@@ -10,8 +10,7 @@ if find_spec("torch"):
     from torchpar.training.classification import Classification, evaluate
     from torchpar.training.fused import FusedGradients
     from torchpar.training.graphed import graphed, side_stream
-    from torchpar.training.optimizers import LRSchedule, lr_scheduler, muon, sgd
-    from torchpar.training.orthogonality import add_orthogonality_gradient, orthogonality_penalty
+    from torchpar.training.optimizers import muon, sgd
     from torchpar.training.outcome import EpochResult, Evaluation, Stopped
     from torchpar.training.run import Run, Task
 
@@ -21,16 +20,12 @@ __all__ = [
     "EpochResult",
     "Evaluation",
     "FusedGradients",
-    "LRSchedule",
     "Run",
     "Stopped",
     "Task",
-    "add_orthogonality_gradient",
     "evaluate",
     "graphed",
-    "lr_scheduler",
     "muon",
-    "orthogonality_penalty",
     "sgd",
     "side_stream",
 ]

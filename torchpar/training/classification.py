@@ -93,7 +93,7 @@ class Classification:
             self.batch_size,
             seed=self.seed,
             epoch=epoch,
-            share=world.share,
+            share=world.share if world.dp_size > 1 else None,
             start=start,
         )
 

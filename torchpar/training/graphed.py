@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchpar.errors import ConfigError, first_line
+from torchpar.library.sharding import local
 from torchpar.parallel.launch.world import hold_communicators
-from torchpar.parallel.split.parts import local
 from torchpar.training.leaf_gradients import LeafGradients
 from torchpar.training.state import optimizers_of
 from torchpar.training.step_effects import HOST, OutsideTensor, StepEffects, stepped_optimizers

@@ -17,7 +17,7 @@ from torch.nn.parameter import Parameter, is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from torchpar.errors import ConfigError
-from torchpar.parallel.split.parts import local
+from torchpar.library.sharding import local
 
 
 class LeafGradients:

@@ -1,21 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Optimizers and learning-rate schedules of the examples: SGD, Muon with SGD, three schedules."""
+"""Optimizers of the examples and benchmarks: SGD, and Muon with SGD."""
 
-import math
-from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
-from torchpar.errors import ConfigError
 from torchpar.optim import ChainedOptimizer, Muon
-
-LRSchedule = Literal["linear", "cosine", "constant"]
-"""The names of the schedules of `lr_scheduler`."""
 
 
 def sgd(
@@ -72,22 +63,3 @@ def muon(
         others=partial(torch.optim.SGD, lr=lr, momentum=momentum, nesterov=momentum > 0),
         overrides={name: "muon" for name, p in model.named_parameters() if p.dim() == 2},
     )
-
-
-def lr_scheduler(optimizer: Optimizer, schedule: LRSchedule, steps: int) -> LambdaLR:
-    """Return a scheduler whose learning rate falls to 0 over ``steps``, linearly or by a cosine.
-
-    The cosine is half a period. After ``steps`` the learning rate stays 0. With "constant" it does
-    not change.
-
-    Raises:
-        ConfigError: another schedule.
-    """
-    factors: dict[LRSchedule, Callable[[int], float]] = {
-        "linear": lambda step: 1 - min(step / steps, 1),
-        "cosine": lambda step: (1 + math.cos(math.pi * min(step / steps, 1))) / 2,
-        "constant": lambda step: 1.0,
-    }
-    if schedule not in factors:
-        raise ConfigError(f"schedule is {schedule!r}, expected one of {sorted(factors)}")
-    return LambdaLR(optimizer, factors[schedule])

@@ -38,11 +38,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from torchpar.errors import ConfigError, DivergedError, check_finite, check_whole, whole_or_text
+from torchpar.library.sharding import local
 from torchpar.parallel.launch.agreement import check_same_bits, check_same_on_all_ranks
 from torchpar.parallel.launch.silence import naming_silent_ranks
 from torchpar.parallel.launch.world import World, check_module, check_world
 from torchpar.parallel.save.checkpoint import CheckpointConfig, Checkpoints
-from torchpar.parallel.split.parts import local, reshard
+from torchpar.parallel.split.parts import reshard
 from torchpar.training import state
 from torchpar.training.answers import answering_signals
 from torchpar.training.consistency import check_consistency, has_gradients
@@ -385,8 +386,6 @@ class Run:
             )
 
     def _is_on_any_rank(self, mine: bool) -> bool:
-        if self.world.world_size == 1:
-            return mine
         count = torch.tensor(float(mine), dtype=torch.float64, device=self.world.device)
         return bool(self.world.sum(count).item())
 
@@ -411,7 +410,8 @@ class Run:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # A closure computes the gradients later.
-        if not self._is_on_any_rank(closure is not None or has_gradients(parameters)):
+        is_right = closure is not None or has_gradients(parameters)
+        if not any(self.world.gather_results(lambda: is_right)):
             raise ConfigError(
                 "no parameter of the run's model has a gradient in the optimizer's first step: the "
                 "loop trains another model, or calls no loss.backward() before the step; train the "

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 from typing import Any
 
 import faulty_optimizers as faulty
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 
 from torchpar.errors import ConfigError
 from torchpar.optim import Muon
-from torchpar.optim.exchange import Exchange
 from torchpar.testing import SITUATIONS, Conformance, Formula, Row, check_optimizer
 from torchpar.testing.optimizers import check_optimizer as check
 from torchpar.testing.optimizers.conformance import RIGHT as COMPARED
@@ -100,12 +100,14 @@ class NotANumber(faulty.PlainMuon):
 class TakesAllResults(Muon):
     """The parameters of one rank alone get the results of all exchanges, also of shards."""
 
-    def _exchanges(self) -> list[Exchange]:
-        exchanges = super()._exchanges()
-        for exchange in exchanges:
-            if exchange.group is None:
-                exchange.scatter = dict
-        return exchanges
+    def _exchanges(self) -> Any:
+        exchanges, alone = super()._exchanges()
+
+        def gather(parts: Any, facts: Any) -> Any:
+            return {info: parts[info].contiguous() for info in alone if info in parts}
+
+        own = SimpleNamespace(params=alone, gather=gather, scatter=dict)
+        return ([*exchanges, own] if alone else exchanges), []
 
 
 def make_of_all_results(model: nn.Module, process_group: Any = None) -> Muon:

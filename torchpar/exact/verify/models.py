@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar.console import say_progress
 from torchpar.data import batches
@@ -17,7 +18,6 @@ from torchpar.exact.tensor_parallel import Linear
 from torchpar.exact.verify.drawn import CHARACTERS, draw_pictures, draw_text
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.schedules import P2PCommunicator, gpipe
-from torchpar.training import lr_scheduler
 
 SIZES = (784, 128, 64, 10)  # of the MLP's layers
 MLP_STEPS, BATCH_SIZE = 100, 128  # of the MLP's training; samples of a step
@@ -56,14 +56,15 @@ def train_mlp(world: World) -> SplitMLP:
     pictures = draw_pictures(MLP_STEPS * BATCH_SIZE).to(world.device)
     drawn = batches(pictures, BATCH_SIZE, seed=0, epoch=1)
     steps = ([*zip(x.split(UNIT), labels.split(UNIT), strict=True)] for x, labels, _ in drawn)
-    _train(model, optimizer, lr_scheduler(optimizer, "linear", MLP_STEPS), steps, MLP_STEPS, world)
+    schedule = LambdaLR(optimizer, lambda step: 1 - step / MLP_STEPS)
+    _train(model, optimizer, schedule, steps, MLP_STEPS, world)
     return model
 
 
 def _train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    scheduler: LambdaLR,
     steps: Iterable[list[tuple[Tensor, Tensor]]],
     count: int,
     world: World,
@@ -144,7 +145,6 @@ def train_gpt(world: World) -> GPT:
     windows = text.unfold(0, CONTEXT + 1, 1)
     drawn = (windows[torch.randint(len(text) - CONTEXT, (SEQUENCES,))] for _ in range(GPT_STEPS))
     steps = ([(window[:-1], window[1:]) for window in step] for step in drawn)
-    _train(
-        model, optimizer, lr_scheduler(optimizer, "constant", GPT_STEPS), steps, GPT_STEPS, world
-    )
+    constant = LambdaLR(optimizer, lambda _: 1.0)
+    _train(model, optimizer, constant, steps, GPT_STEPS, world)
     return model

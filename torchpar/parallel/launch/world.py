@@ -139,7 +139,8 @@ class World:
         except Exception as e:
             outcome = (None, e)
         outcomes = [outcome] * self.world_size
-        if self.world_size > 1:
+        # The other ranks of a fake group do not exist.
+        if self.world_size > 1 and dist.get_backend(group) != "fake":
             dist.all_gather_object(outcomes, outcome, group)
         for _, error in outcomes:
             if error is not None:

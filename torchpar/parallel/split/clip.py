@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.errors import ConfigError, check_number
-from torchpar.library.sharding import is_dtensor
+from torchpar.library.sharding import is_dtensor, local
 from torchpar.parallel.launch.world import World, check_module, check_world
 from torchpar.parallel.split.layers import meshes_of_shards
-from torchpar.parallel.split.parts import local, part_of
+from torchpar.parallel.split.parts import part_of
 
 
 @torch.no_grad()

@@ -129,11 +129,6 @@ def part_of(p: Tensor) -> Part:
     return Part(tuple(p.shape), tuple(start), tuple(size), mesh)
 
 
-def local(t: Tensor) -> Tensor:
-    """This rank's elements of ``t``."""
-    return t.to_local() if is_dtensor(t) else t
-
-
 def reshard(model: torch.nn.Module) -> None:
     """Put the shards of `fully_shard` back in place of unsharded parameters.
 
