@@ -399,12 +399,12 @@ class Run:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Refuse the gradients of another model, and those that nobody added up, once, before the
-        optimizer's first step.
+        optimizer's first step in an epoch.
 
         Comparing parameters would miss the latter where ranks share Muon's work: every rank gets
         every update.
         """
-        if not self._is_first_step:
+        if not (self._is_first_step and self._is_within_epoch):
             return
         self._is_first_step = False
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
