@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -24,7 +25,6 @@ from torch.optim import SGD, Optimizer
 
 from torchpar.errors import ConfigError
 from torchpar.optim import Muon
-from torchpar.optim.exchange import Exchange
 from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
 from torchpar.parallel.split.parts import part_of
 
@@ -96,16 +96,22 @@ def train(program: Program, fault: str = "") -> str:
         fault: "exchange" plants a fault: parameters of one rank alone get the results of all.
     """
     logging.disable(logging.WARNING)  # PyTorch advises on the meshes
-    with patch.object(Exchange, "scatter", results_of_all) if fault else nullcontext():
+    with patch.object(Muon, "_exchanges", results_of_all) if fault else nullcontext():
         return _Training(program).run()
 
 
-def results_of_all(self: Exchange, results: Any) -> Any:
-    """An exchange without a group returns the results of all exchanges."""
-    return dict(results) if self.group is None else SCATTER(self, results)
+def results_of_all(self: Muon) -> Any:
+    """The parameters of this rank alone get the results of all exchanges, also of shards."""
+    exchanges, alone = EXCHANGES(self)
+
+    def gather(parts: Any, facts: Any) -> Any:
+        return {info: parts[info].contiguous() for info in alone if info in parts}
+
+    own = SimpleNamespace(params=alone, gather=gather, scatter=dict)
+    return ([*exchanges, own] if alone else exchanges), []
 
 
-SCATTER = Exchange.scatter
+EXCHANGES = Muon._exchanges
 
 
 class _Training:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from textwrap import dedent
-from types import SimpleNamespace
 from typing import Any
 
 import faulty_optimizers as faulty
@@ -19,6 +18,7 @@ import shard_muon
 import torch
 import torch.distributed as dist
 from commands import ROOT, run
+from placed_muon import results_of_all
 from torch import Tensor, nn
 
 from torchpar.errors import ConfigError
@@ -100,14 +100,7 @@ class NotANumber(faulty.PlainMuon):
 class TakesAllResults(Muon):
     """The parameters of one rank alone get the results of all exchanges, also of shards."""
 
-    def _exchanges(self) -> Any:
-        exchanges, alone = super()._exchanges()
-
-        def gather(parts: Any, facts: Any) -> Any:
-            return {info: parts[info].contiguous() for info in alone if info in parts}
-
-        own = SimpleNamespace(params=alone, gather=gather, scatter=dict)
-        return ([*exchanges, own] if alone else exchanges), []
+    _exchanges = results_of_all
 
 
 def make_of_all_results(model: nn.Module, process_group: Any = None) -> Muon:
