@@ -123,8 +123,6 @@ class PreparedLaunch:
     """The launch of an operator's kernels for operands of given layouts, as plain data.
 
     Tensors are named by their places: first the operands, then what the launch allocates.
-    ``run(wrap, operands, factors=())`` launches for operands of these layouts. It returns the
-    result, or a tuple of several results.
 
     Args:
         operands: the operands, of which some may be None. They are not kept.
@@ -148,28 +146,25 @@ class PreparedLaunch:
     ):
         self.steps, self.empties, self.results = tuple(steps), tuple(empties), results
         self.convert, self.has_factors = convert, has_factors
-        makers = [_maker(operands[0], one) for one in empties]
-        self.run: Callable[..., Any] = self._written_out(len(operands), makers)
+        self._makers = [_maker(operands[0], one) for one in empties]
 
-    def _written_out(
-        self, count: int, makers: Sequence[Callable[[Tensor], Tensor]]
-    ) -> Callable[..., Any]:
-        """``run``, written out for these steps: loops over them would take a microsecond."""
-        scope: dict[str, Any] = {"convert": self.convert}
-        scope |= {f"make{i}": make for i, make in enumerate(makers)}
-        scope |= {f"plan{i}": step.plan for i, step in enumerate(self.steps)}
-        given = "".join(f"t{i}, " for i in range(count))
-        lines = [
-            "def run(wrap, operands, factors=()):",
-            f"{given}= {'operands' if self.convert is None else 'convert(*operands)'}",
-            *(f"t{count + i} = make{i}(operands[0])" for i in range(len(makers))),
-        ]
-        for i, step in enumerate(self.steps):
-            tensors = ", ".join(f"t{place}" for place in step.tensors)
-            lines.append(f"plan{i}.launch(wrap, {tensors}{', *factors' * self.has_factors})")
-        lines.append(f"return {', '.join(f't{place}' for place in self.results)}")
-        exec("\n    ".join(lines), scope)
-        return scope["run"]  # type: ignore[no-any-return]
+    def run(
+        self, wrap: Wrap, operands: Sequence[Any], factors: tuple[int, ...] = ()
+    ) -> Any:
+        """Launch for operands of these layouts; return the result, or a tuple of several results.
+
+        Args:
+            factors: numbers that may differ in each call.
+        """
+        first = operands[0]
+        tensors = [*(operands if self.convert is None else self.convert(*operands))]
+        tensors += [make(first) for make in self._makers]
+        for plan, places in self.steps:
+            plan.launch(wrap, *[tensors[place] for place in places], *factors)
+        results = self.results
+        if len(results) == 1:
+            return tensors[results[0]]
+        return tuple([tensors[place] for place in results])
 
 
 def _maker(first: Tensor | None, empty: Empty) -> Callable[[Any], Tensor]:

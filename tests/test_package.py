@@ -252,6 +252,36 @@ def test_no_module_on_the_tests_path_shadows_another(tmp_path):
     assert modules(tmp_path) & others == {"grp", "pytest", "torch"}
 
 
+def packages(top: str) -> list[Path]:
+    """The packages with several modules in a folder of this checkout, links left out."""
+    found = [path.parent for path in sorted((ROOT / top).rglob("__init__.py"))]
+    return [folder for folder in found if len([*folder.glob("*.py")]) > 3 and folder.name != top]
+
+
+def unnamed(package: Path) -> list[str]:
+    """The modules of a package that its docstring does not name."""
+    text = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+    names = {path.stem for path in package.glob("*.py") if not path.stem.startswith("_")}
+    return sorted(name for name in names if not re.search(rf"`{name}[.`]", text))
+
+
+@pytest.mark.parametrize(
+    "package",
+    [folder for top in ("torchpar", "kernels", "examples/support") for folder in packages(top)],
+)
+def test_a_package_names_its_modules(package):
+    """A reader finds a file by the docstring of its package."""
+    found = unnamed(package)
+    assert found == []
+
+
+def test_a_module_that_no_docstring_names_is_found(tmp_path):
+    (tmp_path / "__init__.py").write_text('"""Holds `one`."""')
+    for name in ("one", "two", "_inner"):
+        (tmp_path / f"{name}.py").touch()
+    assert unnamed(tmp_path) == ["two"]
+
+
 def test_the_picture_of_the_rooms_is_true():
     """And it shows an import that is new."""
     house = runpy.run_path(str(ROOT / "docs" / "house.py"))

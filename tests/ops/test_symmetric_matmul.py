@@ -264,12 +264,13 @@ def test_no_matrix_of_the_results_size_is_made(dtype):
 
 
 def test_small_products_are_whole_on_a_cpu() -> None:
-    # The first is not called.
-    with patch.multiple(cpu, _halved=None, has_bfloat16=lambda: True):
-        torchpar.matmul_t(torch.ones(383, 2))
-        torchpar.matmul_t(torch.ones(767, 2).bfloat16())
-        with pytest.raises(TypeError):
-            torchpar.matmul_t(torch.ones(384, 128))
+    with patch.multiple(cpu, _halved=None, has_bfloat16=lambda: True):  # `_halved` is not called
+        for has_amx in (False, True):
+            with patch.object(cpu, "has_amx", lambda has_amx=has_amx: has_amx):
+                torchpar.matmul_t(torch.ones(383, 2))
+                torchpar.matmul_t(torch.ones(767 if has_amx else 511, 2).bfloat16())
+                with pytest.raises(TypeError):
+                    torchpar.matmul_t(torch.ones(384, 128))
 
 
 def test_products_of_bfloat16_are_of_float32_where_those_are_slow(

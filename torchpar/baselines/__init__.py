@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The same work at other levels: pure Python, Numba, NumPy, MPI, and a GPU course in Triton.
 
-Each module is written as such a program is taught. The modules for Numba, MPI and Triton import
-these packages; no other module of torchpar imports the modules.
+`pure_python`, `numba_njit`, `numpy_mlp`, `mpi` and `triton_kernels` are written as such programs
+are taught. `exercises` checks a student's NumPy network by the `grader`, and `students_mpi` an
+mpi4py program, which `mpi_watch` executes. The modules for Numba, MPI and Triton import these
+packages; no other module of torchpar imports the modules.
 """

@@ -1,5 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Exact arithmetic: the same bits on any processor, number of threads, batch and mesh of ranks."""
+"""Exact arithmetic: the same bits on any processor, number of threads, batch and mesh of ranks.
+
+`dispatch` is the mode. `registry` says which ATen operators have the same bits everywhere, and
+holds the rules of others: `products`, `reductions` (sums, softmax, losses, indexing, sort),
+`functions` of elements, `attention` and `random`. `sums` adds exactly, and `native` checks operands
+as ATen does. `within` and `loader_workers` carry the mode into PyTorch's functions and workers;
+`watch` warns of arithmetic outside of it. `data_parallel` and `tensor_parallel` add over ranks, and
+`verify` trains.
+"""
 
 from torchpar.exact.data_parallel import DataParallel
 from torchpar.exact.dispatch import Coverage, coverage, mode

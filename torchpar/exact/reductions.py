@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rules for sums, means, norms, softmax, losses, and gradients of indexing: exact sums.
+"""Rules for sums, means, norms, softmax, losses, indexing, sort and topk: exact sums.
 
     m = max x        p = e^(x − m)        softmax = p / Σp        log softmax = (x − m) − ln Σp
 

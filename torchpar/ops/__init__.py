@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The operators: one file for each, with all rules of the operator.
 
-Importing a file registers its operator.
+Importing a file registers its operator: `maximum`, `matmul_t`, `symmetric_matmul`,
+`linear_sigmoid`, `exact_matmul` (by `exact_digits`) and `fp32_matmul`. They share the checks of
+`matrix` and `sizes`, the products of `cpu`, and `fp32`, which sets a precision. `processor` and
+`environment` say what this machine can do.
 """
 
 from importlib.util import find_spec

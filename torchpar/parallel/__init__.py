@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Training on several processes: connect them, divide the model, write checkpoints."""
+"""Training on several processes: connect them, divide the model, write checkpoints.
+
+`launch` connects the ranks, `split` divides a model and its gradients, `save` writes checkpoints.
+"""
 
 from importlib.util import find_spec
 

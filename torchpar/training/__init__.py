@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Training: tasks, optimizers, and the `Run` that evaluates, saves and resumes."""
+"""Training: tasks, optimizers, and the `Run` that evaluates, saves and resumes.
+
+`run` holds the position of a loop. `classification` is a task, `consistency` checks that the parts
+of a run fit, `replicas` compares ranks, `state` saves and resumes, and `outcome` holds the figures
+of an epoch. `stop` and `answers` end a run by signals. `optimizers` makes SGD and Muon, and `fused`
+computes gradients by hand. `graphed` captures a step in a CUDA graph, with `leaf_gradients` and
+`step_effects`, and applies functions to the tensors in nested arguments. `profile` measures steps.
+"""
 
 from importlib.util import find_spec
 

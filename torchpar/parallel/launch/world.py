@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The ranks of a job and their mesh: join, form meshes, exchange results."""
+"""The ranks of a job and their mesh: join, form meshes, divide samples, exchange results."""
 
 import gc
 import os

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Trial of an operator with every part of PyTorch.
 
-`check_operator` tries each rule of `rules.RULES` on a `case.Case`, an operator with a sample.
+`check_operator` tries each rule of `rules` on a `case.Case`, an operator with a sample.
 `attempts` says what the outcome of a rule is, `compare` how far results may differ, and `table`
-holds the outcomes. `emulated` adds the rules of Triton kernels. `command_line` is ``python -m
-torchpar check``.
+holds the outcomes. `tensors` and `layouts` make operands, and `gradients` and `differences` their
+derivatives. `kernel_rules` adds the rules of Triton kernels. `command_line` is ``python -m torchpar
+check``.
 """

@@ -64,7 +64,7 @@ class Collectives(TorchDispatchMode):
 
     @contextmanager
     def record(self, dimension: str, operation: str, nbytes: int) -> Iterator[None]:
-        """Record the block as a `Call`."""
+        """Record the block as a `Call` of a collective."""
         with phase("collectives"):
             start = time.perf_counter()
             yield

@@ -93,7 +93,7 @@ def _errors(actual: Tensor, native: Tensor, exact: Tensor) -> tuple[float, float
 
 
 def farthest(actual: Tensor, expected: Tensor) -> str:
-    """Name the element of ``actual`` that is farthest from ``expected``, and what it is.
+    """Name the element of ``actual`` that is farthest from ``expected``, and its value.
 
     Returns:
         Such as "[3, 4] of shape (37, 5) is 2.5, expected -1"; "" if there is no element.
@@ -102,9 +102,9 @@ def farthest(actual: Tensor, expected: Tensor) -> str:
         return ""
     found, right = (t.detach().cpu() for t in (actual, expected))
     kind = torch.complex128 if found.is_complex() or right.is_complex() else torch.float64
-    # Equal infinities, and NaN in both, are not apart; NaN in one is as far as can be.
+    # Equal infinities, or two NaN, have the distance 0; NaN and a number have an infinite distance.
     a, e = found.to(kind), right.to(kind)
-    # Integers beyond 2⁵³ may differ, and be one number in float64.
+    # Different integers beyond 2⁵³ may be the same number in float64.
     differs = (found != right) if found.dtype == right.dtype else (a != e)
     differs &= ~(a.isnan() & e.isnan())
     apart = (a - e).abs().clamp(min=1e-300).where(differs, 0.0).nan_to_num(math.inf)

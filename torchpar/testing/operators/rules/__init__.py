@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The rules of an operator's table, in the order of its rows. Each rule tries one part of PyTorch.
 
-The functions of the rules stand in one file for each subject.
+`values`, `magnitudes` and `schema` try results, `writes` the memory of operands, `autograd`,
+`torch_func` and `vmap` derivatives and batches, `compile` and `dynamic_sizes` graphs, `dtensor`,
+`subclasses` and `modes` what intercepts a call.
 """
 
 from collections.abc import Callable, Sequence
