@@ -148,9 +148,7 @@ class PreparedLaunch:
         self.convert, self.has_factors = convert, has_factors
         self._makers = [_maker(operands[0], one) for one in empties]
 
-    def run(
-        self, wrap: Wrap, operands: Sequence[Any], factors: tuple[int, ...] = ()
-    ) -> Any:
+    def run(self, wrap: Wrap, operands: Sequence[Any], factors: tuple[int, ...] = ()) -> Any:
         """Launch for operands of these layouts; return the result, or a tuple of several results.
 
         Args:
