@@ -71,7 +71,7 @@ def digits(x, first, second, FLOAT: tl.constexpr):
     x = x * first * second
     h = x + ROUND
     l = (x - (h - ROUND)) * 512.0 + ROUND  # noqa: E741  # the formula's name
-    # To add the halves, and to flip the sign bit of each byte, turns the bytes into digits from
+    # Adding the halves and flipping the sign bit of each byte turns the bytes into digits from
     # −128 to 127.
     offset: tl.constexpr = (HALVES - ROUND_BITS - (ROUND_BITS << 9)) % 2**32
     x = (h.to(tl.int32, bitcast=True) << 9) + l.to(tl.int32, bitcast=True)

@@ -176,11 +176,13 @@ def _maker(first: Tensor | None, empty: Empty) -> Callable[[Any], Tensor]:
         return lambda t: t.new_empty(shape, dtype=dtype)
     # The function that takes the least time; a tracer would guard that the layouts are equal.
     if (
-        type(first) is Tensor
+        type(first) in (Tensor, torch.nn.Parameter)
         and first.shape == shape
         and first.stride() == torch.empty(shape, device="meta").stride()
     ):
         return torch.empty_like
+    if not shape:
+        return lambda t: t.new_empty(())
     return lambda t: t.new_empty(*shape)  # numbers are converted in half the time of a shape
 
 

@@ -289,7 +289,7 @@ def linear_sigmoid(
             alone.
 
     Returns:
-        ``out``; None if nothing was launched, such as without columns.
+        ``out``; None if nothing was launched, as for operands without columns.
 
     Raises:
         ValueError: ``tiles`` of a variant that cannot take these operands.

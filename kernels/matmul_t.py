@@ -213,7 +213,8 @@ def symmetric_matmul(
         check: ``check(a, b, c)`` raises for wrong operands. It is called for new layouts alone.
 
     Returns:
-        ``out``, exactly symmetric; None if nothing was launched, such as without columns.
+        ``out``, exactly symmetric; None if nothing was launched, as for operands
+            without columns.
 
     Raises:
         ValueError: ``tiles`` of a variant that cannot take these operands.

@@ -22,8 +22,8 @@ is up to 3% faster than the next one on the H200, and up to 11% slower on an H10
 clock there.
 
 On an H100 the choice took at most 1.10 times the fastest configuration, and 1.005 times in the
-geometric mean. Of other architectures nothing was measured: there the rule compares the times that
-the configurations, and the library, would take on an sm_90 with as many multiprocessors.
+geometric mean. Other architectures were not measured. On them the rule compares the times that the
+configurations, and the library, would take on an sm_90 with as many multiprocessors.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -320,6 +320,13 @@ def test_truth_values_are_bytes_each_time(gpu: list[int]) -> None:
     assert gpu == [0, 0, 0, 1, 0, 1], "the launch is that of bytes"
 
 
+def test_a_parameter_of_one_number_again(gpu: list[int]) -> None:
+    one, two = torch.nn.Parameter(torch.tensor(1.0)), torch.tensor(2.0)
+    with torch.no_grad():
+        for a, b in ((one, two), (two, one), (one, one), (one, two)):
+            assert torch.equal(torchpar.maximum(a, b), torch.maximum(a, b))
+
+
 def test_gradients_of_the_same_layouts_again(gpu: list[int]) -> None:
     g = torch.linspace(-2, 2, 40 * 24).view(40, 24)
     for a, b in ((X, X.flip(0)), (X, ROW), (X, ROW.expand(40, 24)), (X, X.flip(0)), (X[:1], ROW)):

@@ -13,13 +13,14 @@ from torch import Tensor, nn, optim
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler as rates
+from torch.optim.swa_utils import AveragedModel
 
 from torchpar import data
 from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.optim import ChainedOptimizer, Muon
 from torchpar.parallel import GradScaler, join_world
-from torchpar.training import Classification, Run
+from torchpar.training import CheckpointConfig, Classification, Run
 
 EPOCHS, STEPS = 2, 6  # of 96 samples in batches of 16
 CLASSES = ("a", "b", "c")
@@ -61,18 +62,21 @@ def train(
     run: Run, trained: nn.Module | None = None, step: Callable[[], Any] | None = None
 ) -> None:
     """Train the run's model, or another one."""
-    model = trained or run.state.model
     with run:
-        for epoch in run.epochs():
-            for x, labels, size in run.batches(epoch):
-                loss = cross_entropy(model(x), labels, reduction="sum")
-                (loss / size).backward()
-                (step or run.state.optimizer.step)()
-                run.state.optimizer.zero_grad()
-                if run.state.lr_scheduler:
-                    run.state.lr_scheduler.step()
-                run.end_step(loss_sum=loss)
-            run.end_epoch()
+        train_epochs(run, trained or run.state.model, step)
+
+
+def train_epochs(run: Run, model: nn.Module, step: Callable[[], Any] | None = None) -> None:
+    for epoch in run.epochs():
+        for x, labels, size in run.batches(epoch):
+            loss = cross_entropy(model(x), labels, reduction="sum")
+            (loss / size).backward()
+            (step or run.state.optimizer.step)()
+            run.state.optimizer.zero_grad()
+            if run.state.lr_scheduler:
+                run.state.lr_scheduler.step()
+            run.end_step(loss_sum=loss)
+        run.end_epoch()
 
 
 # Where a fact has one place
@@ -324,7 +328,6 @@ def one_cycle(steps: int) -> Schedule:
     [
         (linear(24), "LinearLR has total_iters 24, and would not reach its end: the run has 12 st"),
         (linear(13), "the run has 12 steps (2 epochs of 6); take total_iters=12, or more epochs"),
-        (cosine(13), "CosineAnnealingLR has T_max 13, and would not reach its end"),
         (polynomial(13), "PolynomialLR has total_iters 13, and would not reach its end"),
         (one_cycle(13), "OneCycleLR has total_steps 13, and would not reach its end"),
         (
@@ -336,10 +339,10 @@ def one_cycle(steps: int) -> Schedule:
             "steps (2 epochs of 6); take total_steps=12, or 2 where it is stepped once",
         ),
         (
-            in_turn(linear(3), cosine(10), 3),
-            "CosineAnnealingLR has T_max 10 after the 3 steps before it, and would not reach its",
+            in_turn(cosine(3), linear(10), 3),
+            "LinearLR has total_iters 10 after the 3 steps before it, and would not reach its",
         ),
-        (together(linear(3), cosine(13)), "CosineAnnealingLR has T_max 13, and would not reach"),
+        (together(cosine(3), linear(13)), "LinearLR has total_iters 13, and would not reach"),
     ],
 )
 def test_schedules_that_do_not_fit_the_run_are_refused(world, make, message):
@@ -356,6 +359,9 @@ def test_schedules_that_do_not_fit_the_run_are_refused(world, make, message):
         linear(2),  # warms up
         cosine(WHOLE),
         cosine(5),  # falls and rises again
+        cosine(14),  # does not fall to 0
+        in_turn(partial(rates.LinearLR, total_iters=100), cosine(5), 100),  # a short trial
+        partial(rates.LinearLR, start_factor=1.0, end_factor=1.0, total_iters=1000),
         cosine(EPOCHS),
         polynomial(WHOLE),
         one_cycle(WHOLE),
@@ -459,6 +465,7 @@ def test_a_task_that_judges_another_model_is_refused(world):
         (nn.Linear(8, 3), "predict=…) is a Linear whose weight is not the run's model's"),
         (unlike, "predict=…) is a Unlike whose own.weight is not the run's model's"),
         (unlike.predict, "predict=…) is a Unlike whose own.weight is not the run's model's"),
+        (nn.Linear(8, 3).requires_grad_(False), "is a Linear whose weight is not the run's"),
         (DistributedDataParallel(network()), "is a DistributedDataParallel whose module.0.weight"),
     ):
         with refused(message):
@@ -469,10 +476,27 @@ def test_a_task_that_judges_another_model_is_refused(world):
         DistributedDataParallel(model),
         torch.compile(model),
         nn.Sequential(*model, nn.Softmax(1)),
+        nn.Sequential(nn.Linear(8, 8).requires_grad_(False), model),  # frozen features
+        AveragedModel(model),
         None,
         lambda x: unlike.predict(x),  # the program's own function
     ):
         make_run(world, model, predict=right)
+
+
+def test_a_schedule_of_another_length_is_not_resumed(world, tmp_path):
+    def run(epochs: int, make: Schedule) -> None:
+        model = network()
+        optimizer = sgd(model)
+        parts = model, optimizer, make(optimizer), world, task()
+        with Run(*parts, epochs=epochs, checkpoint=CheckpointConfig(tmp_path)) as resumed:
+            resumed.resume()
+            train_epochs(resumed, model)
+
+    run(2, cosine(12))
+    with refused("was saved with CosineAnnealingLR.T_max 12, and this run's is 24; take 12, or an"):
+        run(4, cosine(24))
+    run(4, cosine(12))
 
 
 def test_a_test_set_of_other_classes_is_refused(world):

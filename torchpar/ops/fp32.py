@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The precision of float32 products on CUDA, where the products shall not follow PyTorch's flag."""
+"""The precision of float32 products on CUDA, set apart from PyTorch's flag."""
 
 from collections.abc import Callable
 from functools import partial

@@ -61,7 +61,8 @@ class Exchange:
     def __init__(self, group: dist.ProcessGroup, params: list[ParamInfo]):
         self.group, self.params = group, params
         self._sent: tuple[int, Tensor] | None = None  # the last checksum
-        # The last step on a GPU: whether checksums differed, when the answer arrives, the facts.
+        # The last step on a GPU: a tensor that says whether the checksums differed, the event after
+        # which it can be read, and the facts.
         self._unread: tuple[Tensor, torch.cuda.Event | None, Mapping[str, object]] | None = None
         shards = [info.part._replace(mesh=None) for info in params]
         # gloo sends CUDA tensors in all-reduces and broadcasts only.

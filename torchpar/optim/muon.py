@@ -90,7 +90,7 @@ class Muon(Optimizer):
     ns: NewtonSchulz = "auto"
     views: Mapping[str, View]
     process_group: dist.ProcessGroup | DeviceMesh | None = None  # not copied
-    # Of the first step: the exchanges, and the parameters that this rank has alone.
+    # The exchanges, and the parameters that this rank has alone; made in the first step.
     _plan: tuple[list[Exchange], list[ParamInfo]] | None = None
     _planned: Sequence[object] = ()  # the parameters that `_plan` is for
     _has_updated = False
@@ -327,8 +327,8 @@ class Muon(Optimizer):
                     exchanges.append(Exchange(group, together[key]))
                     continue
                 alone += together[key]
-                for info in together[key]:
-                    check_whole_matrix(info, [info.part])
+            for info in alone:  # when other ranks no longer wait for an exchange with this one
+                check_whole_matrix(info, [info.part])
             self._plan = exchanges, alone
             # Forget the names of parameters that were removed.
             self._names = {info.p: info.name for info in self._param_infos()}

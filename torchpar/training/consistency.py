@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import (
     PolynomialLR,
     SequentialLR,
 )
+from torch.optim.swa_utils import AveragedModel
 
 from torchpar.errors import ConfigError
 from torchpar.parallel.split.parts import reshard
@@ -78,7 +79,8 @@ def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
         others = f" and {len(lacking) - 1} more" * (len(lacking) > 1)
         raise ConfigError(
             f"the optimizer lacks {lacking[0]}{others} of the model; give it all parameters that "
-            "require a gradient, or freeze the others by requires_grad_(False)"
+            "require a gradient, chain several optimizers by torchpar.optim.ChainedOptimizer, or "
+            "freeze the others by requires_grad_(False)"
         )
 
 
@@ -95,14 +97,14 @@ def _check_optimizer(lr_scheduler: LRScheduler, optimizer: Optimizer) -> None:
 def _check_length(lr_scheduler: LRScheduler, epochs: int, steps_per_epoch: int) -> None:
     steps = epochs * steps_per_epoch
     run = f"the run has {steps} steps ({epochs} epochs of {steps_per_epoch})"
-    for one, begin, is_whole in _schedules(lr_scheduler):
+    for schedule, begin, is_whole in _schedules(lr_scheduler):
         for kind, name in LENGTHS.items():
-            if not isinstance(one, kind):
+            if not isinstance(schedule, kind):
                 continue
-            length = getattr(one, name)
+            length = getattr(schedule, name)
             after = f" after the {begin} steps before it" * (begin > 0)
-            given = f"{type(one).__name__} has {name} {length}{after}"
-            if begin + length > steps:
+            given = f"{type(schedule).__name__} has {name} {length}{after}"
+            if begin + length > steps and _falls_to_zero(schedule):
                 raise ConfigError(
                     f"{given}, and would not reach its end: {run}; take {name}="
                     f"{max(steps - begin, 1)}, or more epochs"
@@ -115,11 +117,33 @@ def _check_length(lr_scheduler: LRScheduler, epochs: int, steps_per_epoch: int) 
                 )
 
 
+def _falls_to_zero(schedule: LRScheduler) -> bool:
+    """Whether a run that stops before the schedule's end is surely a mistake: the rate falls to 0.
+
+    A warm-up or a cosine may be planned for more steps than a run takes.
+    """
+    return isinstance(schedule, OneCycleLR | PolynomialLR) or (
+        isinstance(schedule, LinearLR) and schedule.end_factor == 0
+    )
+
+
+def lengths(lr_scheduler: object) -> list[tuple[str, int]]:
+    """The name and the length of each part of a schedule that has a length."""
+    if not isinstance(lr_scheduler, LRScheduler):
+        return []
+    found = []
+    for schedule, _, _ in _schedules(lr_scheduler):
+        name = next((LENGTHS[kind] for kind in LENGTHS if isinstance(schedule, kind)), None)
+        if name is not None:
+            found.append((f"{type(schedule).__name__}.{name}", getattr(schedule, name)))
+    return found
+
+
 def _schedules(
     lr_scheduler: LRScheduler, begin: int = 0, is_whole: bool = True
 ) -> Iterator[tuple[LRScheduler, int, bool]]:
-    """The schedules of which one consists, the steps after which each begins, and whether it is
-    the schedule of the whole run."""
+    """The parts of a schedule. With each: the step at which it begins, and whether it lasts the
+    whole run."""
     if isinstance(lr_scheduler, SequentialLR):
         begins = [0, *lr_scheduler._milestones]
         for part, after in zip(lr_scheduler._schedulers, begins, strict=True):
@@ -153,16 +177,21 @@ def _is_count(length: int, epochs: int, steps_per_epoch: int) -> bool:
 
 def _check_predict(predict: Any, model: nn.Module) -> None:
     judged = predict.__self__ if inspect.ismethod(predict) else predict
-    if not isinstance(judged, nn.Module):
+    # An average of the model's weights is judged on purpose, and a frozen part may stand before
+    # the model.
+    if not isinstance(judged, nn.Module) or isinstance(judged, AveragedModel):
         return
     known = {id(p) for p in model.parameters()}
-    for name, p in judged.named_parameters():
-        if id(p) not in known:
-            raise ConfigError(
-                f"Classification(predict=…) is a {type(judged).__name__} whose {name} is not the "
-                "run's model's, and would judge another model; leave predict out, or give a "
-                "function that calls the other model"
-            )
+    foreign = {name: p for name, p in judged.named_parameters() if id(p) not in known}
+    wrong = [name for name, p in foreign.items() if p.requires_grad]
+    if len(foreign) == len([*judged.parameters()]):  # frozen or not
+        wrong = [*foreign]
+    if wrong:
+        raise ConfigError(
+            f"Classification(predict=…) is a {type(judged).__name__} whose {wrong[0]} is not the "
+            "run's model's, and would judge another model; leave predict out, or give a function "
+            "that calls the other model"
+        )
 
 
 def has_gradients(parameters: list[Tensor]) -> bool:

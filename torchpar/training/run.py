@@ -46,7 +46,7 @@ from torchpar.parallel.save.checkpoint import CheckpointConfig, Checkpoints
 from torchpar.parallel.split.parts import reshard
 from torchpar.training import state
 from torchpar.training.answers import answering_signals
-from torchpar.training.consistency import check_consistency, has_gradients
+from torchpar.training.consistency import check_consistency, has_gradients, lengths
 from torchpar.training.graphed import count_replays
 from torchpar.training.outcome import EpochResult, Evaluation, Stopped
 from torchpar.training.replicas import check_replicas
@@ -223,8 +223,17 @@ class Run:
                 "the run was not entered, and would save nothing; use with Run(…) as run"
             )
         self._is_resumed = True
+        planned = lengths(self.state.lr_scheduler)
         if not state.resume(self.state, self._checkpoints):
             return
+        for (name, length), (_, saved) in zip(
+            planned, lengths(self.state.lr_scheduler), strict=True
+        ):
+            if length != saved:  # loading has replaced it
+                raise ConfigError(
+                    f"{self._checkpoints.folder} was saved with {name} {saved}, and this run's is "
+                    f"{length}; take {saved}, or another folder"
+                )
         if len(self.results) > self.num_epochs:
             raise ConfigError(
                 f"{self._checkpoints.folder} holds {len(self.results)} epochs, more than the "
@@ -398,11 +407,11 @@ class Run:
     def _check_gradients(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Refuse the gradients of another model, and those that nobody added up, once, before the
-        optimizer's first step in an epoch.
+        """Refuse a model without gradients, and gradients that nobody added up.
 
-        Comparing parameters would miss the latter where ranks share Muon's work: every rank gets
-        every update.
+        The check is made once, before the first step of the optimizer within an epoch. Comparing
+        parameters would miss the gradients where ranks share Muon's work: every rank gets every
+        update.
         """
         if not (self._is_first_step and self._is_within_epoch):
             return
@@ -411,13 +420,15 @@ class Run:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # A closure computes the gradients later.
         is_right = closure is not None or has_gradients(parameters)
-        if not any(self.world.gather_results(lambda: is_right)):
+        # A rank of a pipeline has a stage of its own, whose first step others need not take.
+        is_replicated = self.world.dp_size * self.world.tp_size > 1
+        if not any(self.world.gather_results(lambda: is_right) if is_replicated else [is_right]):
             raise ConfigError(
                 "no parameter of the run's model has a gradient in the optimizer's first step: the "
                 "loop trains another model, or calls no loss.backward() before the step; train the "
                 "model that Run got"
             )
-        if self.world.dp_size * self.world.tp_size > 1:
+        if is_replicated:
             check_replicas(self.state.model, self.world)
 
     def _check_replicas(self) -> None:
