@@ -251,7 +251,16 @@ def a_launch():
 
 def test_a_launch_with_a_pointer_to_the_host_is_refused():
     message = r"Pointer argument \(at 1\) cannot be accessed from Triton \(cpu tensor\?\)"
-    check_refused(a_launch, ValueError, message)
+    check_refused(a_launch, ValueError, message + r"; call \.cuda\(\) [^;]*$")
+
+
+def a_launch_on_the_host():
+    scale[(1,)](torch.ones(8), torch.zeros(8), 8, BLOCK=8)  # refused
+
+
+def test_a_launch_of_tensors_of_the_host_alone_is_told_to_leave_out_the_flag():
+    message = r"Pointer argument \(at 0\) .*; or leave out --cuda-is-cpu, if the script makes all"
+    check_refused(a_launch_on_the_host, ValueError, message)
 
 
 def test_a_launch_takes_pinned_memory_and_empty_tensors():

@@ -308,12 +308,12 @@ def test_a_report_overwrites_no_other_file_than_a_page(script, tmp_path, capsys)
     assert good.read_text() == "precious"
 
 
-def test_a_report_may_go_through_a_pipe(tmp_path):
+def test_a_report_may_go_through_a_pipe(script):
     reading, writing = os.pipe()
     with ThreadPoolExecutor(1) as pool, open(reading, "rb") as pipe:
         page = pool.submit(pipe.read)
         try:
-            assert command.main([f"--report=/dev/fd/{writing}", str(_empty(tmp_path))]) == 0
+            assert command.main([f"--report=/dev/fd/{writing}", script(WRONG)]) == 1
         finally:
             os.close(writing)
         assert b"</html>" in page.result()
@@ -380,6 +380,20 @@ def test_a_script_without_a_launch_is_told_why(flags, text, said, script, capsys
     assert capsys.readouterr().out.endswith(said)
 
 
+def test_a_script_without_a_launch_has_no_page_and_no_times(script, tmp_path, capsys):
+    page, numbers = tmp_path / "page.html", tmp_path / "report.json"
+    flags = ["--counters", "--time", f"--report={page}", f"--json={numbers}"]
+    assert command.main([*flags, script("")]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("launches: 0; ")
+    assert said.err == f"{page} is not written: no kernel was launched\n"
+    assert not page.exists()
+    assert '"launches": 0' in numbers.read_text()
+    assert command.main([*flags, script(WRONG)]) == 1
+    assert "The times are estimates." in capsys.readouterr().out
+    assert page.exists()
+
+
 @pytest.mark.parametrize(
     "text, own",
     [
@@ -412,13 +426,13 @@ def test_a_script_that_fails_before_its_launch_is_told_of_its_error_only(script,
 
 
 def test_a_page_that_cannot_be_written_stays_as_it_was(script, tmp_path, monkeypatch):
-    page = tmp_path / "page.html"
+    page, path = tmp_path / "page.html", script(WRONG)
     page.write_text("precious")
     monkeypatch.setattr(command.Path, "write_text", _full)
     with pytest.raises(SystemExit, match=r"page\.html cannot be written \(No space left"):
-        command.main([f"--report={page}", str(_empty(tmp_path))])
+        command.main([f"--report={page}", path])
     assert page.read_text() == "precious"
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["empty.py", "page.html"]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["page.html", "script.py"]
 
 
 def _full(path, text, *args, **kwargs):
@@ -435,10 +449,10 @@ def _empty(folder):
 def test_a_script_and_its_page_have_names_of_any_bytes(tmp_path):
     path = tmp_path / os.fsdecode(b"\xff.py")
     try:
-        path.touch()
+        path.write_text(textwrap.dedent(KERNEL) + WRONG)
     except OSError:
         pytest.skip("names of files are UTF-8 here")
-    assert command.main([f"--report={tmp_path / 'page.html'}", str(path)]) == 0
+    assert command.main([f"--report={tmp_path / 'page.html'}", str(path)]) == 1
     assert "?.py" in (tmp_path / "page.html").read_text("utf-8")
 
 

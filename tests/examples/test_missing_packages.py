@@ -63,8 +63,7 @@ def test_a_missing_package_is_one_line_with_the_pip_command(tmp_path, package, w
 
 @pytest.mark.parametrize("is_there", [True, False])
 def test_a_page_without_pictures_says_what_they_need(tmp_path, monkeypatch, capsys, is_there):
-    script = tmp_path / "script.py"
-    script.touch()
+    script = ROOT / "examples" / "scale.py"
     monkeypatch.setattr(sys, "path", [*sys.path])
     with patch.object(command, "find_spec", lambda _: SimpleNamespace() if is_there else None):
         command.main(["--report", str(tmp_path / "page.html"), str(script)])

@@ -304,19 +304,22 @@ def _show(report: Report, options: argparse.Namespace, stdout: TextIO, advice: s
     Args:
         advice: where the script has ended without a launch.
     """
+    is_empty = not (report.launches or report.graphs or report.faults)
     try:
         sys.stdout = sys.stderr if stdout.closed else stdout
-        if options.counters:
+        if options.counters and report.launches:
             print(report.counted(), end="\n\n")
-        if options.time:
+        if options.time and report.launches:
             print(report.timed(), end="\n\n")
         print(report.as_text(options.launches))
-        if advice and not (report.launches or report.graphs or report.faults):
+        if advice and is_empty:
             print(f"no kernel was launched{' here' if advice is INNER else ''}; {advice}")
     finally:
         if options.json is not None:
             _write(options.json, report.as_json())
-        if options.report is not None:
+        if options.report is not None and is_empty:
+            print(f"{options.report} is not written: no kernel was launched", file=sys.stderr)
+        elif options.report is not None:
             if find_spec("matplotlib") is None:
                 lacks = "has no pictures: matplotlib is not installed; pip install matplotlib"
                 print(f"{options.report} {lacks}", file=sys.stderr)

@@ -63,6 +63,7 @@ TAKE_NONE |= {"nextafter_", "sigmoid_backward", "silu_backward", "tanh_backward"
 TAKE_NONE |= {"threshold_backward"}
 
 WHAT_TO_DO = "call .cuda() on the tensor, or on the module, that is on the CPU"
+WITHOUT_THE_FLAG = "leave out --cuda-is-cpu, if the script makes all tensors on the CPU"
 
 
 def devices_of(func: Operator) -> Devices:
@@ -161,13 +162,15 @@ def check_launch(arguments: Sequence[object]) -> None:
     Raises:
         ValueError: with Triton's words, as on a GPU.
     """
-    for position, value in enumerate(arguments):
-        for t in _pointers(value):
-            if places.mark_of(t) is False and t.numel() and not places.is_pinned(t):
-                raise ValueError(
-                    f"Pointer argument (at {position}) cannot be accessed from Triton (cpu "
-                    f"tensor?); {WHAT_TO_DO}"
-                )
+    pointers = [(n, t) for n, value in enumerate(arguments) for t in _pointers(value)]
+    for position, t in pointers:
+        if places.mark_of(t) is False and t.numel() and not places.is_pinned(t):
+            is_all_on_host = all(places.mark_of(one) is False for _, one in pointers)
+            what_to_do = f"{WHAT_TO_DO}; or {WITHOUT_THE_FLAG}" if is_all_on_host else WHAT_TO_DO
+            raise ValueError(
+                f"Pointer argument (at {position}) cannot be accessed from Triton (cpu tensor?); "
+                f"{what_to_do}"
+            )
 
 
 def _pointers(value: object) -> Iterator[Tensor]:

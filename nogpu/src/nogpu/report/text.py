@@ -99,7 +99,7 @@ def of_groups(groups: Sequence[Group]) -> list[str]:
 
 
 def of_times(groups: Iterable[Group]) -> str:
-    """Return the estimated times of each group's first launch as text."""
+    """Return the estimated times of each group's first launch as text; "" without a launch."""
     blocks = []
     for group in groups:
         launch, count = group.first, len(group.launches)
@@ -115,7 +115,7 @@ def of_times(groups: Iterable[Group]) -> str:
             waves = f"{one.waves:.2f}"
             table.append([one.gpu, shown(one.microseconds), one.binds, waves, words])
         blocks.append(f"{title}\n{in_columns(table)}")
-    return "\n\n".join([*blocks, ESTIMATE_ACCURACY])
+    return "\n\n".join([*blocks, ESTIMATE_ACCURACY]) if blocks else ""
 
 
 def wrapped(text: str) -> list[str]:
