@@ -66,6 +66,35 @@ def test_the_first_fault_of_the_page_is_what_the_command_prints(tmp_path, monkey
     assert same_everywhere(capsys.readouterr().out) == same_everywhere(shown)
 
 
+README = (ROOT / "nogpu" / "README.md").read_text("utf-8")
+PRINTED = {  # by a command of nogpu's README; the pattern finds the command, and what it prints
+    command: rf"`python -m nogpu {command}`[^`]*```\n(.*?)```"
+    for command in ("examples/scale.py", "--counters --time transpose.py")
+}
+
+
+@pytest.mark.parametrize("given", PRINTED)
+def test_nogpus_readme_shows_what_its_commands_print(given, tmp_path, monkeypatch, capsys):
+    (shown,) = re.findall(PRINTED[given], README, re.DOTALL)
+    if "transpose" in given and not triton.__version__.startswith(COUNTERS["TRITON"]):
+        pytest.skip(f"the registers are those of Triton {COUNTERS['TRITON']}")
+    (code,) = re.findall(r"```py\n(# transpose.py\n.*?)```", README, re.DOTALL)
+    (tmp_path / "transpose.py").write_text(code, "utf-8")
+    folder = tmp_path if "transpose" in given else ROOT
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("nogpu.record.source.STARTED_IN", str(folder))
+    status = command.main(given.split())
+    printed = capsys.readouterr().out
+    assert status == int("✗ error" in printed)
+    lines = re.sub(r"\d+\.\d{3}  |line \d+ of the PTX", "", printed).splitlines()
+    wanted = re.sub(r"\d+\.\d{3}  |line \d+ of the PTX", "", shown).splitlines()
+    assert [line for line in wanted if line not in lines] == []
+    if "transpose" in given:  # of the tiles, the second launch
+        stores = [line.split() for line in lines if re.search("global +store", line)]
+        assert {one[5] for one in stores} == {"131,072", "1,048,576"}
+        assert any(line.startswith("H200  7.5 µs") for line in lines)
+
+
 def test_each_name_of_a_fault_is_explained():
     page = (ROOT / "docs" / "ptx.md").read_text("utf-8")
     table = page.partition("## What it finds")[2].partition("\n\nAn *error*")[0]
