@@ -2,8 +2,8 @@
 """Answer SIGINT and SIGTERM at once, also while the main thread computes or waits.
 
 Python calls the handlers of signals in the main thread, between two operations. One operation, such
-as a collective that waits for another rank, can take minutes. In C Python writes the number of each
-signal into a socket at once, and a thread reads it there.
+as a collective that waits for another rank, can take minutes. Python's C code writes the number of
+each signal into a socket at once, and a thread reads it there.
 """
 
 import logging
@@ -66,7 +66,7 @@ def answering_signals(world: World, saves: bool) -> Iterator[None]:
 
 
 def restore_handlers() -> None:
-    """Set the handlers of before a stopped run again if the program has caught its `Stopped`."""
+    """Set the earlier handlers again, if the program has caught the `Stopped` of its run."""
     if isinstance(sys.exception(), Stopped):
         return
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -49,7 +49,7 @@ class OutsideTensor:
     Attributes:
         tensor: a weak reference; the program may put another tensor in its place.
         version: at its first use.
-        line: of the program, that uses it first.
+        line: the line of the program that uses it first.
         is_on_host: whether the host, and not the GPU, holds it.
     """
 

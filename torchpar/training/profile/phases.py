@@ -63,9 +63,9 @@ class Phases:
         current: the current step; its ``calls`` are for others to fill.
 
     Args:
-        device: that computes; None for a program without PyTorch, whose backward pass is a
-            `measure`.
-        names: of the phases; those of `steps` and `step` are among them, if these are called.
+        device: the device that computes; None for a program without PyTorch, whose backward pass
+            is a `measure`.
+        names: the names of the phases; also the names of `steps` and `step`, if they are called.
     """
 
     active: ClassVar["Phases | None"] = None

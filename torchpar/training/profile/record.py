@@ -40,7 +40,7 @@ class Call(NamedTuple):
             `torch.distributed`'s.
         bytes: of this rank's tensors; of an all-to-all those that it receives.
         start: in seconds, by the clock of the machine.
-        seconds: until the end of a collective; of a send or receive, until it is started.
+        seconds: until a collective ends; until a send or a receive is started.
     """
 
     dimension: str
