@@ -276,7 +276,7 @@ class Log:
         self._advance()
 
     def step(self) -> None:
-        """Show that a step has ended."""
+        """Show on the progress bar that a step of the lesson has ended."""
         if self.profiler is not None:
             self.profiler.step()
         self._advance()

@@ -136,7 +136,7 @@ class Step:
                     yield Change(key, _as_text(known), _as_text(now[key]), is_kept)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield the tensors that hold numbers of the optimizer's groups."""
+        """Yield the tensors that hold numbers of the captured optimizer's groups."""
         optimizer = self.optimizer()
         for group in () if optimizer is None else optimizer.param_groups:
             for numbers in _numbers_of_group(group).values():

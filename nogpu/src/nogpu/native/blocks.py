@@ -243,7 +243,7 @@ class Blocks:
                 place.acquired[one.row] = one.acquired
 
     def _refine(self) -> None:
-        """Let an element of a shadow stand for fewer bytes."""
+        """Refine the shadow that the core in C has found too coarse, and let it go on."""
         self._take_spare_arrays()
         for place in self.gpu.space.allocations:
             if ctypes.addressof(_view(place).struct) == self.struct.coarse:

@@ -119,7 +119,7 @@ def of_times(groups: Iterable[Group]) -> str:
 
 
 def wrapped(text: str) -> list[str]:
-    """Return an indented text in lines that end behind a comma or a semicolon."""
+    """Return a sentence, indented, in lines that end behind a comma or a semicolon."""
     kept_together = re.sub(r"(?<![,;]) ", "\xa0", text)
     lines = textwrap.wrap(
         kept_together,

@@ -140,7 +140,7 @@ def _compare_on_ranks(
 
 @contextmanager
 def _way_to_register() -> Iterator[None]:
-    """Complete DTensor's error for an operator without a rule."""
+    """Add to DTensor's error for an operator without a rule how its author registers one."""
     try:
         yield
     except NotImplementedError as e:
