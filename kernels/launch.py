@@ -7,6 +7,7 @@ device, and where their memory begins within 16 bytes. So `prepared` looks a lau
 layouts, or builds it.
 """
 
+import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextvars import copy_context
 from typing import Any, NamedTuple, Protocol
@@ -28,6 +29,12 @@ class TritonKernel(Protocol):
     def __getitem__(self, grid: object, /) -> Callable[..., Any]: ...
 
 
+class _Records(threading.local):
+    active = False  # whether this thread's launches are recorded, and go through Triton's own way
+
+
+records = _Records()
+forgetters: list[Callable[[], None]] = []  # for others, who keep launches, too
 _MAX_LAUNCHES = 4096
 _launches: dict[Hashable, "PreparedLaunch | None"] = {}  # None where the library computes
 
@@ -76,7 +83,7 @@ class Plan:
             # Triton's allocator is a context variable: set in a copy of the context, it does not
             # replace the user's allocator.
             copy_context().run(_launch_with_scratch, self, wrap, varying)
-        elif wrap is not None or self.compiled is None or self._hooks:
+        elif wrap is not None or self.compiled is None or self._hooks or records.active:
             self._compile(wrap, *varying)
         else:
             # As Triton does, which would also look for the stream's device and for hooks. A chain
@@ -219,6 +226,8 @@ def prepared(
 def forget_launches() -> None:
     """Discard the launches, so that the next calls choose and specialize anew."""
     _launches.clear()
+    for forget in forgetters:
+        forget()
 
 
 def _launch_with_scratch(plan: Plan, wrap: Wrap, varying: tuple[Tensor | int, ...]) -> None:

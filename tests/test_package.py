@@ -93,7 +93,7 @@ def test_the_wheel_and_the_sdist_hold_the_package_and_nothing_else(
         f"{name}/{path.relative_to(folder).as_posix()}": path.read_bytes()
         for name, folder in folders.items()
         for path in folder.rglob("*.*")
-        if path.suffix in (".c", ".csv", ".py", ".typed", ".json", ".html")
+        if path.suffix in (".c", ".cpp", ".csv", ".py", ".typed", ".json", ".html")
         # Of the benchmarks the modules, and the table that `python -m torchpar ladder` reads.
         if path.suffix == ".py" or folder.name != "benchmarks" or path.match(TABLE)
     }

@@ -15,6 +15,7 @@ from torchpar.optional import needs_torch
 
 if find_spec("torch"):
     from torchpar import library, nn
+    from torchpar.library import player
     from torchpar.ops import (
         exact_matmul,
         exact_matmul_t,
@@ -24,6 +25,8 @@ if find_spec("torch"):
         maximum,
         symmetric_matmul,
     )
+
+    player.start()
 
 if TYPE_CHECKING:
     from torchpar import exact, optim, parallel, testing

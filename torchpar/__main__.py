@@ -23,6 +23,10 @@ COMMANDS = {
         "torchpar.testing.operators.command_line",
         "try an operator of yours with every part of PyTorch",
     ),
+    "build": (
+        "torchpar.library.build",
+        "compile the C++ by which a call on a GPU costs what PyTorch's own calls cost",
+    ),
     "doctor": (
         "torchpar.testing.doctor",
         "say what works on this machine, and how to mend what does not",

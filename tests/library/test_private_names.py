@@ -19,7 +19,7 @@ import torchpar
 from torchpar import library
 from torchpar.library import private
 
-COUNT = 14
+COUNT = 15
 FOLDER = Path(library.__file__).parent
 X = torch.linspace(1, 2, 3)
 NAMES = (f"private_names::op{i}" for i in itertools.count())

@@ -86,7 +86,8 @@ def test_a_gpu_and_the_choice_of_its_tiles(monkeypatch, enabled, value):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     properties = SimpleNamespace(name="NVIDIA Test", total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    gpu, tiles = doctor.gpus()
+    gpu, calls, tiles = doctor.gpus()
+    assert calls.value.startswith("by Python")
     assert gpu == Finding("cuda:0", "NVIDIA Test, 80 GiB")
     assert tiles.value.startswith(value)
 

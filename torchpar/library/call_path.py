@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
+from torchpar.library import player
 from torchpar.library.derivatives import Call, Differentiable, DifferentiableOnce
 from torchpar.library.private import (
     enable_single_level_autograd_function,
@@ -120,6 +121,8 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
         # 3 µs longer than its base's.
         differentiable: Any = new_class(generated, (Differentiable,))
         self._apply: Any = super(torch.autograd.Function, differentiable).apply  # type: ignore[misc]
+        self._player: player.Player | None = None  # C++ in front of this operator
+        self._asks_player = True
         self._kernels: dict[str | None, Function] = {}  # by device; None for other devices
         self._trusted: Function | None = None  # the kernel for other devices, if it is trusted
         self._other_kernels = {f"{namespace}/{name}/{key}" for key in _KEYS_OF_OTHERS}
@@ -148,13 +151,29 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
             raise
 
     def _autograd(self, keyset: torch.DispatchKeySet, /, *args: object, **kwargs: object) -> object:
+        if player.core.module is not None and self._asks_player:
+            self._start_player(args)
         try:
-            if self._trusted is not None and self._is_direct(keyset, args):
+            if self._trusted is not None and self._player is None and self._is_direct(keyset, args):
                 return self._call_directly(keyset, args, kwargs)
             return self._call_by_rules(keyset, args, kwargs)
         except Exception as e:
             self._refuse_none(e, args, kwargs)
             raise
+
+    def _start_player(self, args: tuple[object, ...]) -> None:
+        """Put C++ in front of this operator, for the calls after this one."""
+        devices = {t.device.type.upper() for t in tensors_of(args)}
+        if devices & {*player.core.devices}:
+            self._asks_player = False
+            if not player.why_not(self):
+                self._player = player.Player(self, _OTHER_KEYS & (2**64 - 1))
+
+    def _stop_player(self) -> None:
+        """Let Python compute again, as where a rule has changed."""
+        if self._player is not None:
+            self._player.remove()
+        self._player, self._asks_player = None, True
 
     def _is_direct(self, keyset: torch.DispatchKeySet, args: tuple[Any, ...]) -> bool:
         """Whether the dispatcher would find nothing between autograd and the trusted kernel.
@@ -252,6 +271,8 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
         return self._opoverload.redispatch(keyset, *args, **kwargs)
 
     def _run(self, device: str | None, /, *args: object, **kwargs: object) -> object:
+        if player.core.module is not None and self._asks_player:
+            self._start_player(args)
         kernel = self._kernels[device]
         records = torch.is_grad_enabled()
         if records:
@@ -267,20 +288,20 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
                 _gradients_on.__exit__(None, None, None)
         if (device is None and self._trusted is not None) or not self._returns:
             return self._checked(result)
-        try:
-            if self._returns_tensor and isinstance(result, Tensor) and not self._has_lists:
-                # As by `_share_memory` and `_checked`, in less time.
-                storage = result.untyped_storage()
-                for t in args:
-                    if isinstance(t, Tensor) and t.untyped_storage() is storage:
-                        raise self._alias_error(kernel)
-                return _without_view(result) if result._is_view() else result
-            shares = _share_memory(args, result)
-        except NotImplementedError:  # a sparse tensor has no storage
-            shares = _share_memory(args, result)
-        if shares:
+        if self._shares_memory(args, result):
             raise self._alias_error(kernel)
         return self._checked(result)
+
+    def _shares_memory(self, args: tuple[object, ...], result: object) -> bool:
+        """Whether a result has the storage of an argument or of another result."""
+        try:
+            if self._returns_tensor and isinstance(result, Tensor) and not self._has_lists:
+                # As by `_share_memory`, in less time.
+                storage = result.untyped_storage()
+                return any([isinstance(t, Tensor) and t.untyped_storage() is storage for t in args])
+        except NotImplementedError:  # a sparse tensor has no storage
+            pass
+        return _share_memory(args, result)
 
     def _checked(self, result: Any) -> object:
         """Check that the kernel's result is what the schema says, and return it without views.
@@ -482,7 +503,7 @@ def _is_refused_launch(error: Exception) -> bool:
 
 
 def _share_memory(args: Iterable[object], result: object) -> bool:
-    """Whether a result has the storage of an argument or of another result."""
+    """`DispatchedOp._shares_memory` for results and arguments of any kind."""
     # Sparse tensors have none.
     known = [t.untyped_storage() for t in tensors_of(args) if t.layout is torch.strided]
     for t in tensors_of(result if isinstance(result, tuple) else (result,)):

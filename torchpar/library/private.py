@@ -39,6 +39,10 @@ cannot keep a call opaque:
   `torch.compiler.is_exporting` is also True where AOTInductor and
   ``run_decompositions(decompose_custom_triton_ops=True)`` look into the operator.
 
+For calls that C++ plays (`tape`):
+
+- ``TorchDispatchMode``: note which operators a function calls. No public class is told of them.
+
 For sizes that a compiler knows as symbols, which a plain comparison would fix:
 
 - ``check``: let the graph check a size that depends on data. `torch.cond` has no error, and
@@ -63,6 +67,7 @@ from torch._library.triton import (
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.library import _impls as implementations  # by Python, of all operators
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
 
 if TYPE_CHECKING:
@@ -91,6 +96,7 @@ def is_decomposition_disabled() -> bool:
 __all__ = [
     "FunctionalTensorMode",
     "SingleLevelFunction",
+    "TorchDispatchMode",
     "check",
     "count_dispatch_modes",
     "dispatch_modes",

@@ -11,6 +11,7 @@ import torch
 from torchpar.library.call_path import DispatchedOp, key_of
 from torchpar.library.rules import Function, Gradient, VmapInfo
 from torchpar.library.sharding import sharding_rules
+from torchpar.library.tape import operators
 from torchpar.library.transforms import tensors_of
 
 _F = TypeVar("_F", bound=Function)
@@ -54,7 +55,10 @@ class CustomOpDef(DispatchedOp):
         self._check_device(name, device_types)
         self.__name__, self.__doc__ = base, function.__doc__
         # A notebook may define the operator again: then PyTorch ends the operator before.
+        if name in operators:
+            operators[name]._stop_player()
         super().__init__(namespace, local_name, schema, function, tags)
+        operators[name] = self
         self.register_kernel(device_types, function)
         self._lib.impl(local_name, self._autograd, "Autograd", with_keyset=True)
         if self._mutated:  # below Autograd, since inference mode passes over the Autograd key
@@ -83,6 +87,7 @@ class CustomOpDef(DispatchedOp):
             [device_types] if isinstance(device_types, str) else device_types or [None]
         )
         self._check_device(self._qualname, device_types)
+        self._stop_player()
         if device_types is not None and self._needs_device and not any(self._kernels):
             self._lib.impl(self._name, self._select_device, "BackendSelect")
         for device in devices:
@@ -178,6 +183,7 @@ class CustomOpDef(DispatchedOp):
             )
         if decompose and not formula:
             raise ValueError(f"{self._qualname}: decompose is given without formula, pass both")
+        self._stop_player()
         self._backward, self._setup_context, self._jvp = backward, setup_context, jvp
         self._formula, self._decompose = formula, decompose
 

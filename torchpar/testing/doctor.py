@@ -24,6 +24,7 @@ from torch import Tensor
 import torchpar
 from torchpar.console import cache_remedy
 from torchpar.errors import first_line
+from torchpar.library import player
 from torchpar.ops.environment import cpuinfo
 from torchpar.optional import has_nogpu
 from torchpar.testing.operators.compare import accurate, same_bits
@@ -154,6 +155,15 @@ def gpus() -> Iterator[Finding]:
         )
     if importlib.util.find_spec("triton") is None:
         return  # as "versions" says
+    if player.core.module is None:
+        yield Finding(
+            "calls of operators",
+            "by Python, which takes the host 20 µs and more",
+            "note",
+            "python -m torchpar build compiles them, so that a call costs what PyTorch's own cost",
+        )
+    else:
+        yield Finding("calls of operators", "by C++, for layouts that were called before")
     from torchpar.kernels import autotune
 
     measured = "measured by Triton's autotuner at the first call for each layout"

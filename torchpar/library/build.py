@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: MIT
+"""Build the C++ that plays operators' calls: ``python -m torchpar build``.
+
+The library is kept in the user's cache, by the source, the versions of PyTorch and Python, and the
+compiler. ``import torchpar`` loads it where it is, and never builds it.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchpar.errors import ConfigError
+
+SOURCE = Path(__file__).with_name("player.cpp")
+NAME = "_player"  # as in PYBIND11_MODULE
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m torchpar build",
+        description=(
+            "Compile the C++ that plays operators' calls, so that on a GPU a call costs the host "
+            "what a call of PyTorch's own operators does. It takes a minute, and 1.5 GB of memory."
+        ),
+    )
+    parser.add_argument("--into", type=Path, help="folder of the library; by default the cache")
+    folder = parser.parse_args(arguments).into
+    compiler = find_compiler()
+    path = (folder or cache_folder()) / library_name(compiler)
+    if folder is None and path.exists():
+        print(f"{path} is there already")
+        return 0
+    begun = time.monotonic()
+    print(f"compiling {SOURCE.name} by {shlex.join(compiler)}, which takes a minute", flush=True)
+    build(path, compiler)
+    print(f"{path}, in {time.monotonic() - begun:.0f} s")
+    return 0
+
+
+def load() -> Any:
+    """The compiled module: installed beside this file, or from the cache; None without either."""
+    beside = Path(__file__).with_name(NAME + SUFFIX)
+    built = [beside] if beside.exists() else sorted(cache_folder().glob(library_name(None)))
+    if not built:
+        return None
+    spec = importlib.util.spec_from_file_location(NAME, built[-1])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError:  # of another build of PyTorch
+        return None
+    return module
+
+
+def cache_folder() -> Path:
+    """The folder of torchpar in the user's cache, by the XDG specification."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(given) if os.path.isabs(given) else Path(os.path.expanduser("~/.cache"))
+    return root / "torchpar"
+
+
+def library_name(compiler: Sequence[str] | None) -> str:
+    """The file's name for this PyTorch and Python; without a compiler, a pattern of the names."""
+    facts = SOURCE.read_bytes() + f"{torch.__version__} {torch.version.git_version}".encode()
+    facts += f"{sys.implementation.cache_tag} {platform.machine()}".encode()
+    version = "*" if compiler is None else _digest(_version(compiler).encode())
+    return f"{NAME}-{_digest(facts)}-{version}{SUFFIX}"
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler, as words of a command: that of the variable CXX, or the first found.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for name in names:
+        words = shlex.split(name)
+        if words and shutil.which(words[0]):
+            return words
+    raise ConfigError(
+        f"there is no C++ compiler ({', '.join(names)}); install one such as g++, or name it by CXX"
+    )
+
+
+def _version(compiler: Sequence[str]) -> str:
+    found = subprocess.run([*compiler, "--version"], capture_output=True, text=True)
+    return found.stdout.partition("\n")[0]
+
+
+def build(path: Path, compiler: Sequence[str]) -> None:
+    """Compile the library to ``path``. Of several processes that build it, the first one does.
+
+    Raises:
+        ConfigError: the compiler fails; its first error is named.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / "build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            target = Path(folder, path.name)
+            done = subprocess.run(command(target, compiler), capture_output=True, text=True)
+            if done.returncode:
+                lines = [line for line in done.stderr.splitlines() if "error" in line]
+                reason = (lines or done.stderr.splitlines() or ["no message"])[0]
+                raise ConfigError(
+                    f"{shlex.join(compiler)} cannot compile {SOURCE.name} for torch "
+                    f"{torch.__version__}: {reason}; take another compiler by CXX"
+                )
+            os.replace(target, path)
+
+
+def command(target: Path, compiler: Sequence[str]) -> list[str]:
+    """The command that compiles the library to ``target``."""
+    package = Path(torch.__file__).parent
+    includes = package / "include", package / "include/torch/csrc/api/include"
+    libraries = package / "lib"
+    return [
+        *(*compiler, "-O2", "-std=c++20", "-shared", "-fPIC", "-w", str(SOURCE)),
+        *(f"-I{folder}" for folder in (*includes, sysconfig.get_paths()["include"])),
+        *(f"-L{libraries}", f"-Wl,-rpath,{libraries}"),
+        *("-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"),
+        *("-DTORCH_API_INCLUDE_EXTENSION_H", "-o", str(target)),
+    ]

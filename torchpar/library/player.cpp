@@ -1,0 +1,751 @@
+// SPDX-License-Identifier: MIT
+// Player what an operator's Python function did for tensors of the same layouts: a tape.
+//
+// Python records a tape at the first call with a layout (tape.py): the results that it allocates,
+// the kernels that it launches, and the operators of PyTorch that it calls. Boxed kernels at the
+// dispatch keys of a device and of its autograd play the tape for each further call. They outrank
+// the Python registrations, which stay as the slow path, and as all that compilers see.
+//
+//     autograd key   anything unusual, or a layout that is new → Python's rule
+//                    a gradient is needed → an autograd::Function, around the next line
+//                    redispatch to the device's key, where somebody else's kernel may be
+//     device key     a tape for this layout → play it, else → Python's function, which is recorded
+//     backward       grad mode is off, plain gradients, a tape → play it, else → Python's rule
+
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/ScalarOps.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+
+#include <array>
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <unordered_map>
+
+namespace py = pybind11;
+using at::Tensor;
+using c10::DispatchKeySet;
+using c10::IValue;
+using c10::OperatorHandle;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using torch::jit::Stack;
+
+namespace {
+
+// The driver's structures, whose header needs a toolkit: CUlaunchAttribute and CUlaunchConfig.
+struct Attribute {
+  int id;
+  char padding[4];
+  char value[64];
+};
+struct Config {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  Attribute* attributes;
+  unsigned count;
+};
+using Launch = int (*)(const Config*, void* function, void** parameters, void** extra);
+using CurrentStream = int (*)(int32_t device, void** stream);
+
+Launch launch_kernel = nullptr;  // cuLaunchKernelEx, or a stand-in
+CurrentStream current_stream = nullptr;
+uint64_t other_keys = ~0ull;  // the keys with which a call is not plain
+PyObject* triton_runtime = nullptr;  // triton.knobs.runtime, which has the hooks of launches
+std::atomic<uint64_t> played{0}, missed{0};
+
+// -- Keys ------------------------------------------------------------------------------------
+
+// All that a check, or a rule, may look at in the arguments of a call.
+class Key {
+ public:
+  void add(int64_t word) {
+    if (count_ < kWords)
+      words_[count_++] = word;
+    else
+      fits_ = false;
+  }
+  void add(const Tensor& t) {
+    if (!t.defined()) return add(-1);
+    const auto* impl = t.unsafeGetTensorImpl();
+    const auto device = impl->device();
+    const auto address = reinterpret_cast<uintptr_t>(impl->data());
+    add(t.dim() | static_cast<int64_t>(t.scalar_type()) << 8 |
+        static_cast<int64_t>(device.type()) << 16 | static_cast<int64_t>(device.index() & 255) << 24 |
+        static_cast<int64_t>(address & 15) << 32 | first_of(impl) << 40);
+    for (auto size : t.sizes()) add(size);
+    for (auto stride : t.strides()) add(stride);
+  }
+  void add(const IValue& value) {
+    if (value.isTensor())
+      add(value.toTensor());
+    else if (value.isNone())
+      add(-1);
+    else if (value.isBool())
+      add(value.toBool());
+    else if (value.isInt())
+      add(value.toInt());
+    else if (value.isDouble()) {
+      const double number = value.toDouble();
+      int64_t bits;
+      memcpy(&bits, &number, 8);
+      add(bits);
+    } else if (value.isString()) {
+      const auto& text = value.toStringRef();
+      add(static_cast<int64_t>(text.size()));
+      for (size_t i = 0; i < text.size(); i += 8) {
+        int64_t word = 0;
+        memcpy(&word, text.data() + i, std::min<size_t>(8, text.size() - i));
+        add(word);
+      }
+    } else
+      fits_ = false;
+  }
+  // What PyTorch keeps beside the arguments, and a rule reads.
+  void add_settings() {
+    const auto& context = at::globalContext();
+    add(static_cast<int64_t>(
+            context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL)) |
+        static_cast<int64_t>(c10::InferenceMode::is_enabled()) << 8 |
+        static_cast<int64_t>(context.deterministicAlgorithms()) << 9 |
+        static_cast<int64_t>(c10::typeMetaToScalarType(at::get_default_dtype())) << 16);
+  }
+  bool fits() const { return fits_; }
+  bool operator==(const Key& other) const {
+    return count_ == other.count_ && !memcmp(words_.data(), other.words_.data(), 8 * count_);
+  }
+  size_t hash() const {
+    uint64_t h = count_;
+    for (int i = 0; i < count_; i++) {
+      h = (h ^ static_cast<uint64_t>(words_[i])) * 0x9E3779B97F4A7C15ull;
+      h ^= h >> 29;
+    }
+    return h;
+  }
+
+ private:
+  // The number of the first argument that is this very tensor: a function may compare them.
+  int64_t first_of(const c10::TensorImpl* impl) {
+    for (int i = 0; i < seen_; i++)
+      if (tensors_[i] == impl) return i;
+    if (seen_ == kTensors) {
+      fits_ = false;
+      return 0;
+    }
+    tensors_[seen_] = impl;
+    return seen_++;
+  }
+  static constexpr int kWords = 96, kTensors = 16;
+  std::array<int64_t, kWords> words_;
+  std::array<const c10::TensorImpl*, kTensors> tensors_;
+  int count_ = 0, seen_ = 0;
+  bool fits_ = true;
+};
+
+struct Hash {
+  size_t operator()(const Key& key) const { return key.hash(); }
+};
+
+// A reference to an object of Python, which ends with the interpreter's lock.
+using Owned = std::shared_ptr<PyObject>;
+
+Owned own(const py::object& object) {
+  if (object.is_none()) return nullptr;
+  return Owned(object.inc_ref().ptr(), [](PyObject* one) {
+    if (!Py_IsInitialized()) return;
+    py::gil_scoped_acquire gil;
+    Py_DECREF(one);
+  });
+}
+
+// -- Tapes -----------------------------------------------------------------------------------
+
+struct Parameter {
+  int slot;         // the tensor whose address is meant; -1 for a constant
+  int64_t number;   // bytes from that address, or the constant's bits
+};
+
+struct Step {
+  enum Kind { EMPTY, VIEW, LAUNCH, CALL } kind;
+  int slot = -1;  // EMPTY, VIEW: the tensor that is made
+  int base = -1;  // VIEW: of which tensor
+  int64_t offset = 0;
+  std::vector<int64_t> sizes, strides;
+  at::ScalarType dtype = at::kFloat;
+  c10::Device device = at::kCPU;
+  // LAUNCH
+  void* function = nullptr;
+  Config config{};
+  std::vector<Parameter> parameters;
+  Owned kept;    // Triton's compiled kernel, whose end would unload the function
+  Owned hooks;   // the kernel's own, a list
+  Owned python;  // a launch by Triton's launcher, called with the tensors of `slots`
+  std::vector<int> slots;
+  // CALL
+  std::optional<OperatorHandle> op;
+  Stack arguments;
+  std::vector<std::pair<int, int>> tensors;  // place among the arguments, slot
+  std::vector<int> results;                  // a slot for each, or -1
+};
+
+struct Tape {
+  int inputs = 0, slots = 0;
+  std::vector<Step> steps;
+  std::vector<int> results;  // -1: None
+  c10::Device device = at::kCPU;
+};
+
+struct Operator;
+
+// How autograd differentiates a call with tensors of these layouts. Derivatives are never freed,
+// since graphs point to them.
+struct Derivative {
+  Operator* self;
+  std::vector<int> saved;  // numbers of the tensors among the arguments, then of results; -1: None
+  PyObject* rule;          // (saved, needs, grads): Python's rule, a gradient for each tensor
+  PyObject* record;        // the same, and remember a tape
+};
+
+struct Entry {
+  std::shared_ptr<const Tape> tape;        // none: Python computes
+  const Derivative* derivative = nullptr;  // none: Python differentiates
+  bool is_known = false;
+};
+
+struct Table {
+  std::unordered_map<Key, Entry, Hash> entries;
+  std::shared_mutex mutex;
+  Entry find(const Key& key) {
+    if (!key.fits()) return {};
+    std::shared_lock lock(mutex);
+    auto found = entries.find(key);
+    return found == entries.end() ? Entry{} : found->second;
+  }
+};
+
+Tensor make_empty(const Step& step) {
+  if (step.device.is_cuda())
+    return at::detail::empty_strided_generic(
+        step.sizes, step.strides, at::detail::getCUDAHooks().getCUDADeviceAllocator(),
+        DispatchKeySet(c10::DispatchKey::CUDA), step.dtype);
+  return at::detail::empty_strided_cpu(step.sizes, step.strides, step.dtype);
+}
+
+// A tensor of the memory of another one, which autograd takes for no view of it.
+Tensor make_view(const Step& step, const Tensor& base) {
+  auto t = at::detail::make_tensor<c10::TensorImpl>(
+      c10::TensorImpl::VIEW, c10::Storage(base.storage()), base.key_set(),
+      c10::scalarTypeToTypeMeta(step.dtype));
+  auto* impl = t.unsafeGetTensorImpl();
+  const int64_t start = base.storage_offset() * static_cast<int64_t>(base.element_size());
+  impl->set_storage_offset((start + step.offset) / static_cast<int64_t>(t.element_size()));
+  impl->set_sizes_and_strides(step.sizes, step.strides);
+  return t;
+}
+
+// Whether an object is a function, or a chain of hooks that has one.
+bool has_calls(const py::object& hook) {
+  if (hook.is_none()) return false;
+  if (!py::hasattr(hook, "calls")) return true;
+  return py::len(hook.attr("calls")) > 0;
+}
+
+// Whether somebody watches launches by Triton's hooks, or by those of a kernel of the tape.
+bool is_watched(const Tape* tape) {
+  if (!triton_runtime) return false;
+  py::gil_scoped_acquire gil;
+  const auto runtime = py::reinterpret_borrow<py::object>(triton_runtime);
+  if (has_calls(runtime.attr("launch_enter_hook")) || has_calls(runtime.attr("launch_exit_hook")))
+    return true;
+  if (tape)
+    for (const auto& step : tape->steps)
+      if (step.hooks && PyList_GET_SIZE(step.hooks.get()) > 0) return true;
+  return false;
+}
+
+// Launch; false where the thread has no context of the device yet.
+bool launch(const Step& step, const std::vector<Tensor>& slots, c10::Device device) {
+  if (step.python) {
+    py::gil_scoped_acquire gil;
+    py::tuple tensors(step.slots.size());
+    for (size_t i = 0; i < step.slots.size(); i++) tensors[i] = py::cast(slots[step.slots[i]]);
+    py::reinterpret_borrow<py::function>(step.python.get())(*tensors);
+    return true;
+  }
+  int64_t values[64];
+  void* pointers[64];
+  const size_t count = step.parameters.size();
+  for (size_t i = 0; i < count; i++) {
+    const auto& p = step.parameters[i];
+    values[i] = p.number;
+    if (p.slot >= 0)
+      values[i] += reinterpret_cast<int64_t>(slots[p.slot].unsafeGetTensorImpl()->data());
+    pointers[i] = &values[i];
+  }
+  Config config = step.config;
+  if (current_stream && device.is_cuda())
+    TORCH_CHECK(current_stream(device.index(), &config.stream) == 0, "there is no current stream");
+  const int error = launch_kernel(&config, step.function, pointers, nullptr);
+  if (error == 201) return false;  // CUDA_ERROR_INVALID_CONTEXT
+  TORCH_CHECK(error == 0, "cuLaunchKernelEx: error ", error, " of the driver");
+  return true;
+}
+
+// Play a tape for the tensors among ``slots``; false if a launch was refused.
+bool play(const Tape& tape, std::vector<Tensor>& slots) {
+  c10::OptionalDeviceGuard guard(tape.device);
+  at::AutoDispatchBelowADInplaceOrView below;
+  slots.resize(tape.slots);
+  for (const auto& step : tape.steps) switch (step.kind) {
+      case Step::EMPTY:
+        slots[step.slot] = make_empty(step);
+        break;
+      case Step::VIEW:
+        slots[step.slot] = make_view(step, slots[step.base]);
+        break;
+      case Step::LAUNCH:
+        if (!launch(step, slots, tape.device)) return false;
+        break;
+      case Step::CALL: {
+        Stack stack = step.arguments;
+        for (auto [place, slot] : step.tensors) stack[place] = slots[slot];
+        step.op->callBoxed(stack);
+        for (size_t i = 0; i < step.results.size(); i++)
+          if (step.results[i] >= 0) slots[step.results[i]] = std::move(stack[i]).toTensor();
+      }
+    }
+  played++;
+  return true;
+}
+
+// -- Operators -------------------------------------------------------------------------------
+
+struct Operator {
+  std::string name;
+  bool asks_first;    // whether Python's rule may call something else than the operator
+  PyObject* rule;     // (keyset, *args, **kwargs): Python's kernel of the key Autograd
+  PyObject* compute;  // (*args, **kwargs): Python's kernel of the device's key
+  PyObject* record;   // the same, and remember a tape
+  Table forward, gradients;
+};
+
+// Call Python. Its errors pass through autograd's threads as PyTorch's own do.
+template <class F>
+void raising_in_python(const F& f) {
+  try {
+    f();
+  } catch (py::error_already_set& e) {
+    e.restore();
+    python_error error;
+    error.persist();
+    throw error;  // NOLINT: as PyTorch throws it
+  }
+}
+
+struct Arguments {
+  py::list positional;
+  py::dict keywords;
+};
+
+// The arguments on the stack as Python gets them: without those at their defaults.
+Arguments to_python(const c10::FunctionSchema& schema, c10::ArrayRef<IValue> values) {
+  Arguments found;
+  const auto& arguments = schema.arguments();
+  size_t positional = 0, given = 0;
+  auto is_default = [&](size_t i) {
+    const auto& fallback = arguments[i].default_value();
+    return fallback && !values[i].isTensor() && *fallback == values[i];
+  };
+  for (; positional < arguments.size() && !arguments[positional].kwarg_only(); positional++)
+    if (!is_default(positional)) given = positional + 1;
+  for (size_t i = 0; i < given; i++) found.positional.append(torch::jit::toPyObject(values[i]));
+  for (size_t i = positional; i < arguments.size(); i++)
+    if (!is_default(i))
+      found.keywords[arguments[i].name().c_str()] = torch::jit::toPyObject(values[i]);
+  return found;
+}
+
+// Replace the arguments on the stack by Python's results.
+void push_results(const c10::FunctionSchema& schema, Stack& stack, const py::object& result) {
+  torch::jit::drop(stack, schema.arguments().size());
+  const auto& returns = schema.returns();
+  if (returns.size() == 1)
+    stack.push_back(torch::jit::toIValue(result, returns[0].real_type()));
+  else
+    for (size_t i = 0; i < returns.size(); i++)
+      stack.push_back(
+          torch::jit::toIValue(result[py::int_(i)].cast<py::object>(), returns[i].real_type()));
+}
+
+void call_python(
+    PyObject* function, const OperatorHandle& op, Stack& stack,
+    std::optional<DispatchKeySet> keyset = std::nullopt) {
+  const auto& schema = op.schema();
+  py::gil_scoped_acquire gil;
+  auto found = to_python(schema, torch::jit::last(stack, schema.arguments().size()));
+  auto f = py::reinterpret_borrow<py::function>(function);
+  raising_in_python([&] {
+    py::object result = keyset ? f(*keyset, *found.positional, **found.keywords)
+                               : f(*found.positional, **found.keywords);
+    push_results(schema, stack, result);
+  });
+}
+
+Key key_of(c10::ArrayRef<IValue> values) {
+  Key key;
+  key.add_settings();
+  for (const auto& value : values) key.add(value);
+  return key;
+}
+
+// Whether PyTorch's operators would do more than they did when the tape was recorded.
+bool is_unusual(c10::DeviceType device) {
+  const auto& context = at::globalContext();
+  return at::autocast::is_autocast_enabled(device) ||
+         (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory());
+}
+
+// Whether a tape may be played, or recorded, for a call with these arguments.
+bool may_play(c10::ArrayRef<IValue> values, const Tape* tape) {
+  for (const auto& value : values)
+    if (value.isTensor() && value.toTensor().defined())
+      return !is_unusual(value.toTensor().device().type()) &&
+             !is_watched(tape);
+  return false;
+}
+
+// The kernel of a device's key.
+struct Device : c10::OperatorKernel {
+  explicit Device(Operator* self) : self(self) {}
+  void operator()(const OperatorHandle& op, DispatchKeySet, Stack* stack) {
+    const auto values = torch::jit::last(*stack, op.schema().arguments().size());
+    const auto key = key_of(values);
+    const auto entry = self->forward.find(key);
+    const bool is_usual = may_play(values, entry.tape.get());
+    if (entry.tape && is_usual) {
+      std::vector<Tensor> slots;
+      slots.reserve(entry.tape->slots);
+      for (const auto& value : values)
+        if (value.isTensor()) slots.push_back(value.toTensor());
+      if (play(*entry.tape, slots)) {
+        torch::jit::drop(*stack, values.size());
+        for (int slot : entry.tape->results) stack->emplace_back(std::move(slots[slot]));
+        return;
+      }
+    }
+    missed++;
+    const bool records = is_usual && key.fits() && !entry.is_known;
+    call_python(records ? self->record : self->compute, op, *stack);
+  }
+  Operator* self;
+};
+
+// Whether a gradient is a plain tensor of a device, which no mode or subclass intercepts.
+bool is_plain(const Tensor& t) {
+  const auto local = c10::impl::tls_local_dispatch_key_set();
+  const auto keys =
+      (t.key_set() | local.included_) - local.excluded_ -
+      DispatchKeySet({c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect});
+  return !(keys.raw_repr() & other_keys);
+}
+
+Key key_of_backward(
+    const Derivative& derivative, int64_t needs, const variable_list& grads,
+    const variable_list& saved) {
+  Key key;
+  key.add_settings();
+  key.add(reinterpret_cast<int64_t>(&derivative));
+  key.add(needs);
+  for (const auto& g : grads) key.add(g);
+  for (const auto& t : saved) key.add(t);
+  return key;
+}
+
+struct Played : torch::autograd::Function<Played> {
+  // Compiled autograd calls `backward` with tensors that no tape takes, and follows Python's rule.
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(
+      AutogradContext* ctx, const OperatorHandle* op, DispatchKeySet keyset,
+      const Derivative* derivative, Stack* stack, at::TensorList tensors) {
+    op->redispatchBoxed(keyset & c10::after_autograd_keyset, stack);
+    variable_list results, saved;
+    for (auto& value : *stack) results.push_back(value.toTensor());
+    for (int number : derivative->saved) {
+      const size_t i = number;
+      saved.push_back(
+          number < 0 ? Tensor() : i < tensors.size() ? tensors[i] : results[i - tensors.size()]);
+    }
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["derivative"] = reinterpret_cast<int64_t>(derivative);
+    ctx->saved_data["tensors"] = static_cast<int64_t>(tensors.size());
+    return results;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    constexpr size_t lead = 4;  // arguments of `forward` before the tensors
+    const auto& derivative =
+        *reinterpret_cast<const Derivative*>(ctx->saved_data["derivative"].toInt());
+    const size_t count = ctx->saved_data["tensors"].toInt();
+    auto saved = ctx->get_saved_variables();
+    variable_list found(lead + count);
+    int64_t needs = 0;
+    for (size_t i = 0; i < count; i++) needs |= int64_t{ctx->needs_input_grad(i)} << i;
+    bool is_simple = !at::GradMode::is_enabled();
+    for (const auto& g : grads) is_simple = is_simple && g.defined() && is_plain(g);
+    is_simple = is_simple && !is_unusual(grads[0].device().type());
+    bool records = false;
+    if (is_simple) {
+      const auto key = key_of_backward(derivative, needs, grads, saved);
+      const auto entry = derivative.self->gradients.find(key);
+      const bool may_launch = !is_watched(entry.tape.get());
+      if (entry.tape && may_launch) {
+        std::vector<Tensor> slots;
+        slots.reserve(entry.tape->slots);
+        for (const auto& g : grads) slots.push_back(g);
+        for (const auto& t : saved)
+          if (t.defined()) slots.push_back(t);
+        if (play(*entry.tape, slots)) {
+          for (size_t i = 0; i < count; i++)
+            if (const int slot = entry.tape->results[i]; slot >= 0) found[lead + i] = slots[slot];
+          return found;
+        }
+      }
+      missed++;
+      records = may_launch && key.fits() && !entry.is_known;
+    }
+    py::gil_scoped_acquire gil;
+    auto optional = [](const Tensor& t) { return t.defined() ? py::cast(t) : py::none(); };
+    py::list saved_list, needs_list, grads_list;
+    for (const auto& t : saved) saved_list.append(optional(t));
+    for (size_t i = 0; i < count; i++) needs_list.append(py::bool_(needs >> i & 1));
+    for (const auto& g : grads) grads_list.append(optional(g));
+    auto f = py::reinterpret_borrow<py::function>(records ? derivative.record : derivative.rule);
+    raising_in_python([&] {
+      py::sequence result = f(saved_list, needs_list, grads_list);
+      for (size_t i = 0; i < count; i++)
+        if (py::object g = result[i]; !g.is_none()) found[lead + i] = py::cast<Tensor>(g);
+    });
+    return found;
+  }
+};
+
+// The kernel of a device's key of autograd.
+struct Autograd : c10::OperatorKernel {
+  explicit Autograd(Operator* self) : self(self) {}
+  void operator()(const OperatorHandle& op, DispatchKeySet keyset, Stack* stack) {
+    const auto values = torch::jit::last(*stack, op.schema().arguments().size());
+    bool is_simple = !(keyset.raw_repr() & other_keys), needs_grad = false;
+    const bool records = at::GradMode::is_enabled();
+    for (const auto& value : values) {
+      if (!value.isTensor()) continue;
+      const auto& t = value.toTensor();
+      if (!t.defined()) continue;
+      is_simple = is_simple && !torch::autograd::isFwGradDefined(t);
+      needs_grad = needs_grad || (records && t.requires_grad());
+    }
+    if (is_simple && !needs_grad && !self->asks_first)
+      return op.redispatchBoxed(keyset & c10::after_autograd_keyset, stack);
+    if (is_simple) {
+      const auto entry = self->forward.find(key_of(values));
+      if (entry.tape && !needs_grad)
+        return op.redispatchBoxed(keyset & c10::after_autograd_keyset, stack);
+      if (entry.derivative) {
+        Stack below(values.begin(), values.end());
+        variable_list tensors;
+        for (const auto& value : values)
+          if (value.isTensor()) tensors.push_back(value.toTensor());
+        torch::jit::drop(*stack, values.size());
+        auto results =
+            Played::apply(&op, keyset, entry.derivative, &below, at::TensorList(tensors));
+        for (auto& t : results) stack->emplace_back(std::move(t));
+        return;
+      }
+    }
+    call_python(self->rule, op, *stack, keyset);
+  }
+  Operator* self;
+};
+
+// -- Python ----------------------------------------------------------------------------------
+
+PyObject* keep(const py::object& object) { return object.is_none() ? nullptr : object.inc_ref().ptr(); }
+
+// An argument of an operator. A number may stand for a tensor, as in `t * 2`.
+IValue to_argument(const py::handle& value, const c10::TypePtr& type) {
+  const bool is_number = PyBool_Check(value.ptr()) || PyLong_Check(value.ptr()) ||
+                         PyFloat_Check(value.ptr()) || PyComplex_Check(value.ptr());
+  if (!is_number || type->kind() != c10::TypeKind::TensorType)
+    return torch::jit::toIValue(value, type);
+  auto t = at::scalar_to_tensor(torch::jit::toIValue(value, c10::NumberType::get()).toScalar());
+  t.unsafeGetTensorImpl()->set_wrapped_number(true);
+  return t;
+}
+
+// A step as Python describes it: (kind, …).
+Step to_step(const py::tuple& given) {
+  Step step;
+  const auto kind = given[0].cast<std::string>();
+  if (kind == "empty" || kind == "view") {
+    step.kind = kind == "empty" ? Step::EMPTY : Step::VIEW;
+    step.slot = given[1].cast<int>();
+    step.sizes = given[2].cast<std::vector<int64_t>>();
+    step.strides = given[3].cast<std::vector<int64_t>>();
+    step.dtype = given[4].cast<at::ScalarType>();
+    if (step.kind == Step::EMPTY)
+      step.device = given[5].cast<c10::Device>();
+    else
+      step.base = given[5].cast<int>(), step.offset = given[6].cast<int64_t>();
+  } else if (kind == "launch") {
+    step.kind = Step::LAUNCH;
+    step.function = reinterpret_cast<void*>(given[1].cast<uintptr_t>());
+    const auto grid = given[2].cast<std::array<unsigned, 3>>();
+    std::copy(grid.begin(), grid.end(), step.config.grid);
+    step.config.block[0] = given[3].cast<unsigned>();
+    step.config.block[1] = step.config.block[2] = 1;
+    step.config.shared = given[4].cast<unsigned>();
+    for (auto [slot, number] : given[5].cast<std::vector<std::pair<int, int64_t>>>())
+      step.parameters.push_back({slot, number});
+    TORCH_CHECK(step.parameters.size() <= 64, "a kernel has more than 64 parameters");
+    step.python = own(given[6].cast<py::object>());
+    step.slots = given[7].cast<std::vector<int>>();
+    step.kept = own(given[8].cast<py::object>());
+    step.hooks = own(given[9].cast<py::list>());
+  } else {
+    step.kind = Step::CALL;
+    step.op = c10::Dispatcher::singleton().findSchemaOrThrow(
+        given[1].cast<std::string>().c_str(), given[2].cast<std::string>().c_str());
+    const auto& arguments = step.op->schema().arguments();
+    const auto values = given[3].cast<py::list>();
+    for (size_t i = 0; i < arguments.size(); i++)
+      step.arguments.push_back(to_argument(values[i], arguments[i].real_type()));
+    step.tensors = given[4].cast<std::vector<std::pair<int, int>>>();
+    step.results = given[5].cast<std::vector<int>>();
+  }
+  return step;
+}
+
+std::shared_ptr<const Tape> to_tape(const py::object& given) {
+  if (given.is_none()) return nullptr;
+  auto tape = std::make_shared<Tape>();
+  auto parts = given.cast<py::tuple>();
+  tape->inputs = parts[0].cast<int>();
+  tape->slots = parts[1].cast<int>();
+  for (auto step : parts[2].cast<py::list>()) tape->steps.push_back(to_step(step.cast<py::tuple>()));
+  tape->results = parts[3].cast<std::vector<int>>();
+  tape->device = parts[4].cast<c10::Device>();
+  return tape;
+}
+
+// An operator in front of Python's registrations, until it is removed.
+class Installed {
+ public:
+  Installed(
+      std::string space, std::string name, std::string overload, std::vector<std::string> devices,
+      bool asks_first, const py::object& rule, const py::object& compute, const py::object& record)
+      : self_(new Operator{space + "::" + name, asks_first, keep(rule), keep(compute), keep(record)}),
+        handle_(c10::Dispatcher::singleton().findSchemaOrThrow(
+            self_->name.c_str(), overload.c_str())) {
+    const auto full = overload.empty() ? name : name + "." + overload;
+    for (const auto& device : devices) {
+      add<Autograd>(space, full, "Autograd" + device);
+      add<Device>(space, full, device);
+    }
+  }
+  ~Installed() { remove(); }
+  void remove() { libraries_.clear(); }
+
+  void remember(const py::args& values, const py::object& tape, const Derivative* derivative) {
+    const auto key = key_of(to_values(values));
+    if (!key.fits()) return;
+    Entry entry{to_tape(tape), derivative, true};
+    std::unique_lock lock(self_->forward.mutex);
+    if (self_->forward.entries.size() >= kMost) self_->forward.entries.clear();
+    self_->forward.entries[key] = std::move(entry);
+  }
+  void remember_backward(
+      const Derivative* derivative, const std::vector<bool>& needs,
+      const std::vector<std::optional<Tensor>>& grads,
+      const std::vector<std::optional<Tensor>>& saved, const py::object& tape) {
+    int64_t mask = 0;
+    for (size_t i = 0; i < needs.size(); i++) mask |= int64_t{needs[i]} << i;
+    variable_list given, kept;
+    for (const auto& g : grads) given.push_back(g.value_or(Tensor()));
+    for (const auto& t : saved) kept.push_back(t.value_or(Tensor()));
+    const auto key = key_of_backward(*derivative, mask, given, kept);
+    if (!key.fits()) return;
+    std::unique_lock lock(self_->gradients.mutex);
+    if (self_->gradients.entries.size() >= kMost) self_->gradients.entries.clear();
+    self_->gradients.entries[key] = {to_tape(tape), nullptr, true};
+  }
+  const Derivative* derivative(std::vector<int> saved, const py::object& rule, const py::object& record) {
+    return new Derivative{self_, std::move(saved), keep(rule), keep(record)};
+  }
+  void forget() {
+    for (auto* table : {&self_->forward, &self_->gradients}) {
+      std::unique_lock lock(table->mutex);
+      table->entries.clear();
+    }
+  }
+
+ private:
+  static constexpr size_t kMost = 4096;
+  template <class Kernel>
+  void add(const std::string& space, const std::string& name, const std::string& key) {
+    libraries_.emplace_back(
+        torch::Library::IMPL, space, c10::parseDispatchKey(key), __FILE__, __LINE__);
+    libraries_.back().impl(
+        name.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Kernel>(self_)));
+  }
+  // All arguments of the schema, in its order.
+  Stack to_values(const py::args& given) const {
+    Stack values;
+    const auto& arguments = handle_.schema().arguments();
+    for (size_t i = 0; i < arguments.size(); i++)
+      values.push_back(torch::jit::toIValue(given[i], arguments[i].real_type()));
+    return values;
+  }
+  Operator* self_;  // never freed: graphs point to it
+  OperatorHandle handle_;
+  std::vector<torch::Library> libraries_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_player, m) {
+  py::class_<Derivative, std::unique_ptr<Derivative, py::nodelete>>(m, "Derivative");
+  py::class_<Installed>(m, "Installed")
+      .def(py::init<
+           std::string, std::string, std::string, std::vector<std::string>, bool, py::object,
+           py::object, py::object>())
+      .def("remove", &Installed::remove)
+      .def(
+          "remember",
+          [](Installed& self, const py::tuple& values, const py::object& tape,
+             const Derivative* derivative) {
+            self.remember(py::args(values), tape, derivative);
+          },
+          py::arg("values"), py::arg("tape"), py::arg("derivative").none(true))
+      .def("remember_backward", &Installed::remember_backward)
+      .def("derivative", &Installed::derivative, py::return_value_policy::reference)
+      .def("forget", &Installed::forget);
+  m.def("set_launch", [](uintptr_t address) { launch_kernel = reinterpret_cast<Launch>(address); });
+  m.def("set_stream", [](uintptr_t address) {
+    current_stream = reinterpret_cast<CurrentStream>(address);
+  });
+  m.def("set_other_keys", [](uint64_t keys) { other_keys = keys; });
+  m.def("set_runtime", [](const py::object& runtime) { triton_runtime = keep(runtime); });
+  m.def("counts", [] { return std::make_pair(played.load(), missed.load()); });
+}

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: MIT
+"""Record what a function does with its tensors, as a tape that C++ plays again.
+
+A tape holds for tensors of certain layouts: the tensors that are allocated, the views that are
+taken, the Triton kernels that are launched, and the operators of PyTorch that are called. A
+function that reads a tensor's values, or that uses a tensor which is not among its arguments,
+cannot be played again; `TapeRecorder.refusal` says why.
+"""
+
+import math
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchpar.library.private import TorchDispatchMode
+from torchpar.library.transforms import tensors_of
+
+Step = tuple[Any, ...]
+"""The arguments of a step of `player.cpp`, with its kind first."""
+
+operators: dict[str, Any] = {}  # the operators of this library, by their names
+
+_aten = torch.ops.aten
+_ALLOCATIONS = {
+    *(_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default),
+    *(_aten.new_empty.default, _aten.new_empty_strided.default),
+}
+_lock = threading.RLock()  # `JITFunction.run` is replaced for all threads
+
+
+class Refusal(Exception):
+    """Why a call cannot be played again."""
+
+
+class TapeRecorder(TorchDispatchMode):
+    """Record the calls in its context, on one thread.
+
+    Args:
+        tensors: the tensors that the tape will be given, in its order. `alias` returns the tensors
+            to call the function with.
+        calls_python: whether launches go through Triton's launcher in Python, as an emulator's do.
+
+    Attributes:
+        refusal: why the calls cannot be played again, or "".
+        is_being_tuned: whether an autotuner has timed a kernel, whose later calls launch once.
+    """
+
+    sees_launches = True  # for `torchpar.ops._operator.is_intercepted`
+
+    def __init__(self, tensors: Sequence[Tensor | None], calls_python: bool):
+        super().__init__()
+        self.calls_python = calls_python
+        self.refusal, self.is_being_tuned = "", False
+        self.steps: list[Step] = []
+        self._views: dict[int, tuple[int, int]] = {}  # the base's slot, and bytes from its address
+        # A tensor that is given twice stays one tensor, since a function may compare its arguments.
+        self._aliases: dict[int, Tensor] = {}
+        self._slots: dict[int, int] = {}  # by the id of a tensor, which `_kept` keeps
+        self._kept: list[Tensor] = []
+        for t in tensors:
+            if t is not None and id(t) in self._aliases:
+                self._kept.append(self._aliases[id(t)])  # its slot is not used
+            elif t is not None:
+                self._aliases[id(t)] = t.detach()
+                self._new_slot(self._aliases[id(t)])
+        self.inputs = len(self._kept)
+
+    def alias(self, value: Any) -> Any:
+        """The tensor to call the function with in the place of one of ``tensors``."""
+        return self._aliases.get(id(value), value) if isinstance(value, Tensor) else value
+
+    def tape(self, results: Sequence[Tensor | None], *, passes_on: bool = False) -> object:
+        """The tape for `player.cpp`, whose results are these; None if there is none.
+
+        Args:
+            passes_on: whether a result may be one of the tensors that the tape is given.
+        """
+        slots = [-1 if t is None else self._slots.get(id(t), -2) for t in results]
+        if any(slot == -2 or 0 <= slot < self.inputs * (not passes_on) for slot in slots):
+            self.refuse("a result is not made by the call")
+        if self.refusal or self.is_being_tuned:
+            return None
+        devices = [t.device for t in self._kept]
+        device = next((one for one in devices if one.type != "cpu"), devices[0])
+        return self.inputs, len(self._kept), self._needed_steps(slots), slots, device
+
+    def _needed_steps(self, results: Sequence[int]) -> list[Step]:
+        """The steps without tensors that nothing reads."""
+        used, needed = {*results}, []
+        for step in reversed(self.steps):
+            kind, *rest = step
+            if kind in ("empty", "view") and rest[0] not in used:
+                continue
+            needed.append(step)
+            if kind == "view":
+                used.add(rest[4])
+            elif kind == "launch":
+                used |= {slot for slot, _ in rest[4]} | {*rest[6]}
+            elif kind == "call":
+                used |= {slot for _, slot in rest[3]}
+        return needed[::-1]
+
+    def refuse(self, reason: str) -> None:
+        self.refusal = self.refusal or reason
+
+    def _new_slot(self, t: Tensor) -> int:
+        self._kept.append(t)
+        self._slots[id(t)] = slot = len(self._kept) - 1
+        return slot
+
+    def _slot_of(self, t: Tensor, taker: object) -> int:
+        try:
+            return self._slots[id(t)]
+        except KeyError:
+            raise Refusal(f"{taker} takes a tensor that is no argument of the call") from None
+
+    def __enter__(self) -> "TapeRecorder":
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        definition = operators.get(func.name())
+        if definition is not None and set(definition._kernels) == {None}:
+            with self:
+                return definition._run(None, *args, **kwargs)
+        result = func(*args, **kwargs)
+        try:
+            self._note_call(func, args, kwargs, result)
+        except Refusal as e:
+            self.refuse(str(e))
+        return result
+
+    def _note_call(self, func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
+        """Note a call of an operator of PyTorch."""
+        if func in _ALLOCATIONS:
+            slot, place = self._new_slot(result), result.device
+            self.steps.append(("empty", slot, *_layout(result), place))
+        elif _is_view(func, args, result):
+            base, offset = self._slot_of(args[0], func), result.data_ptr() - args[0].data_ptr()
+            slot = self._new_slot(result)
+            self._views[slot] = base, offset
+            self.steps.append(("view", slot, *_layout(result), base, offset))
+        else:
+            self._note_computation(func, args, kwargs, result)
+
+    def _note_computation(self, func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
+        results = result if isinstance(result, tuple) else (result,)
+        if not all(isinstance(t, Tensor) for t in results):
+            if not any(True for _ in tensors_of((*args, *kwargs.values()))):
+                return  # a fact of this machine
+            raise Refusal(f"{func} returns what is no tensor")
+        given = {t.device.type for t in tensors_of((*args, *kwargs.values()))} - {"cpu"}
+        if given and any(t.is_cpu for t in results):
+            raise Refusal(f"{func} copies to the host, where values can be read")
+        values: list[object] = []
+        tensors: list[tuple[int, int]] = []
+        for place, argument in enumerate(func._schema.arguments):
+            value = args[place] if place < len(args) else argument.default_value
+            value = kwargs.get(argument.name, value)
+            if isinstance(value, Tensor):
+                tensors.append((place, self._slot_of(value, func)))
+                value = torch.empty(0)  # in its place, until the tape is played
+            elif isinstance(value, list | tuple) and any(isinstance(t, Tensor) for t in value):
+                raise Refusal(f"{func} takes a list of tensors")
+            values.append(value)
+        slots = [-1 if id(t) in self._slots else self._new_slot(t) for t in results]
+        name, overload = func._schema.name, func._schema.overload_name
+        self.steps.append(("call", name, overload, values, tensors, slots))
+
+    def note_launch(
+        self, kernel: Any, compiled: Any, grid: tuple[int, ...], args: Any, kwargs: Any
+    ) -> None:
+        """Note a launch of a Triton kernel, which was compiled."""
+        try:
+            _check_launch(compiled.metadata)
+            self._note_launch(kernel, compiled, (*grid, 1, 1)[:3], args, kwargs)
+        except Refusal as e:
+            self.refuse(str(e))
+
+    def _note_launch(
+        self, kernel: Any, compiled: Any, grid: tuple[int, ...], args: Any, kwargs: Any
+    ) -> None:
+        given = {p.name: p.default for p in kernel.params if p.has_default}
+        given |= dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        parameters: list[tuple[int, int]] = []  # a tensor's slot and bytes from it, or −1 and bits
+        for name, kind in compiled.src.signature.items():
+            value = given.get(name)
+            if isinstance(value, Tensor):
+                parameters.append(self._address(self._slot_of(value, kernel.__name__)))
+            elif kind in _BITS and isinstance(value, bool | int | float):
+                parameters.append((-1, _bits(kind, value)))
+            elif kind != "constexpr":
+                raise Refusal(f"{kernel.__name__} takes {name} of type {kind}")
+        parameters += [self._scratch(compiled.metadata, grid), (-1, 0)]  # of TMA, and of a profiler
+        function, launch = compiled.function, None
+        slots: list[int] = []
+        if self.calls_python:
+            function, (launch, slots) = 0, self._launcher(kernel, compiled, grid, given)
+        block, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
+        kept = compiled, kernel.pre_run_hooks
+        self.steps.append(
+            ("launch", function, grid, block, shared, parameters, launch, slots, *kept)
+        )
+
+    def _address(self, slot: int) -> tuple[int, int]:
+        """The slot of the memory that a tensor views, and the bytes from its address."""
+        total = 0
+        while slot in self._views and not self.calls_python:
+            slot, offset = self._views[slot]
+            total += offset
+        return slot, total
+
+    def _scratch(self, metadata: Any, grid: tuple[int, ...]) -> tuple[int, int]:
+        """The memory in which a kernel makes TMA descriptors, as a parameter."""
+        if not metadata.global_scratch_size:
+            return -1, 0
+        slot = self._new_slot(torch.empty(0))
+        size = metadata.global_scratch_size * math.prod(grid)
+        self.steps.append(("empty", slot, [size], [1], torch.int8, self._kept[0].device))
+        return slot, 0
+
+    def _launcher(
+        self, kernel: Any, compiled: Any, grid: tuple[int, ...], given: dict[str, Any]
+    ) -> tuple[Callable[..., None], list[int]]:
+        """A launch by Triton's launcher in Python, and the slots of the tensors that it takes."""
+        from triton.runtime import driver
+
+        arguments = [given.get(name) for name in kernel.arg_names]
+        places = [i for i, value in enumerate(arguments) if isinstance(value, Tensor)]
+
+        def launch(*tensors: Tensor) -> None:
+            values = list(arguments)
+            for place, t in zip(places, tensors, strict=True):
+                values[place] = t
+            active = driver.active
+            stream = active.get_current_stream(active.get_current_device())
+            handles = compiled.function, compiled.packed_metadata, None, None, None
+            compiled.run(*grid, stream, *handles, *values)
+
+        return launch, [self._slots[id(arguments[place])] for place in places]
+
+
+def _is_view(func: Any, args: tuple[Any, ...], result: object) -> bool:
+    if func._schema.is_mutable or not isinstance(result, Tensor):
+        return False
+    if not args or not isinstance(args[0], Tensor):
+        return False
+    return bool(result.untyped_storage()._cdata == args[0].untyped_storage()._cdata)
+
+
+def _layout(t: Tensor) -> tuple[list[int], list[int], torch.dtype]:
+    return [*t.shape], [*t.stride()], t.dtype
+
+
+def _check_launch(metadata: Any) -> None:
+    """Refuse the launches that need more of the driver than a grid and a stream."""
+    for name in ("launch_pdl", "launch_cooperative_grid"):
+        if getattr(metadata, name, False):
+            raise Refusal(f"a kernel is launched with {name}")
+    if metadata.num_ctas != 1:
+        raise Refusal("a kernel is launched in clusters")
+    if getattr(metadata, "profile_scratch_size", 0):
+        raise Refusal("a kernel is instrumented")
+
+
+_BITS = {
+    **dict.fromkeys(("i1", "u1", "i8", "u8", "i16", "u16", "i32", "u32", "i64", "u64"), "int"),
+    "fp32": "f",
+    "fp64": "d",
+}
+
+
+def _bits(kind: str, value: float) -> int:
+    """The bits of a number as a parameter of a kernel, as int64."""
+    if _BITS[kind] == "int":
+        bits = int(value) & 2**64 - 1
+    else:
+        packed = struct.pack("<" + _BITS[kind], value)
+        bits = int.from_bytes(packed, "little")
+    return bits - 2**64 if bits >= 2**63 else bits
+
+
+@contextmanager
+def recording(recorder: TapeRecorder) -> Iterator[TapeRecorder]:
+    """Let ``recorder`` note the calls and launches of this thread in the block."""
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import JITFunction
+
+    from torchpar.kernels import launch
+
+    owner = threading.get_ident()
+
+    with _lock:
+        run, bench = JITFunction.run, Autotuner._bench
+
+        def noted(kernel: Any, *args: Any, grid: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != owner or kwargs.get("warmup"):
+                return run(kernel, *args, grid=grid, **kwargs)
+            found = [grid]
+            if callable(grid):
+
+                def asked(meta: Any) -> Any:
+                    found[0] = grid(meta)
+                    return found[0]
+
+                compiled = run(kernel, *args, grid=asked, **kwargs)
+            else:
+                compiled = run(kernel, *args, grid=grid, **kwargs)
+            if compiled is None:
+                recorder.refuse("Triton's interpreter launches nothing")
+            else:
+                recorder.note_launch(kernel, compiled, tuple(found[0]), args, kwargs)
+            return compiled
+
+        def tuned(*args: Any, **kwargs: Any) -> Any:
+            recorder.is_being_tuned = True
+            return bench(*args, **kwargs)
+
+        JITFunction.run, Autotuner._bench = noted, tuned
+        launch.records.active = True
+        try:
+            with recorder:
+                yield recorder
+        finally:
+            JITFunction.run, Autotuner._bench = run, bench
+            launch.records.active = False
