@@ -3,6 +3,7 @@
 
 import sys
 import textwrap
+from types import ModuleType
 
 import pytest
 import torch
@@ -44,6 +45,14 @@ def test_wrong():
 """
 
 
+# numba.cuda for a GPU, which registers itself where it is imported, and cannot do so twice.
+FOR_GPU: dict[str, ModuleType] = {}
+
+
+def modules_of_cuda() -> dict[str, ModuleType]:
+    return {n: one for n, one in sys.modules.items() if f"{n}.".startswith("numba.cuda.")}
+
+
 @pytest.fixture(autouse=True)
 def without_simulator(monkeypatch):
     """Let numba.cuda be that of a GPU, also where another test has imported its simulator."""
@@ -52,9 +61,14 @@ def without_simulator(monkeypatch):
     if getattr(config, "ENABLE_CUDASIM", False):
         monkeypatch.setattr(config, "ENABLE_CUDASIM", 0)
         monkeypatch.delattr("numba.cuda", raising=False)
-        for name in [*sys.modules]:
-            if f"{name}.".startswith("numba.cuda."):
-                monkeypatch.delitem(sys.modules, name)
+        for name in modules_of_cuda():
+            monkeypatch.delitem(sys.modules, name)
+        for name, module in FOR_GPU.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        if FOR_GPU:
+            monkeypatch.setattr(sys.modules["numba"], "cuda", FOR_GPU["numba.cuda"], raising=False)
+    yield
+    FOR_GPU.update(modules_of_cuda())
 
 
 def run_tests(pytester, tests: str, *flags: str):
