@@ -173,6 +173,7 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
         """Let Python compute again, as where a rule has changed."""
         if self._player is not None:
             self._player.remove()
+        player.core.forget()  # another operator's function may call this one
         self._player, self._asks_player = None, True
 
     def _is_direct(self, keyset: torch.DispatchKeySet, args: tuple[Any, ...]) -> bool:

@@ -153,7 +153,9 @@ def triton_op(
             without the dispatcher. Then results are not searched for memory of the arguments. A
             call with dense tensors, which nothing intercepts, is dispatched once, to autograd,
             which calls the function. Grad mode is as the caller has it if no argument requires a
-            gradient. Kernels that C++ registers for this operator are passed over.
+            gradient. Kernels that C++ registers for this operator are passed over. Where
+            ``python -m torchpar build`` has run, what a call has done is played for all operands of
+            the same layouts on a GPU (docs/operators.md).
 
     Returns:
         A `CustomOpDef`, or a decorator that makes one.

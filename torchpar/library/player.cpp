@@ -78,13 +78,14 @@ class Key {
       fits_ = false;
   }
   void add(const Tensor& t) {
-    if (!t.defined()) return add(-1);
+    if (!t.defined()) return add(kNone);
     const auto* impl = t.unsafeGetTensorImpl();
     const auto device = impl->device();
     const auto address = reinterpret_cast<uintptr_t>(impl->data());
     add(t.dim() | static_cast<int64_t>(t.scalar_type()) << 8 |
         static_cast<int64_t>(device.type()) << 16 | static_cast<int64_t>(device.index() & 255) << 24 |
-        static_cast<int64_t>(address & 15) << 32 | first_of(impl) << 40);
+        static_cast<int64_t>(address & 15) << 32 | first_of(impl) << 40 |
+        static_cast<int64_t>(t.requires_grad()) << 48);
     for (auto size : t.sizes()) add(size);
     for (auto stride : t.strides()) add(stride);
   }
@@ -92,18 +93,22 @@ class Key {
     if (value.isTensor())
       add(value.toTensor());
     else if (value.isNone())
-      add(-1);
-    else if (value.isBool())
+      add(kNone);
+    else if (value.isBool()) {
+      add(kBool);
       add(value.toBool());
-    else if (value.isInt())
+    } else if (value.isInt()) {
+      add(kInt);
       add(value.toInt());
-    else if (value.isDouble()) {
+    } else if (value.isDouble()) {
       const double number = value.toDouble();
       int64_t bits;
       memcpy(&bits, &number, 8);
+      add(kDouble);
       add(bits);
     } else if (value.isString()) {
       const auto& text = value.toStringRef();
+      add(kString);
       add(static_cast<int64_t>(text.size()));
       for (size_t i = 0; i < text.size(); i += 8) {
         int64_t word = 0;
@@ -147,6 +152,8 @@ class Key {
     tensors_[seen_] = impl;
     return seen_++;
   }
+  // Before each value its kind, which no first word of a tensor is.
+  enum Kind : int64_t { kNone = -1, kBool = -2, kInt = -3, kDouble = -4, kString = -5 };
   static constexpr int kWords = 96, kTensors = 16;
   std::array<int64_t, kWords> words_;
   std::array<const c10::TensorImpl*, kTensors> tensors_;
@@ -284,6 +291,8 @@ bool launch(const Step& step, const std::vector<Tensor>& slots, c10::Device devi
     py::reinterpret_borrow<py::function>(step.python.get())(*tensors);
     return true;
   }
+  // As Triton, which launches no empty grid.
+  if (!step.config.grid[0] || !step.config.grid[1] || !step.config.grid[2]) return true;
   int64_t values[64];
   void* pointers[64];
   const size_t count = step.parameters.size();
@@ -438,10 +447,10 @@ struct Device : c10::OperatorKernel {
       std::vector<Tensor> slots;
       slots.reserve(entry.tape->slots);
       for (const auto& value : values)
-        if (value.isTensor()) slots.push_back(value.toTensor());
+        if (value.isTensor() && value.toTensor().defined()) slots.push_back(value.toTensor());
       if (play(*entry.tape, slots)) {
         torch::jit::drop(*stack, values.size());
-        for (int slot : entry.tape->results) stack->emplace_back(std::move(slots[slot]));
+        for (int slot : entry.tape->results) stack->emplace_back(slots[slot]);
         return;
       }
     }
@@ -499,12 +508,15 @@ struct Played : torch::autograd::Function<Played> {
     const auto& derivative =
         *reinterpret_cast<const Derivative*>(ctx->saved_data["derivative"].toInt());
     const size_t count = ctx->saved_data["tensors"].toInt();
-    auto saved = ctx->get_saved_variables();
+    // A rule that saves nothing may be called again.
+    const auto saved =
+        derivative.saved.empty() ? variable_list() : ctx->get_saved_variables();
     variable_list found(lead + count);
     int64_t needs = 0;
     for (size_t i = 0; i < count; i++) needs |= int64_t{ctx->needs_input_grad(i)} << i;
     bool is_simple = !at::GradMode::is_enabled();
     for (const auto& g : grads) is_simple = is_simple && g.defined() && is_plain(g);
+    for (const auto& t : saved) is_simple = is_simple && (!t.defined() || is_plain(t));
     is_simple = is_simple && !is_unusual(grads[0].device().type());
     bool records = false;
     if (is_simple) {
@@ -566,7 +578,7 @@ struct Autograd : c10::OperatorKernel {
         Stack below(values.begin(), values.end());
         variable_list tensors;
         for (const auto& value : values)
-          if (value.isTensor()) tensors.push_back(value.toTensor());
+          if (value.isTensor() && value.toTensor().defined()) tensors.push_back(value.toTensor());
         torch::jit::drop(*stack, values.size());
         auto results =
             Played::apply(&op, keyset, entry.derivative, &below, at::TensorList(tensors));

@@ -17,6 +17,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from torchpar.library.private import implementations
 from torchpar.library.tape import TapeRecorder, recording
 
 if TYPE_CHECKING:
@@ -69,16 +70,18 @@ def start() -> None:
 
 def why_not(op: "DispatchedOp") -> str:
     """Why calls of an operator cannot be played, or ""."""
-    if op._mutated:
-        return "it writes to an argument"
-    if not op._returns or set(op._returns) != {"Tensor"}:
-        return "it returns what is no tensor"
     kinds = {str(one.type) for one in (*op._positional, *op._keywords)} - _TYPES
-    if kinds:
-        return f"it has arguments of type {', '.join(sorted(kinds))}"
-    if set(op._kernels) != {None}:
-        return "it has a kernel of its own for a type of device"
-    return ""
+    reasons = {
+        "it writes to an argument": op._mutated,
+        "it returns what is no tensor": {*op._returns} != {"Tensor"},
+        f"it has arguments of type {', '.join(sorted(kinds))}": bool(kinds),
+        "it has a kernel of its own for a type of device": {*op._kernels} != {None},
+        "it is not trusted": op._trusted is None,
+        "somebody else has registered a kernel of it": not op._other_kernels.isdisjoint(
+            implementations
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 class Player:

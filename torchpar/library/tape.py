@@ -7,8 +7,8 @@ function that reads a tensor's values, or that uses a tensor which is not among 
 cannot be played again; `TapeRecorder.refusal` says why.
 """
 
+import ctypes
 import math
-import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +30,8 @@ _ALLOCATIONS = {
     *(_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default),
     *(_aten.new_empty.default, _aten.new_empty_strided.default),
 }
+_DEPEND_ON_VALUES = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+_MOST_PARAMETERS = 60
 _lock = threading.RLock()  # `JITFunction.run` is replaced for all threads
 
 
@@ -134,17 +136,19 @@ class TapeRecorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         try:
             self._note_call(func, args, kwargs, result)
-        except Refusal as e:
-            self.refuse(str(e))
+        except Exception as e:  # also of a tensor of another kind, such as a sparse one
+            self.refuse(str(e) or type(e).__name__)
         return result
 
     def _note_call(self, func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
         """Note a call of an operator of PyTorch."""
+        if not _DEPEND_ON_VALUES.isdisjoint(func.tags):
+            raise Refusal(f"{func} reads values, or returns a size that depends on them")
         if func in _ALLOCATIONS:
             slot, place = self._new_slot(result), result.device
             self.steps.append(("empty", slot, *_layout(result), place))
         elif _is_view(func, args, result):
-            base, offset = self._slot_of(args[0], func), result.data_ptr() - args[0].data_ptr()
+            base, offset = self._slot_of(args[0], func), _start(result) - _start(args[0])
             slot = self._new_slot(result)
             self._views[slot] = base, offset
             self.steps.append(("view", slot, *_layout(result), base, offset))
@@ -167,6 +171,9 @@ class TapeRecorder(TorchDispatchMode):
             value = kwargs.get(argument.name, value)
             if isinstance(value, Tensor):
                 tensors.append((place, self._slot_of(value, func)))
+                is_written = argument.alias_info is not None and argument.alias_info.is_write
+                if is_written and self._address(tensors[-1][1])[0] < self.inputs:
+                    raise Refusal(f"{func} writes to an argument of the call")
                 value = torch.empty(0)  # in its place, until the tape is played
             elif isinstance(value, list | tuple) and any(isinstance(t, Tensor) for t in value):
                 raise Refusal(f"{func} takes a list of tensors")
@@ -182,8 +189,8 @@ class TapeRecorder(TorchDispatchMode):
         try:
             _check_launch(compiled.metadata)
             self._note_launch(kernel, compiled, (*grid, 1, 1)[:3], args, kwargs)
-        except Refusal as e:
-            self.refuse(str(e))
+        except Exception as e:
+            self.refuse(str(e) or type(e).__name__)
 
     def _note_launch(
         self, kernel: Any, compiled: Any, grid: tuple[int, ...], args: Any, kwargs: Any
@@ -194,11 +201,14 @@ class TapeRecorder(TorchDispatchMode):
         for name, kind in compiled.src.signature.items():
             value = given.get(name)
             if isinstance(value, Tensor):
-                parameters.append(self._address(self._slot_of(value, kernel.__name__)))
+                slot = self._slot_of(value, kernel.__name__)
+                parameters.append((slot, 0) if self.calls_python else self._address(slot))
             elif kind in _BITS and isinstance(value, bool | int | float):
                 parameters.append((-1, _bits(kind, value)))
             elif kind != "constexpr":
                 raise Refusal(f"{kernel.__name__} takes {name} of type {kind}")
+        if len(parameters) > _MOST_PARAMETERS:
+            raise Refusal(f"{kernel.__name__} has {len(parameters)} parameters")
         parameters += [self._scratch(compiled.metadata, grid), (-1, 0)]  # of TMA, and of a profiler
         function, launch = compiled.function, None
         slots: list[int] = []
@@ -213,7 +223,7 @@ class TapeRecorder(TorchDispatchMode):
     def _address(self, slot: int) -> tuple[int, int]:
         """The slot of the memory that a tensor views, and the bytes from its address."""
         total = 0
-        while slot in self._views and not self.calls_python:
+        while slot in self._views:
             slot, offset = self._views[slot]
             total += offset
         return slot, total
@@ -253,7 +263,14 @@ def _is_view(func: Any, args: tuple[Any, ...], result: object) -> bool:
         return False
     if not args or not isinstance(args[0], Tensor):
         return False
+    if (result.is_conj(), result.is_neg()) != (args[0].is_conj(), args[0].is_neg()):
+        return False  # a view with other values, which its operator makes again
     return bool(result.untyped_storage()._cdata == args[0].untyped_storage()._cdata)
+
+
+def _start(t: Tensor) -> int:
+    """The bytes of a tensor's memory before its first element, also if it has none."""
+    return int(t.storage_offset()) * t.element_size()
 
 
 def _layout(t: Tensor) -> tuple[list[int], list[int], torch.dtype]:
@@ -283,8 +300,9 @@ def _bits(kind: str, value: float) -> int:
     if _BITS[kind] == "int":
         bits = int(value) & 2**64 - 1
     else:
-        packed = struct.pack("<" + _BITS[kind], value)
-        bits = int.from_bytes(packed, "little")
+        # ctypes takes a number beyond float32 as infinity, as Triton does.
+        number = ctypes.c_float(value) if _BITS[kind] == "f" else ctypes.c_double(value)
+        bits = int.from_bytes(bytes(number), "little")
     return bits - 2**64 if bits >= 2**63 else bits
 
 
