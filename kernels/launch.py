@@ -138,8 +138,6 @@ class PreparedLaunch:
         results: the places of the results.
         convert: a function of the operands that returns what the kernels take in their places, such
             as copies by columns; None where the kernels take the operands.
-        has_factors: whether the kernels take ``factors``, numbers that may differ in each call,
-            after the tensors.
     """
 
     def __init__(
@@ -149,17 +147,17 @@ class PreparedLaunch:
         empties: Sequence[Empty],
         results: tuple[int, ...],
         convert: Callable[..., Sequence[Tensor | None]] | None = None,
-        has_factors: bool = False,
     ):
         self.steps, self.empties, self.results = tuple(steps), tuple(empties), results
-        self.convert, self.has_factors = convert, has_factors
+        self.convert = convert
         self._makers = [_maker(operands[0], one) for one in empties]
 
     def run(self, wrap: Wrap, operands: Sequence[Any], factors: tuple[int, ...] = ()) -> Any:
         """Launch for operands of these layouts; return the result, or a tuple of several results.
 
         Args:
-            factors: numbers that may differ in each call.
+            factors: numbers that may differ in each call, for kernels that take them after the
+                tensors.
         """
         first = operands[0]
         tensors = [*(operands if self.convert is None else self.convert(*operands))]

@@ -289,7 +289,6 @@ def _prepare(
         [Empty(shape, a.dtype)] if out is None else [],
         (result,),
         partial(_converted, precision) if is_converted else None,
-        has_factors=True,
     )
 
 

@@ -102,7 +102,7 @@ def _prepare_normalize(x: Tensor, norm: Tensor, out: Tensor) -> PreparedLaunch:
     size = x.shape[-2] * x.shape[-1]
     programs = norm.numel() * triton.cdiv(size, BLOCK)
     plan = Plan(normalize_kernel, programs, (size,), {"BLOCK": BLOCK}, {})
-    return PreparedLaunch((x, norm, out), [Step(plan, (0, 1, 2))], [], (2,), has_factors=True)
+    return PreparedLaunch((x, norm, out), [Step(plan, (0, 1, 2))], [], (2,))
 
 
 def _prepare_update(p: Tensor, direction: Tensor, lr: Tensor | None) -> PreparedLaunch:
@@ -112,4 +112,4 @@ def _prepare_update(p: Tensor, direction: Tensor, lr: Tensor | None) -> Prepared
     plan = Plan(update_kernel, triton.cdiv(p.numel(), BLOCK), (p.numel(),), constants, options)
     # The kernel takes a tensor for the rate, also where it does not read it.
     step = Step(plan, (0, 1, 0 if lr is None else 2))
-    return PreparedLaunch((p, direction, lr), [step], [], (0,), has_factors=True)
+    return PreparedLaunch((p, direction, lr), [step], [], (0,))

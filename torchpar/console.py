@@ -130,7 +130,7 @@ def printing(command: str) -> Iterator[None]:
 
 
 def cache_remedy(error: OSError) -> str:
-    """What to do where a cache of compiled kernels cannot be written; "" for another file."""
+    """The remedy where a cache of compiled kernels cannot be written; "" for another file."""
     if not isinstance(error.filename, str):
         return ""
     failed = Path(error.filename)

@@ -552,7 +552,7 @@ def test_without_a_gpu_the_times_of_an_h200_stand_beside():
 
 
 def test_the_command_runs_the_benchmark_and_names_itself(tmp_path, monkeypatch):
-    """Where Python finds torchpar by the current folder alone, the ladder's process finds it."""
+    """The ladder's process finds torchpar, also if Python finds it by the current folder alone."""
     monkeypatch.setenv("PYTHONPATH", "there")
     assert called("run ladder") == "python -m benchmarks run ladder"
     for folder, path in ((tmp_path, "there"), (ROOT, f"{ROOT}{os.pathsep}there")):

@@ -146,24 +146,26 @@ def test_a_launch_holds_what_the_driver_takes(log):
     """A launcher in another language could be written from the data of a `PreparedLaunch` alone."""
     x, c, bias, wide, tall = meta(N, N), meta(N, N), meta(N), meta(N, 8 * K), meta(1000, N)
     calls = [
-        (matmul_t.matmul_t, (x, None, None, None), (x, "ieee", None), {}),
+        (matmul_t.matmul_t, (x, None, None, None), (x, "ieee", None), {}, 4),
         (
             matmul_t.symmetric_matmul,
             (x, None, c, None),
             (x, x, "ieee", None, c, 2.0, -1.0),
             {"tiles": TMA},
+            4,
         ),
-        (linear_sigmoid.linear_sigmoid, (x, x, None, None), (x, x, None, "ieee", None), {}),
+        (linear_sigmoid.linear_sigmoid, (x, x, None, None), (x, x, None, "ieee", None), {}, 0),
         (
             linear_sigmoid.linear_sigmoid,
             (wide, wide, bias, None),
             (wide, wide, bias, "ieee", None),
             {"tiles": SPLIT},
+            0,
         ),
-        (sigmoid_backward.sigmoid_backward, (tall, tall, None), (tall, tall, None, None), {}),
-        (maximum.new_maximum, (x, c), (x, c, torch.maximum), {}),
+        (sigmoid_backward.sigmoid_backward, (tall, tall, None), (tall, tall, None, None), {}, 0),
+        (maximum.new_maximum, (x, c), (x, c, torch.maximum), {}, 0),
     ]
-    for launcher, operands, arguments, options in calls:
+    for launcher, operands, arguments, options, factors in calls:
         log.launched.clear()
         results = launcher(*arguments, **options)
         kept = list(launch._launches.values())[-1]
@@ -179,7 +181,6 @@ def test_a_launch_holds_what_the_driver_takes(log):
             for place, t in zip(places, given, strict=False):
                 assert t is tensors.setdefault(place, t)
             numbers = given[len(places) :]
-            factors = 4 if kept.has_factors else 0
             assert numbers[factors:] == (*plan.arguments, *plan.constants.values())
             kinds = list(plan.compiled.src.signature.values())
             assert all(kind.startswith("*") for kind in kinds[: len(places)])

@@ -251,6 +251,12 @@ CONSTANT = torch.ones(7)
         (lambda x: torch.cat([x, x]), "takes a list of tensors"),
         (lambda x: x * x.nonzero().shape[0], "aten.nonzero.default reads values"),
         (lambda x: x.to_sparse().to_dense() * 2, "Sparse"),
+        (lambda x: x.as_strided((3,), (1,), 0) * 1, "from the beginning of the memory"),
+        (lambda x: torch.empty(0).set_(x.untyped_storage()) * 1, "argument of type UntypedStorage"),
+        (
+            lambda x: x * torch.rand(7, generator=torch.Generator().manual_seed(1)),
+            "argument of type Generator",
+        ),
     ],
 )
 def test_a_call_that_cannot_be_played_says_why(by_cpp, function, reason):
@@ -379,7 +385,7 @@ LAUNCH = ctypes.CFUNCTYPE(
 
 @contextmanager
 def driver(status: int = 0) -> Iterator[list[tuple[tuple[int, ...], int, int, list[int]]]]:
-    """What a stand-in for cuLaunchKernelEx is given: grid, threads, bytes and 4 parameters."""
+    """The launches of a stand-in for cuLaunchKernelEx: grid, threads, bytes and 4 parameters."""
     from benchmarks.driver import gpu_of_cpu_tensors
 
     launched = []

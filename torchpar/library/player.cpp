@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Player what an operator's Python function did for tensors of the same layouts: a tape.
+// Play again what an operator's Python function did for tensors of the same layouts: a tape.
 //
 // Python records a tape at the first call with a layout (tape.py): the results that it allocates,
 // the kernels that it launches, and the operators of PyTorch that it calls. Boxed kernels at the
@@ -208,7 +208,7 @@ struct Step {
 };
 
 struct Tape {
-  int inputs = 0, slots = 0;
+  int slots = 0;  // the tensors that are given come first
   std::vector<Step> steps;
   std::vector<int> results;  // -1: None
   c10::Device device = at::kCPU;
@@ -240,6 +240,21 @@ struct Table {
     auto found = entries.find(key);
     return found == entries.end() ? Entry{} : found->second;
   }
+  // What is replaced ends after the lock: it may end objects of Python, which may wait for others.
+  void keep(const Key& key, Entry entry) {
+    std::unordered_map<Key, Entry, Hash> replaced;
+    std::unique_lock lock(mutex);
+    if (entries.size() >= kMost) replaced.swap(entries);
+    std::swap(entries[key], entry);
+    lock.unlock();
+  }
+  void clear() {
+    std::unordered_map<Key, Entry, Hash> replaced;
+    std::unique_lock lock(mutex);
+    replaced.swap(entries);
+    lock.unlock();
+  }
+  static constexpr size_t kMost = 4096;
 };
 
 Tensor make_empty(const Step& step) {
@@ -653,11 +668,10 @@ std::shared_ptr<const Tape> to_tape(const py::object& given) {
   if (given.is_none()) return nullptr;
   auto tape = std::make_shared<Tape>();
   auto parts = given.cast<py::tuple>();
-  tape->inputs = parts[0].cast<int>();
-  tape->slots = parts[1].cast<int>();
-  for (auto step : parts[2].cast<py::list>()) tape->steps.push_back(to_step(step.cast<py::tuple>()));
-  tape->results = parts[3].cast<std::vector<int>>();
-  tape->device = parts[4].cast<c10::Device>();
+  tape->slots = parts[0].cast<int>();
+  for (auto step : parts[1].cast<py::list>()) tape->steps.push_back(to_step(step.cast<py::tuple>()));
+  tape->results = parts[2].cast<std::vector<int>>();
+  tape->device = parts[3].cast<c10::Device>();
   return tape;
 }
 
@@ -682,10 +696,7 @@ class Installed {
   void remember(const py::args& values, const py::object& tape, const Derivative* derivative) {
     const auto key = key_of(to_values(values));
     if (!key.fits()) return;
-    Entry entry{to_tape(tape), derivative, true};
-    std::unique_lock lock(self_->forward.mutex);
-    if (self_->forward.entries.size() >= kMost) self_->forward.entries.clear();
-    self_->forward.entries[key] = std::move(entry);
+    self_->forward.keep(key, {to_tape(tape), derivative, true});
   }
   void remember_backward(
       const Derivative* derivative, const std::vector<bool>& needs,
@@ -698,22 +709,17 @@ class Installed {
     for (const auto& t : saved) kept.push_back(t.value_or(Tensor()));
     const auto key = key_of_backward(*derivative, mask, given, kept);
     if (!key.fits()) return;
-    std::unique_lock lock(self_->gradients.mutex);
-    if (self_->gradients.entries.size() >= kMost) self_->gradients.entries.clear();
-    self_->gradients.entries[key] = {to_tape(tape), nullptr, true};
+    self_->gradients.keep(key, {to_tape(tape), nullptr, true});
   }
   const Derivative* derivative(std::vector<int> saved, const py::object& rule, const py::object& record) {
     return new Derivative{self_, std::move(saved), keep(rule), keep(record)};
   }
   void forget() {
-    for (auto* table : {&self_->forward, &self_->gradients}) {
-      std::unique_lock lock(table->mutex);
-      table->entries.clear();
-    }
+    self_->forward.clear();
+    self_->gradients.clear();
   }
 
  private:
-  static constexpr size_t kMost = 4096;
   template <class Kernel>
   void add(const std::string& space, const std::string& name, const std::string& key) {
     libraries_.emplace_back(
@@ -758,6 +764,8 @@ PYBIND11_MODULE(_player, m) {
     current_stream = reinterpret_cast<CurrentStream>(address);
   });
   m.def("set_other_keys", [](uint64_t keys) { other_keys = keys; });
-  m.def("set_runtime", [](const py::object& runtime) { triton_runtime = keep(runtime); });
+  m.def("set_runtime", [](const py::object& runtime) {
+    if (runtime.ptr() != triton_runtime) triton_runtime = keep(runtime);
+  });
   m.def("counts", [] { return std::make_pair(played.load(), missed.load()); });
 }

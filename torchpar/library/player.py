@@ -96,10 +96,10 @@ class Player:
         core.players.add(self)
         self.refusal = ""  # why the last call was not recorded
         self._derivatives: dict[object, Any] = {}
-        overload: Any = op._opoverload
-        self._has_python_dispatch = getattr(overload, "_pyobj_dispatcher", None) is not None
+        dispatched: Any = op._opoverload
+        self._has_python_dispatch = getattr(dispatched, "_pyobj_dispatcher", None) is not None
         if self._has_python_dispatch:
-            overload._enable_pyobj_dispatch(False)
+            dispatched._enable_pyobj_dispatch(False)
         core.module.set_other_keys(other_keys)
         space, _, name = op._qualname.partition("::")
         base, _, overload = name.partition(".")
@@ -112,8 +112,8 @@ class Player:
         """Let Python compute and differentiate all calls again."""
         self.installed.remove()
         if self._has_python_dispatch:
-            overload: Any = self.op._opoverload
-            overload._enable_pyobj_dispatch(True)
+            dispatched: Any = self.op._opoverload
+            dispatched._enable_pyobj_dispatch(True)
 
     def record(self, *args: Any, **kwargs: Any) -> Any:
         """Compute a call by Python, and let C++ play it from now on."""
@@ -150,7 +150,7 @@ class Player:
         keywords: dict[str, Any],
         results: tuple[Tensor, ...],
     ) -> Any:
-        """How C++ differentiates the call; None where Python does."""
+        """The derivative for C++; None where Python differentiates the call."""
         op = self.op
         if op._backward is None or (op._decompose is not None and op._decompose(*args, **keywords)):
             return None

@@ -32,6 +32,8 @@ _ALLOCATIONS = {
 }
 _DEPEND_ON_VALUES = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 _MOST_PARAMETERS = 60
+# Arguments that a tape would keep as they were: memory, and the state of random numbers.
+_NOT_KEPT = torch.UntypedStorage, torch.TypedStorage, torch.Generator
 _lock = threading.RLock()  # `JITFunction.run` is replaced for all threads
 
 
@@ -89,7 +91,7 @@ class TapeRecorder(TorchDispatchMode):
             return None
         devices = [t.device for t in self._kept]
         device = next((one for one in devices if one.type != "cpu"), devices[0])
-        return self.inputs, len(self._kept), self._needed_steps(slots), slots, device
+        return len(self._kept), self._needed_steps(slots), slots, device
 
     def _needed_steps(self, results: Sequence[int]) -> list[Step]:
         """The steps without tensors that nothing reads."""
@@ -144,6 +146,8 @@ class TapeRecorder(TorchDispatchMode):
         """Note a call of an operator of PyTorch."""
         if not _DEPEND_ON_VALUES.isdisjoint(func.tags):
             raise Refusal(f"{func} reads values, or returns a size that depends on them")
+        if func is _aten.as_strided.default and (args[3:] or kwargs):
+            raise Refusal(f"{func} counts from the beginning of the memory")
         if func in _ALLOCATIONS:
             slot, place = self._new_slot(result), result.device
             self.steps.append(("empty", slot, *_layout(result), place))
@@ -177,6 +181,8 @@ class TapeRecorder(TorchDispatchMode):
                 value = torch.empty(0)  # in its place, until the tape is played
             elif isinstance(value, list | tuple) and any(isinstance(t, Tensor) for t in value):
                 raise Refusal(f"{func} takes a list of tensors")
+            elif isinstance(value, _NOT_KEPT):
+                raise Refusal(f"{func} takes an argument of type {type(value).__name__}")
             values.append(value)
         slots = [-1 if id(t) in self._slots else self._new_slot(t) for t in results]
         name, overload = func._schema.name, func._schema.overload_name

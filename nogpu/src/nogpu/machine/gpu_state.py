@@ -35,7 +35,7 @@ SCHEDULES = (
 
 
 class GpuState:
-    """What the blocks of a launch share.
+    """The state that the blocks of a launch share.
 
     Attributes:
         kernel, grid: of the launch, as are those that follow.

@@ -79,7 +79,7 @@ GRAPH_LAUNCH = 2.1  # µs, in place of `launch`, within a CUDA graph
 
 
 class Work(NamedTuple):
-    """What a launch does, as far as its time depends on it. Sums are those of the whole launch.
+    """The work of a launch, as far as its time depends on it. Sums are those of the whole launch.
 
     Attributes:
         programs: of the grid.
@@ -302,4 +302,4 @@ ESTIMATE_ACCURACY = """\
 The times are estimates. Of matrix kernels whose counts follow from their tiles, half were within 7%
 of the times of an H200 and of an H100, and nine of ten within 20%. Other kernels, other GPUs,
 programs of unequal length and clusters were not compared."""
-"""How far the estimates were from measured times, as text for a report."""
+"""The distance of the estimates from measured times, as text for a report."""
