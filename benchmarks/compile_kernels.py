@@ -8,11 +8,12 @@ memory's peak.
 
     python -m benchmarks.compile_kernels CAPABILITY SECONDS
 
-fills Triton's cache on disk for a GPU of this capability, such as 90, and begins no kernel after so
-many seconds. The first launch of a kernel would compile it on one core, while the GPU waits.
+fills Triton's cache on disk for a GPU of this capability, such as 90, and stops after so many
+seconds. The first launch of a kernel would compile it on one core, while the GPU waits.
 Launches whose tensors have the same alignment find what was compiled here.
 """
 
+import multiprocessing
 import os
 import re
 import signal
@@ -20,8 +21,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -263,34 +264,31 @@ def resources(compiled: CompiledKernel) -> dict[str, int]:
     }
 
 
-def count_kernels(job: Job) -> int:
-    return len(job.compile())
+def count_kernels(job: Job) -> int | str:
+    """Compile a configuration; how many kernels it has, or why not."""
+    try:
+        return len(job.compile())
+    except Exception as error:
+        return f"{job.operator}, {job.kind}, {job.config}: {first_line(error)}"
 
 
 def main(capability: int, seconds: float) -> int:
-    """Begin no kernel after so many seconds; print the failures, and the number of kernels."""
-    found, failed = 0, 0
+    """Compile for so many seconds; print the failures, and the number of kernels."""
     deadline = time.monotonic() + seconds
     workers = max(1, len(os.sched_getaffinity(0)) - 1)
-    with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
-        futures: dict[Future[int], Job] = {
-            pool.submit(count_kernels, job): job for job in all_jobs(capability)
-        }
-        for future in as_completed(futures):
-            job = futures[future]
-            if future.cancelled():
-                continue
-            try:
-                found += future.result()
-            except Exception as e:
-                failed += 1
-                print(f"{job.operator}, {job.kind}, {job.config}: {type(e).__name__}: {e}")
-            if time.monotonic() > deadline:
-                for other in futures:
-                    other.cancel()
-    left = sum(future.cancelled() for future in futures)
-    print(f"{found} kernels compiled by {workers} processes, {left} left, {failed} failed")
-    return min(failed, 1)
+    jobs = list(all_jobs(capability))
+    compiled: list[int | str] = []
+    with get_context("spawn").Pool(workers, begin_process) as pool:  # its end stops what runs
+        found = pool.imap_unordered(count_kernels, jobs)
+        with suppress(StopIteration, multiprocessing.TimeoutError):
+            while True:
+                compiled.append(found.next(deadline - time.monotonic()))
+    failures = [one for one in compiled if isinstance(one, str)]
+    kernels = sum(one for one in compiled if not isinstance(one, str))
+    left = len(jobs) - len(compiled)
+    print(*failures, sep="\n", end="\n" * bool(failures))
+    print(f"{kernels} kernels compiled by {workers} processes, {left} left, {len(failures)} failed")
+    return min(len(failures), 1)
 
 
 if __name__ == "__main__":

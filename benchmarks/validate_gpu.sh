@@ -107,7 +107,7 @@ tune() { # arguments of the benchmark; without matplotlib and pandas it draws no
 run_stage() {
     case $1 in
         compile) # the configurations that the benchmarks launch
-            # It begins no kernel after 18 s, and the last ones have until the stage's limit.
+            # It ends after 18 s, and has until the limit for its start and end on a slow CPU.
             needs triton && limited python3 -m benchmarks.compile_kernels "$capability" 18
             ;;
         values) # on the GPU: its own kernels first, then what runs on every device

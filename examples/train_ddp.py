@@ -41,7 +41,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from support import cli, lesson
+from support import cli, learning_rate, lesson
 from support.cli import Bounds, Count, Free, Share, Size, Switch
 
 import torch
@@ -131,7 +131,9 @@ def main(flags: Flags) -> None:
         # Muon for the weight matrices and SGD for the biases, at a rate that falls to 0 linearly,
         # unless --optimizer, --lr and --schedule say otherwise.
         optimizer = flags.make_optimizer(model)
-        lr_scheduler = lesson.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
+        lr_scheduler = learning_rate.lr_scheduler(
+            optimizer, flags.schedule, flags.total_steps(train)
+        )
 
         def step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
             outputs = ddp(x)

@@ -25,7 +25,7 @@ from itertools import cycle, islice
 from statistics import median
 from typing import Annotated, Literal
 
-from support import cli, console, lesson
+from support import cli, console, learning_rate, lesson
 from support.measure import now
 
 import torch
@@ -206,7 +206,7 @@ def main(flags: Flags) -> None:
             console.print_rows(rows)
             print(f"training with {ways[-1]}")
         trainer = Trainer(flags, world, train, ways[-1])
-        lr_scheduler = lesson.lr_scheduler(
+        lr_scheduler = learning_rate.lr_scheduler(
             trainer.optimizer, flags.schedule, flags.total_steps(train)
         )
 

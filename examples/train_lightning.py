@@ -32,7 +32,7 @@ if missing := [
 
 from support import console, ending, report
 from support.cli import Needs, Output
-from support.lesson import LRSchedule, lr_scheduler
+from support.learning_rate import LRSchedule, lr_scheduler
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer

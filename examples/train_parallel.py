@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
-from support import cli, lesson
+from support import cli, learning_rate, lesson
 
 import torch
 from torch import Tensor
@@ -69,7 +69,9 @@ def main(flags: Flags) -> None:
             register_shared_memory_hook(ddp, world)  # on CPUs
         # Ranks of one stage share the work of Muon.
         optimizer = flags.make_optimizer(model, world.mesh["dp", "tp"])
-        lr_scheduler = lesson.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
+        lr_scheduler = learning_rate.lr_scheduler(
+            optimizer, flags.schedule, flags.total_steps(train)
+        )
 
         def gradients(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
             if pipeline is not None:

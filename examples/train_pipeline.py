@@ -31,7 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-from support import cli, lesson
+from support import cli, learning_rate, lesson
 
 import torch
 from torch import Tensor
@@ -117,7 +117,9 @@ def main(flags: Flags) -> None:
             stage.compile()
         gradients, predict = by_hand(flags, world, stage)
         optimizer = flags.make_optimizer(stage)
-        lr_scheduler = lesson.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
+        lr_scheduler = learning_rate.lr_scheduler(
+            optimizer, flags.schedule, flags.total_steps(train)
+        )
 
         task = Classification(train, test, flags.batch_size, predict=predict, seed=flags.seed)
         run = Run(

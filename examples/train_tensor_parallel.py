@@ -23,7 +23,7 @@ The model has one hidden layer: a pair is two layers.
 
 from dataclasses import dataclass
 
-from support import cli, lesson
+from support import cli, learning_rate, lesson
 
 import torch
 from torch import Tensor
@@ -72,7 +72,9 @@ def main(flags: Flags) -> None:
         if flags.compile:
             model.compile()
         optimizer = flags.make_optimizer(model, world.mesh["tp"])
-        lr_scheduler = lesson.lr_scheduler(optimizer, flags.schedule, flags.total_steps(train))
+        lr_scheduler = learning_rate.lr_scheduler(
+            optimizer, flags.schedule, flags.total_steps(train)
+        )
 
         task = Classification(train, test, flags.batch_size, seed=flags.seed)
         run = Run(

@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from support.lesson import LRSchedule, lr_scheduler
+from support.learning_rate import LRSchedule, lr_scheduler
 
 import torch
 from torch.optim import Optimizer

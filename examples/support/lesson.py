@@ -6,7 +6,6 @@ The model, its split and the loop are the lessons' own.
 
 import math
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from support import cli, console, report, timeline
 from support.cli import Bounds, Count, Free, Number, Output, Share, Size, Switch
+from support.learning_rate import LRSchedule
 from support.orthogonality import add_orthogonality_gradient
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar import data, training
 from torchpar.data import Samples
@@ -40,27 +39,6 @@ from torchpar.training.profile.recorder import Recorder
 # Steps that are not traced: two in which DistributedDataParallel sets itself up, one warms up.
 SKIP = 3
 Shared = Annotated[Path | None, Output(is_folder=True), Free()]  # a folder of all ranks
-LRSchedule = Literal["linear", "cosine", "constant"]
-"""The names of the schedules of `lr_scheduler`."""
-
-
-def lr_scheduler(optimizer: Optimizer, schedule: LRSchedule, steps: int) -> LambdaLR:
-    """Return a scheduler whose learning rate falls to 0 over ``steps``, linearly or by a cosine.
-
-    The cosine is half a period. After ``steps`` the learning rate stays 0. With "constant" it does
-    not change.
-
-    Raises:
-        ConfigError: another schedule.
-    """
-    factors: dict[LRSchedule, Callable[[int], float]] = {
-        "linear": lambda step: 1 - min(step / steps, 1),
-        "cosine": lambda step: (1 + math.cos(math.pi * min(step / steps, 1))) / 2,
-        "constant": lambda step: 1.0,
-    }
-    if schedule not in factors:
-        raise ConfigError(f"schedule is {schedule!r}, expected one of {sorted(factors)}")
-    return LambdaLR(optimizer, factors[schedule])
 
 
 @dataclass(kw_only=True)

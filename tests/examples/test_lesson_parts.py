@@ -4,7 +4,7 @@
 import dataclasses
 import math
 
-from support.lesson import LRSchedule, lr_scheduler
+from support.learning_rate import LRSchedule, lr_scheduler
 from support.orthogonality import add_orthogonality_gradient, orthogonality_penalty
 
 import pytest
