@@ -13,11 +13,11 @@ has derivatives under torch.func and in forward mode (pytorch#168393, #170834, #
 sharding rules that wait for DTensor. docs/citizen.md shows each rule.
 
 `constructors` makes an operator of a function, `registration` registers the operator's rules, and
-`call_path` leads a call through them. `derivatives` holds a call's part in autograd and in the
-`transforms`, `rules` the types of the rules, `sharding` DTensor's rules, and `kernel_search` the
-search for an operator's kernels. `player` puts C++ in front of the calls, where `build` has built
-it, and `tape` records what it plays. `private` imports the private names of PyTorch that operators
-need, and says for each name which public way does not do.
+`call_path` leads a call through them, by its `dispatch_keys`. `derivatives` holds a call's part in
+autograd and in the `transforms`, `rules` the types of the rules, `sharding` DTensor's rules, and
+`kernel_search` the search for an operator's kernels. `player` puts C++ in front of the calls, where
+`build` has built it, and `tape` records what it plays. `private` imports the private names of
+PyTorch that operators need, and says for each name which public way does not do.
 """
 
 from torchpar.library.constructors import custom_op, triton_op

@@ -3,9 +3,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import reduce
 from inspect import getmodule
-from operator import or_
 from traceback import walk_tb
 from types import new_class
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,6 +16,7 @@ from torch.nn import Parameter
 
 from torchpar.library import player
 from torchpar.library.derivatives import Call, Differentiable, DifferentiableOnce
+from torchpar.library.dispatch_keys import OTHER_KEYS, bits_of
 from torchpar.library.private import (
     enable_single_level_autograd_function,
     implementations,
@@ -41,22 +40,15 @@ _SIMPLE = frozenset((type(None), bool, int, float))  # arguments that are no ten
 _LISTS = frozenset((list, tuple))
 
 
-def _bit(key: str) -> int:
-    return int(torch.DispatchKeySet(getattr(torch.DispatchKey, key)).raw_repr())
-
-
 # Keys of the trusted kernel's tensors, for which others may register a kernel of the operator.
 _KEYS_OF_OTHERS = "CPU", "CUDA"
 _KEYS_OF_NESTED = torch.DispatchKey.NestedTensorCPU, torch.DispatchKey.NestedTensorCUDA
-_DENSE_KEYS = "CPU CUDA AutogradCPU AutogradCUDA AutocastCPU AutocastCUDA"
-# All dispatch keys, as bits, except those of a dense tensor on a CPU or an NVIDIA GPU.
-_OTHER_KEYS = ~reduce(or_, map(_bit, _DENSE_KEYS.split()))
 
 
 def _keys_below(key: str) -> torch.DispatchKeySet:
     """The keys that the dispatcher takes after ``key``: it takes the highest bit first."""
     # PythonDispatcher passes each call on to the next key.
-    return torch.DispatchKeySet.from_raw_repr((_bit(key) - 1) | _bit("PythonDispatcher"))
+    return torch.DispatchKeySet.from_raw_repr((bits_of(key) - 1) | bits_of("PythonDispatcher"))
 
 
 _BELOW_ADINPLACEORVIEW = _keys_below("ADInplaceOrView")
@@ -167,7 +159,7 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
         if devices & {*player.core.devices}:
             self._asks_player = False
             if not player.why_not(self):
-                self._player = player.Player(self, _OTHER_KEYS & (2**64 - 1))
+                self._player = player.Player(self)
 
     def _stop_player(self) -> None:
         """Let Python compute again, as where a rule has changed."""
@@ -184,7 +176,7 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
         """
         # The keys of modes and transforms, of sparse, nested, functional or negated tensors, and
         # those for which others have registered a kernel in Python or C++, except for a device.
-        if keyset.raw_repr() & _OTHER_KEYS:
+        if keyset.raw_repr() & OTHER_KEYS:
             return False
         gpu = None
         for t in args:

@@ -71,12 +71,7 @@ std::atomic<uint64_t> played{0}, missed{0};
 // All that a check, or a rule, may look at in the arguments of a call.
 class Key {
  public:
-  void add(int64_t word) {
-    if (count_ < kWords)
-      words_[count_++] = word;
-    else
-      fits_ = false;
-  }
+  void add(int64_t word) { words_.push_back(word); }
   void add(const Tensor& t) {
     if (!t.defined()) return add(kNone);
     const auto* impl = t.unsafeGetTensorImpl();
@@ -84,8 +79,8 @@ class Key {
     const auto address = reinterpret_cast<uintptr_t>(impl->data());
     add(t.dim() | static_cast<int64_t>(t.scalar_type()) << 8 |
         static_cast<int64_t>(device.type()) << 16 | static_cast<int64_t>(device.index() & 255) << 24 |
-        static_cast<int64_t>(address & 15) << 32 | first_of(impl) << 40 |
-        static_cast<int64_t>(t.requires_grad()) << 48);
+        static_cast<int64_t>(address & 15) << 32 |
+        static_cast<int64_t>(t.requires_grad()) << 36 | first_of(impl) << 40);
     for (auto size : t.sizes()) add(size);
     for (auto stride : t.strides()) add(stride);
   }
@@ -128,13 +123,11 @@ class Key {
         static_cast<int64_t>(c10::typeMetaToScalarType(at::get_default_dtype())) << 16);
   }
   bool fits() const { return fits_; }
-  bool operator==(const Key& other) const {
-    return count_ == other.count_ && !memcmp(words_.data(), other.words_.data(), 8 * count_);
-  }
+  bool operator==(const Key& other) const { return words_ == other.words_; }
   size_t hash() const {
-    uint64_t h = count_;
-    for (int i = 0; i < count_; i++) {
-      h = (h ^ static_cast<uint64_t>(words_[i])) * 0x9E3779B97F4A7C15ull;
+    uint64_t h = words_.size();
+    for (const int64_t word : words_) {
+      h = (h ^ static_cast<uint64_t>(word)) * 0x9E3779B97F4A7C15ull;
       h ^= h >> 29;
     }
     return h;
@@ -143,21 +136,22 @@ class Key {
  private:
   // The number of the first argument that is this very tensor: a function may compare them.
   int64_t first_of(const c10::TensorImpl* impl) {
-    for (int i = 0; i < seen_; i++)
-      if (tensors_[i] == impl) return i;
-    if (seen_ == kTensors) {
-      fits_ = false;
-      return 0;
+    if (tensors_.size() < kFew) {
+      for (size_t i = 0; i < tensors_.size(); i++)
+        if (tensors_[i] == impl) return static_cast<int64_t>(i);
+      tensors_.push_back(impl);
+      return static_cast<int64_t>(tensors_.size()) - 1;
     }
-    tensors_[seen_] = impl;
-    return seen_++;
+    if (many_.empty())
+      for (size_t i = 0; i < kFew; i++) many_.emplace(tensors_[i], i);
+    return many_.emplace(impl, static_cast<int64_t>(many_.size())).first->second;
   }
   // Before each value its kind, which no first word of a tensor is.
   enum Kind : int64_t { kNone = -1, kBool = -2, kInt = -3, kDouble = -4, kString = -5 };
-  static constexpr int kWords = 96, kTensors = 16;
-  std::array<int64_t, kWords> words_;
-  std::array<const c10::TensorImpl*, kTensors> tensors_;
-  int count_ = 0, seen_ = 0;
+  static constexpr size_t kFew = 16;
+  c10::SmallVector<int64_t, 96> words_;
+  c10::SmallVector<const c10::TensorImpl*, kFew> tensors_;
+  std::unordered_map<const c10::TensorImpl*, int64_t> many_;  // once there are more
   bool fits_ = true;
 };
 
@@ -185,7 +179,7 @@ struct Parameter {
 };
 
 struct Step {
-  enum Kind { EMPTY, VIEW, LAUNCH, CALL } kind;
+  enum Kind { EMPTY, VIEW, LAUNCH, CALL, FREE } kind;
   int slot = -1;  // EMPTY, VIEW: the tensor that is made
   int base = -1;  // VIEW: of which tensor
   int64_t offset = 0;
@@ -199,12 +193,13 @@ struct Step {
   Owned kept;    // Triton's compiled kernel, whose end would unload the function
   Owned hooks;   // the kernel's own, a list
   Owned python;  // a launch by Triton's launcher, called with the tensors of `slots`
-  std::vector<int> slots;
+  std::vector<int> slots;  // and the tensors that FREE drops
   // CALL
   std::optional<OperatorHandle> op;
   Stack arguments;
-  std::vector<std::pair<int, int>> tensors;  // place among the arguments, slot
-  std::vector<int> results;                  // a slot for each, or -1
+  std::vector<std::pair<int, int>> tensors;             // place among the arguments, slot
+  std::vector<std::pair<int, std::vector<int>>> lists;  // the same for lists of tensors
+  std::vector<int> results;  // a slot for each, or -1; those of a list one after the other
 };
 
 struct Tape {
@@ -342,12 +337,29 @@ bool play(const Tape& tape, std::vector<Tensor>& slots) {
       case Step::LAUNCH:
         if (!launch(step, slots, tape.device)) return false;
         break;
+      case Step::FREE:
+        for (int slot : step.slots) slots[slot] = Tensor();
+        break;
       case Step::CALL: {
         Stack stack = step.arguments;
         for (auto [place, slot] : step.tensors) stack[place] = slots[slot];
+        for (const auto& [place, numbers] : step.lists) {
+          c10::List<Tensor> list;
+          list.reserve(numbers.size());
+          for (int slot : numbers) list.push_back(slots[slot]);
+          stack[place] = std::move(list);
+        }
         step.op->callBoxed(stack);
-        for (size_t i = 0; i < step.results.size(); i++)
-          if (step.results[i] >= 0) slots[step.results[i]] = std::move(stack[i]).toTensor();
+        auto slot = step.results.begin();
+        auto keep = [&](Tensor&& t) {
+          if (*slot >= 0) slots[*slot] = std::move(t);
+          ++slot;
+        };
+        for (auto& value : stack)
+          if (value.isTensorList())
+            for (Tensor t : value.toTensorList()) keep(std::move(t));
+          else
+            keep(std::move(value).toTensor());
       }
     }
   played++;
@@ -650,6 +662,9 @@ Step to_step(const py::tuple& given) {
     step.slots = given[7].cast<std::vector<int>>();
     step.kept = own(given[8].cast<py::object>());
     step.hooks = own(given[9].cast<py::list>());
+  } else if (kind == "free") {
+    step.kind = Step::FREE;
+    step.slots = given[1].cast<std::vector<int>>();
   } else {
     step.kind = Step::CALL;
     step.op = c10::Dispatcher::singleton().findSchemaOrThrow(
@@ -659,7 +674,8 @@ Step to_step(const py::tuple& given) {
     for (size_t i = 0; i < arguments.size(); i++)
       step.arguments.push_back(to_argument(values[i], arguments[i].real_type()));
     step.tensors = given[4].cast<std::vector<std::pair<int, int>>>();
-    step.results = given[5].cast<std::vector<int>>();
+    step.lists = given[5].cast<std::vector<std::pair<int, std::vector<int>>>>();
+    step.results = given[6].cast<std::vector<int>>();
   }
   return step;
 }
@@ -740,6 +756,48 @@ class Installed {
   std::vector<torch::Library> libraries_;
 };
 
+// Tapes of functions of a list of tensors that are no operators.
+class Memo {
+ public:
+  // The results, or whether the call may be recorded.
+  py::object play(int64_t number, const py::list& given) {
+    std::vector<Tensor> slots;
+    slots.reserve(given.size());
+    for (const auto& one : given) slots.push_back(THPVariable_Unpack(one.ptr()));
+    if (slots.empty() || is_unusual(slots[0].device().type())) return py::bool_(false);
+    for (const auto& t : slots)
+      if (!is_plain(t)) return py::bool_(false);
+    const auto key = key_of(number, slots);
+    const auto entry = table_.find(key);
+    if (!entry.tape) return py::bool_(!entry.is_known && !is_watched(nullptr));
+    if (is_watched(entry.tape.get())) return py::bool_(false);
+    bool is_played;
+    {
+      py::gil_scoped_release others;
+      is_played = ::play(*entry.tape, slots);
+    }
+    if (!is_played) return py::bool_(false);
+    py::list results(entry.tape->results.size());
+    for (size_t i = 0; i < results.size(); i++)
+      results[i] = py::cast(slots[entry.tape->results[i]]);
+    return results;
+  }
+  void remember(int64_t number, const std::vector<Tensor>& given, const py::object& tape) {
+    table_.keep(key_of(number, given), {to_tape(tape), nullptr, true});
+  }
+  void forget() { table_.clear(); }
+
+ private:
+  static Key key_of(int64_t number, const std::vector<Tensor>& given) {
+    Key key;
+    key.add_settings();
+    key.add(number);
+    for (const auto& t : given) key.add(t);
+    return key;
+  }
+  Table table_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_player, m) {
@@ -759,6 +817,11 @@ PYBIND11_MODULE(_player, m) {
       .def("remember_backward", &Installed::remember_backward)
       .def("derivative", &Installed::derivative, py::return_value_policy::reference)
       .def("forget", &Installed::forget);
+  py::class_<Memo>(m, "Memo")
+      .def(py::init<>())
+      .def("play", &Memo::play)
+      .def("remember", &Memo::remember)
+      .def("forget", &Memo::forget);
   m.def("set_launch", [](uintptr_t address) { launch_kernel = reinterpret_cast<Launch>(address); });
   m.def("set_stream", [](uintptr_t address) {
     current_stream = reinterpret_cast<CurrentStream>(address);

@@ -6,7 +6,7 @@
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,14 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from torchpar.library.dispatch_keys import OTHER_KEYS
 from torchpar.library.private import implementations
 from torchpar.library.tape import TapeRecorder, recording
 
 if TYPE_CHECKING:
     from torchpar.library.call_path import DispatchedOp
 
+_MOST_OPTIONS = 64  # of a function: a value that changes in each call must not fill the memory
 _TYPES = {"Tensor", "Optional[Tensor]", "int", "float", "bool", "str"}
 _TYPES |= {"Optional[int]", "Optional[float]", "Optional[bool]", "Optional[str]"}
 
@@ -41,7 +43,7 @@ class Core:
     calls_python = False
 
     def __init__(self) -> None:
-        self.players: WeakSet[Player] = WeakSet()
+        self.players: WeakSet[Player | PlayedFunction] = WeakSet()
 
     def forget(self) -> None:
         """Discard all tapes, so that the next calls are recorded."""
@@ -50,6 +52,23 @@ class Core:
 
 
 core = Core()
+
+
+def _set_up() -> None:
+    """Tell C++ which calls are not plain."""
+    core.module.set_other_keys(OTHER_KEYS & (2**64 - 1))
+
+
+def _watch_launches() -> None:
+    """Let Triton's hooks see launches, and forget tapes with the launches of Python."""
+    if "triton" in sys.modules:
+        from triton.knobs import runtime
+
+        from torchpar.kernels import launch
+
+        core.module.set_runtime(runtime)
+        if core.forget not in launch.forgetters:
+            launch.forgetters.append(core.forget)
 
 
 def start() -> None:
@@ -84,14 +103,62 @@ def why_not(op: "DispatchedOp") -> str:
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-class Player:
-    """C++ kernels at an operator's dispatch keys, until `remove`.
+class PlayedFunction:
+    """Calls of a function of tensors that is no operator, played by C++ from the second one on.
 
-    Args:
-        other_keys: the dispatch keys, as bits, with which a call is Python's.
+    The function must depend on the tensors' layouts and on ``options`` alone, and must not write to
+    the tensors. Without C++ each call is the function's.
     """
 
-    def __init__(self, op: "DispatchedOp", other_keys: int):
+    def __init__(self) -> None:
+        self.refusal = ""  # why the last call was not recorded
+        self.installed: Any = None
+        self._numbers: dict[Hashable, int] = {}  # of options
+
+    def __call__(
+        self,
+        function: Callable[[list[Tensor]], list[Tensor]],
+        tensors: list[Tensor],
+        options: Hashable,
+    ) -> list[Tensor]:
+        """``function(tensors)``.
+
+        Args:
+            options: what the function depends on beside the tensors.
+        """
+        if core.module is None or tensors[0].device.type.upper() not in core.devices:
+            return function(tensors)
+        if self.installed is None or len(self._numbers) > _MOST_OPTIONS:
+            _set_up()
+            core.players.add(self)
+            self.installed, self._numbers = core.module.Memo(), {}
+        number = self._numbers.setdefault(options, len(self._numbers))
+        found = self.installed.play(number, tensors)
+        if isinstance(found, list):
+            return found
+        return self._record(function, tensors, number) if found else function(tensors)
+
+    def _record(
+        self,
+        function: Callable[[list[Tensor]], list[Tensor]],
+        tensors: list[Tensor],
+        number: int,
+    ) -> list[Tensor]:
+        recorder = TapeRecorder(tensors, core.calls_python)
+        with recording(recorder):
+            results = function([*map(recorder.alias, tensors)])
+        tape = recorder.tape(results)
+        self.refusal = recorder.refusal
+        _watch_launches()
+        if not recorder.is_being_tuned:
+            self.installed.remember(number, tensors, tape)
+        return results
+
+
+class Player:
+    """C++ kernels at an operator's dispatch keys, until `remove`."""
+
+    def __init__(self, op: "DispatchedOp"):
         self.op = op
         core.players.add(self)
         self.refusal = ""  # why the last call was not recorded
@@ -100,7 +167,7 @@ class Player:
         self._has_python_dispatch = getattr(dispatched, "_pyobj_dispatcher", None) is not None
         if self._has_python_dispatch:
             dispatched._enable_pyobj_dispatch(False)
-        core.module.set_other_keys(other_keys)
+        _set_up()
         space, _, name = op._qualname.partition("::")
         base, _, overload = name.partition(".")
         self.installed = core.module.Installed(
@@ -125,23 +192,13 @@ class Player:
             result: Any = op._run(None, *map(recorder.alias, args), **kwargs)
         results = result if isinstance(result, tuple) else (result,)
         tape = recorder.tape(results)
-        self._note(recorder)
+        self.refusal = recorder.refusal
+        _watch_launches()
         if not recorder.is_being_tuned:
             values = (*whole, *(keywords[one.name] for one in op._keywords))
             derivative = self._derivative(args, whole, keywords, results) if tape else None
             self.installed.remember(values, tape, derivative)
         return result
-
-    def _note(self, recorder: TapeRecorder) -> None:
-        self.refusal = recorder.refusal
-        if "triton" in sys.modules:
-            from triton.knobs import runtime
-
-            from torchpar.kernels import launch
-
-            core.module.set_runtime(runtime)  # whose hooks want to see launches
-            if core.forget not in launch.forgetters:
-                launch.forgetters.append(core.forget)
 
     def _derivative(
         self,
@@ -242,7 +299,8 @@ class _Backward:
         with recording(recorder):
             found = self([*map(recorder.alias, saved)], needs, [*map(recorder.alias, grads)])
         tape = recorder.tape(found, passes_on=True)  # a gradient may be the incoming one
-        self.player._note(recorder)
+        self.player.refusal = recorder.refusal
+        _watch_launches()
         if not recorder.is_being_tuned:
             self.player.installed.remember_backward(self.derivative, needs, grads, saved, tape)
         return found

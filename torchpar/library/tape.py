@@ -87,26 +87,36 @@ class TapeRecorder(TorchDispatchMode):
         slots = [-1 if t is None else self._slots.get(id(t), -2) for t in results]
         if any(slot == -2 or 0 <= slot < self.inputs * (not passes_on) for slot in slots):
             self.refuse("a result is not made by the call")
+        on_gpus = {t.device for t in self._kept if not t.is_cpu}
+        if len(on_gpus) > 1:
+            self.refuse("its tensors are on several devices")
         if self.refusal or self.is_being_tuned:
             return None
-        devices = [t.device for t in self._kept]
-        device = next((one for one in devices if one.type != "cpu"), devices[0])
+        device = on_gpus.pop() if on_gpus else torch.device("cpu")
         return len(self._kept), self._needed_steps(slots), slots, device
 
     def _needed_steps(self, results: Sequence[int]) -> list[Step]:
-        """The steps without tensors that nothing reads."""
-        used, needed = {*results}, []
+        """The steps without tensors that nothing reads. Each tensor is dropped after its last use.
+
+        A tape would otherwise hold the memory of all its tensors to its end.
+        """
+        used, needed = {-1, *range(self.inputs), *results}, list[Step]()
         for step in reversed(self.steps):
             kind, *rest = step
             if kind in ("empty", "view") and rest[0] not in used:
                 continue
-            needed.append(step)
+            touched = {rest[0]} if kind in ("empty", "view") else set[int]()
             if kind == "view":
-                used.add(rest[4])
+                touched.add(rest[4])
             elif kind == "launch":
-                used |= {slot for slot, _ in rest[4]} | {*rest[6]}
+                touched |= {slot for slot, _ in rest[4]} | {*rest[6]}
             elif kind == "call":
-                used |= {slot for _, slot in rest[3]}
+                touched |= {slot for _, slot in rest[3]}.union(*(slots for _, slots in rest[4]))
+                touched |= {*rest[5]}
+            if dropped := sorted(touched - used):
+                needed.append(("free", dropped))
+            needed.append(step)
+            used |= touched
         return needed[::-1]
 
     def refuse(self, reason: str) -> None:
@@ -151,42 +161,52 @@ class TapeRecorder(TorchDispatchMode):
         if func in _ALLOCATIONS:
             slot, place = self._new_slot(result), result.device
             self.steps.append(("empty", slot, *_layout(result), place))
-        elif _is_view(func, args, result):
-            base, offset = self._slot_of(args[0], func), _start(result) - _start(args[0])
-            slot = self._new_slot(result)
-            self._views[slot] = base, offset
-            self.steps.append(("view", slot, *_layout(result), base, offset))
+        elif all(_is_view(func, args, one) for one in _listed(result)):
+            for one in _listed(result):  # several, as of `unbind`
+                base, offset = self._slot_of(args[0], func), _start(one) - _start(args[0])
+                slot = self._new_slot(one)
+                self._views[slot] = base, offset
+                self.steps.append(("view", slot, *_layout(one), base, offset))
         else:
             self._note_computation(func, args, kwargs, result)
 
     def _note_computation(self, func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
-        results = result if isinstance(result, tuple) else (result,)
+        returned = _listed(result) if func._schema.returns else ()
+        results = [t for one in returned for t in _listed(one)]
         if not all(isinstance(t, Tensor) for t in results):
             if not any(True for _ in tensors_of((*args, *kwargs.values()))):
                 return  # a fact of this machine
             raise Refusal(f"{func} returns what is no tensor")
-        given = {t.device.type for t in tensors_of((*args, *kwargs.values()))} - {"cpu"}
-        if given and any(t.is_cpu for t in results):
+        is_on_gpu = any(not t.is_cpu for t in tensors_of((*args, *kwargs.values())))
+        if is_on_gpu and any(t.is_cpu for t in results):
             raise Refusal(f"{func} copies to the host, where values can be read")
         values: list[object] = []
         tensors: list[tuple[int, int]] = []
+        lists: list[tuple[int, list[int]]] = []
         for place, argument in enumerate(func._schema.arguments):
             value = args[place] if place < len(args) else argument.default_value
             value = kwargs.get(argument.name, value)
-            if isinstance(value, Tensor):
-                tensors.append((place, self._slot_of(value, func)))
+            given = _listed(value)
+            if any(isinstance(t, Tensor) for t in given):
+                if not all(isinstance(t, Tensor) for t in given):
+                    raise Refusal(f"{func} takes a list in which not all are tensors")
+                slots = [self._slot_of(t, func) for t in given]
                 is_written = argument.alias_info is not None and argument.alias_info.is_write
-                if is_written and self._address(tensors[-1][1])[0] < self.inputs:
+                if is_written and min(self._address(slot)[0] for slot in slots) < self.inputs:
                     raise Refusal(f"{func} writes to an argument of the call")
-                value = torch.empty(0)  # in its place, until the tape is played
-            elif isinstance(value, list | tuple) and any(isinstance(t, Tensor) for t in value):
-                raise Refusal(f"{func} takes a list of tensors")
+                # In their place, until the tape is played.
+                if isinstance(value, Tensor):
+                    tensors.append((place, *slots))
+                    value = torch.empty(0)
+                else:
+                    lists.append((place, slots))
+                    value = []
             elif isinstance(value, _NOT_KEPT):
                 raise Refusal(f"{func} takes an argument of type {type(value).__name__}")
             values.append(value)
         slots = [-1 if id(t) in self._slots else self._new_slot(t) for t in results]
         name, overload = func._schema.name, func._schema.overload_name
-        self.steps.append(("call", name, overload, values, tensors, slots))
+        self.steps.append(("call", name, overload, values, tensors, lists, slots))
 
     def note_launch(
         self, kernel: Any, compiled: Any, grid: tuple[int, ...], args: Any, kwargs: Any
@@ -262,6 +282,10 @@ class TapeRecorder(TorchDispatchMode):
             compiled.run(*grid, stream, *handles, *values)
 
         return launch, [self._slots[id(arguments[place])] for place in places]
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else (value,)
 
 
 def _is_view(func: Any, args: tuple[Any, ...], result: object) -> bool:

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from torchpar.errors import ConfigError
+from torchpar.library.player import PlayedFunction
 from torchpar.library.sharding import is_dtensor, local
 from torchpar.optim.assign import Choice, ModelOptimizer, chain, check_parameters
 from torchpar.optim.chained import Group, loading
@@ -93,6 +94,7 @@ class Muon(Optimizer):
     # The exchanges, and the parameters that this rank has alone; made in the first step.
     _plan: tuple[list[Exchange], list[ParamInfo]] | None = None
     _planned: Sequence[object] = ()  # the parameters that `_plan` is for
+    _orthogonalized: PlayedFunction  # of the plan's parameters
     _has_updated = False
     _check_model: Callable[[], None] | None = None  # before the first step; not copied
 
@@ -332,6 +334,7 @@ class Muon(Optimizer):
             self._plan = exchanges, alone
             # Forget the names of parameters that were removed.
             self._names = {info.p: info.name for info in self._param_infos()}
+            self._orthogonalized = PlayedFunction()
             # The plan keeps the parameters, so that no other one gets their id.
             self._planned = facts
         return self._plan
@@ -452,31 +455,25 @@ class Muon(Optimizer):
         self, group: Group, momenta: Mapping[ParamInfo, Tensor]
     ) -> dict[ParamInfo, Tensor]:
         """The unsharded momenta, orthogonalized, with values of bfloat16."""
-        of_each = {info: info.matrices(t) for info, t in momenta.items()}
+        infos = tuple(momenta)
         coefficients, steps, eps = (group[name] for name in ("ns_coefficients", "ns_steps", "eps"))
-        found = iter(
-            orthogonalize_all(
-                [matrix for matrices in of_each.values() for matrix in matrices],
-                coefficients,
-                steps,
-                eps,
-                self.ns,
-            )
-        )
-        results: dict[ParamInfo, Tensor] = {}
-        for info, matrices in of_each.items():
-            updates = list(islice(found, len(matrices)))
-            if info.view is None:
-                results[info] = updates[0]
-                continue
-            results[info] = momenta[info].new_empty(info.part.whole, dtype=torch.bfloat16)
-            places = info.matrices(results[info])
-            torch._foreach_copy_(places, updates)
-            for place in places:
-                ratio = _ratio(group, place.shape) / _ratio(group, info.shapes[0])
-                if ratio != 1:
-                    place.mul_(ratio)
-        return results
+        adjust = group["adjust_lr_fn"]
+
+        def compute(tensors: list[Tensor]) -> list[Tensor]:
+            of_each = [info.matrices(t) for info, t in zip(infos, tensors, strict=True)]
+            whole = [matrix for matrices in of_each for matrix in matrices]
+            found = iter(orthogonalize_all(whole, coefficients, steps, eps, self.ns))
+            results = []
+            for info, t, matrices in zip(infos, tensors, of_each, strict=True):
+                updates = list(islice(found, len(matrices)))
+                results.append(
+                    updates[0] if info.view is None else _joined(info, t, updates, adjust)
+                )
+            return results
+
+        options = infos, repr(coefficients), steps, eps, adjust, self.ns
+        updates = self._orthogonalized(compute, list(momenta.values()), options)
+        return dict(zip(infos, updates, strict=True))
 
     def _check_gradients(self, infos: list[ParamInfo], valid: set[ParamInfo]) -> None:
         """Raise a ConfigError for a gradient of another layout, or a group without gradients."""
@@ -517,7 +514,7 @@ class Muon(Optimizer):
             # bfloat16 would lose the decay
             wide = torch.float64 if lr.dtype == torch.float64 else torch.float32
             lr = lr.reshape(()).to(params[0].device, wide)
-        ratios = [_ratio(group, info.shapes[0]) for info in updates]
+        ratios = [_ratio(group["adjust_lr_fn"], info.shapes[0]) for info in updates]
         steps = list(updates.values())
         if len(params) != 1 or not update_alone(params[0], steps[0], lr, decay, ratios[0]):
             _update_all(params, steps, lr, decay, ratios)
@@ -537,6 +534,18 @@ def _checked(options: Group, ns: NewtonSchulz) -> Group:
     of_torch: Any = torch.optim.Muon  # its signature has narrower types
     defaults: Group = of_torch([no_matrix], **options).defaults
     return defaults
+
+
+def _joined(info: ParamInfo, t: Tensor, updates: list[Tensor], adjust: str | None) -> Tensor:
+    """The updates of a parameter's matrices, as one tensor like the parameter."""
+    result = t.new_empty(info.part.whole, dtype=torch.bfloat16)
+    places = info.matrices(result)
+    torch._foreach_copy_(places, updates)
+    for place in places:
+        ratio = _ratio(adjust, place.shape) / _ratio(adjust, info.shapes[0])
+        if ratio != 1:
+            place.mul_(ratio)
+    return result
 
 
 def _is_read_at_once(lr: Tensor, p: Tensor) -> bool:
@@ -585,10 +594,10 @@ def _in_float32(tensors: list[Tensor]) -> list[Tensor]:
     return wide
 
 
-def _ratio(group: Group, shape: Sequence[int]) -> float:
+def _ratio(adjust: str | None, shape: Sequence[int]) -> float:
     """The factor by which a matrix of this shape changes its group's learning rate."""
     n, m = shape
-    return _RATIOS[group["adjust_lr_fn"] or "original"](max(n, 1), max(m, 1))
+    return _RATIOS[adjust or "original"](max(n, 1), max(m, 1))
 
 
 def _valid_gradient(info: ParamInfo) -> Tensor | None:
