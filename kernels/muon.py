@@ -6,6 +6,7 @@ PyTorch's functions take three launches for the first part, and four for the sec
 """
 
 import struct
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -84,18 +85,16 @@ def normalize(x: Tensor, norm: Tensor, out: Tensor, eps: float) -> None:
     launch.run(None, (x, norm, out), struct.unpack("<2i", struct.pack("<d", eps)))
 
 
-def update(p: Tensor, direction: Tensor, lr: float | Tensor, decay: float, ratio: float) -> None:
+def update(p: Tensor, direction: Tensor, lr: Tensor | None, words: Sequence[int]) -> None:
     """``p ← (1 − lr·decay)·p − lr·ratio·direction``, for a ``direction`` of at most float32.
 
-    ``p`` is not empty, fills its memory, and has ``direction``'s strides. A tensor ``lr`` has at
-    least the precision of float32, and is on the device of ``p``.
+    ``words`` are lr·decay and lr·ratio, each of two words, and with a tensor ``lr`` decay and
+    ratio. ``p`` is not empty, fills its memory, and has ``direction``'s strides. A tensor ``lr``
+    has at least the precision of float32, and is on the device of ``p``.
     """
-    of_gpu = lr if isinstance(lr, Tensor) else None
-    factors = (decay, ratio) if isinstance(lr, Tensor) else (lr * decay, lr * ratio)
-    launch = prepared(_prepare_update, None, (p, direction, of_gpu))
+    launch = prepared(_prepare_update, None, (p, direction, lr))
     assert launch is not None
-    words = struct.unpack("<4i", struct.pack("<2d", *factors))
-    launch.run(None, (p, direction, of_gpu), words)
+    launch.run(None, (p, direction, lr), tuple(words))
 
 
 def _prepare_normalize(x: Tensor, norm: Tensor, out: Tensor) -> PreparedLaunch:

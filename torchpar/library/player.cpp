@@ -80,7 +80,8 @@ class Key {
     add(t.dim() | static_cast<int64_t>(t.scalar_type()) << 8 |
         static_cast<int64_t>(device.type()) << 16 | static_cast<int64_t>(device.index() & 255) << 24 |
         static_cast<int64_t>(address & 15) << 32 |
-        static_cast<int64_t>(t.requires_grad()) << 36 | first_of(impl) << 40);
+        static_cast<int64_t>(t.requires_grad()) << 36 |
+        static_cast<int64_t>(t.is_inference()) << 37 | first_of(impl) << 40);
     for (auto size : t.sizes()) add(size);
     for (auto stride : t.strides()) add(stride);
   }
@@ -174,9 +175,13 @@ Owned own(const py::object& object) {
 // -- Tapes -----------------------------------------------------------------------------------
 
 struct Parameter {
-  int slot;         // the tensor whose address is meant; -1 for a constant
-  int64_t number;   // bytes from that address, or the constant's bits
+  int slot;        // the tensor whose address is meant; kConstant; or kNumber and less
+  int64_t number;  // bytes from that address, or the constant's bits
+  // The numbers that a call brings follow downwards from kNumber.
+  static constexpr int kConstant = -1, kNumber = -2;
 };
+
+using Numbers = std::vector<int64_t>;  // which differ from call to call
 
 struct Step {
   enum Kind { EMPTY, VIEW, LAUNCH, CALL, FREE } kind;
@@ -207,6 +212,7 @@ struct Tape {
   std::vector<Step> steps;
   std::vector<int> results;  // -1: None
   c10::Device device = at::kCPU;
+  std::vector<int> written;  // of the tensors that are given
 };
 
 struct Operator;
@@ -293,12 +299,13 @@ bool is_watched(const Tape* tape) {
 }
 
 // Launch; false where the thread has no context of the device yet.
-bool launch(const Step& step, const std::vector<Tensor>& slots, c10::Device device) {
+bool launch(
+    const Step& step, const std::vector<Tensor>& slots, c10::Device device, const Numbers& numbers) {
   if (step.python) {
     py::gil_scoped_acquire gil;
     py::tuple tensors(step.slots.size());
     for (size_t i = 0; i < step.slots.size(); i++) tensors[i] = py::cast(slots[step.slots[i]]);
-    py::reinterpret_borrow<py::function>(step.python.get())(*tensors);
+    py::reinterpret_borrow<py::function>(step.python.get())(numbers, *tensors);
     return true;
   }
   // As Triton, which launches no empty grid.
@@ -309,6 +316,7 @@ bool launch(const Step& step, const std::vector<Tensor>& slots, c10::Device devi
   for (size_t i = 0; i < count; i++) {
     const auto& p = step.parameters[i];
     values[i] = p.number;
+    if (p.slot <= Parameter::kNumber) values[i] = numbers[Parameter::kNumber - p.slot];
     if (p.slot >= 0)
       values[i] += reinterpret_cast<int64_t>(slots[p.slot].unsafeGetTensorImpl()->data());
     pointers[i] = &values[i];
@@ -323,7 +331,7 @@ bool launch(const Step& step, const std::vector<Tensor>& slots, c10::Device devi
 }
 
 // Play a tape for the tensors among ``slots``; false if a launch was refused.
-bool play(const Tape& tape, std::vector<Tensor>& slots) {
+bool play(const Tape& tape, std::vector<Tensor>& slots, const Numbers& numbers = {}) {
   c10::OptionalDeviceGuard guard(tape.device);
   at::AutoDispatchBelowADInplaceOrView below;
   slots.resize(tape.slots);
@@ -335,7 +343,7 @@ bool play(const Tape& tape, std::vector<Tensor>& slots) {
         slots[step.slot] = make_view(step, slots[step.base]);
         break;
       case Step::LAUNCH:
-        if (!launch(step, slots, tape.device)) return false;
+        if (!launch(step, slots, tape.device, numbers)) return false;
         break;
       case Step::FREE:
         for (int slot : step.slots) slots[slot] = Tensor();
@@ -362,6 +370,8 @@ bool play(const Tape& tape, std::vector<Tensor>& slots) {
             keep(std::move(value).toTensor());
       }
     }
+  for (int slot : tape.written)
+    if (!slots[slot].is_inference()) slots[slot].unsafeGetTensorImpl()->bump_version();
   played++;
   return true;
 }
@@ -688,6 +698,7 @@ std::shared_ptr<const Tape> to_tape(const py::object& given) {
   for (auto step : parts[1].cast<py::list>()) tape->steps.push_back(to_step(step.cast<py::tuple>()));
   tape->results = parts[2].cast<std::vector<int>>();
   tape->device = parts[3].cast<c10::Device>();
+  tape->written = parts[4].cast<std::vector<int>>();
   return tape;
 }
 
@@ -760,7 +771,7 @@ class Installed {
 class Memo {
  public:
   // The results, or whether the call may be recorded.
-  py::object play(int64_t number, const py::list& given) {
+  py::object play(int64_t number, const py::list& given, const Numbers& numbers) {
     std::vector<Tensor> slots;
     slots.reserve(given.size());
     for (const auto& one : given) slots.push_back(THPVariable_Unpack(one.ptr()));
@@ -774,7 +785,7 @@ class Memo {
     bool is_played;
     {
       py::gil_scoped_release others;
-      is_played = ::play(*entry.tape, slots);
+      is_played = ::play(*entry.tape, slots, numbers);
     }
     if (!is_played) return py::bool_(false);
     py::list results(entry.tape->results.size());

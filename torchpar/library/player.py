@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torchpar.library.dispatch_keys import OTHER_KEYS
 from torchpar.library.private import implementations
-from torchpar.library.tape import TapeRecorder, recording
+from torchpar.library.tape import Number, TapeRecorder, recording
 
 if TYPE_CHECKING:
     from torchpar.library.call_path import DispatchedOp
@@ -106,8 +106,8 @@ def why_not(op: "DispatchedOp") -> str:
 class PlayedFunction:
     """Calls of a function of tensors that is no operator, played by C++ from the second one on.
 
-    The function must depend on the tensors' layouts and on ``options`` alone, and must not write to
-    the tensors. Without C++ each call is the function's.
+    The function must depend on the tensors' layouts and on ``options`` alone. Without C++ each call
+    is the function's.
     """
 
     def __init__(self) -> None:
@@ -117,36 +117,40 @@ class PlayedFunction:
 
     def __call__(
         self,
-        function: Callable[[list[Tensor]], list[Tensor]],
+        function: Callable[[list[Tensor], Sequence[int]], list[Tensor]],
         tensors: list[Tensor],
         options: Hashable,
+        numbers: Sequence[int] = (),
+        written: Sequence[int] = (),
     ) -> list[Tensor]:
-        """``function(tensors)``.
+        """``function(tensors, numbers)``.
 
         Args:
             options: what the function depends on beside the tensors.
+            numbers: integers that only kernels read. They may differ in each call.
+            written: the places of the tensors that the function may write to.
         """
         if core.module is None or tensors[0].device.type.upper() not in core.devices:
-            return function(tensors)
+            return function(tensors, numbers)
         if self.installed is None or len(self._numbers) > _MOST_OPTIONS:
             _set_up()
             core.players.add(self)
             self.installed, self._numbers = core.module.Memo(), {}
-        number = self._numbers.setdefault(options, len(self._numbers))
-        found = self.installed.play(number, tensors)
+        if options not in self._numbers:  # options that differ in each call are never recorded
+            self._numbers[options] = len(self._numbers)
+            return function(tensors, numbers)
+        number = self._numbers[options]
+        found = self.installed.play(number, tensors, numbers)
         if isinstance(found, list):
             return found
-        return self._record(function, tensors, number) if found else function(tensors)
-
-    def _record(
-        self,
-        function: Callable[[list[Tensor]], list[Tensor]],
-        tensors: list[Tensor],
-        number: int,
-    ) -> list[Tensor]:
-        recorder = TapeRecorder(tensors, core.calls_python)
+        if not found:
+            return function(tensors, numbers)
+        recorder = TapeRecorder(tensors, core.calls_python, written)
+        marked = [Number(one) for one in numbers]
+        for place, one in enumerate(marked):
+            one.place = place
         with recording(recorder):
-            results = function([*map(recorder.alias, tensors)])
+            results = function([*map(recorder.alias, tensors)], marked)
         tape = recorder.tape(results)
         self.refusal = recorder.refusal
         _watch_launches()

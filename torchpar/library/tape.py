@@ -37,6 +37,12 @@ _NOT_KEPT = torch.UntypedStorage, torch.TypedStorage, torch.Generator
 _lock = threading.RLock()  # `JITFunction.run` is replaced for all threads
 
 
+class Number(int):
+    """An integer that differs from call to call, which the function passes to kernels as it is."""
+
+    place: int  # among the numbers of a call
+
+
 class Refusal(Exception):
     """Why a call cannot be played again."""
 
@@ -48,6 +54,7 @@ class TapeRecorder(TorchDispatchMode):
         tensors: the tensors that the tape will be given, in its order. `alias` returns the tensors
             to call the function with.
         calls_python: whether launches go through Triton's launcher in Python, as an emulator's do.
+        written: the places among ``tensors`` of those that the call may write to.
 
     Attributes:
         refusal: why the calls cannot be played again, or "".
@@ -56,8 +63,11 @@ class TapeRecorder(TorchDispatchMode):
 
     sees_launches = True  # for `torchpar.ops._operator.is_intercepted`
 
-    def __init__(self, tensors: Sequence[Tensor | None], calls_python: bool):
+    def __init__(
+        self, tensors: Sequence[Tensor | None], calls_python: bool, written: Sequence[int] = ()
+    ):
         super().__init__()
+        self.written = written
         self.calls_python = calls_python
         self.refusal, self.is_being_tuned = "", False
         self.steps: list[Step] = []
@@ -93,14 +103,14 @@ class TapeRecorder(TorchDispatchMode):
         if self.refusal or self.is_being_tuned:
             return None
         device = on_gpus.pop() if on_gpus else torch.device("cpu")
-        return len(self._kept), self._needed_steps(slots), slots, device
+        return len(self._kept), self._needed_steps(slots), slots, device, [*self.written]
 
     def _needed_steps(self, results: Sequence[int]) -> list[Step]:
         """The steps without tensors that nothing reads. Each tensor is dropped after its last use.
 
         A tape would otherwise hold the memory of all its tensors to its end.
         """
-        used, needed = {-1, *range(self.inputs), *results}, list[Step]()
+        used, needed = {*range(self.inputs), *results}, list[Step]()
         for step in reversed(self.steps):
             kind, *rest = step
             if kind in ("empty", "view") and rest[0] not in used:
@@ -113,7 +123,7 @@ class TapeRecorder(TorchDispatchMode):
             elif kind == "call":
                 touched |= {slot for _, slot in rest[3]}.union(*(slots for _, slots in rest[4]))
                 touched |= {*rest[5]}
-            if dropped := sorted(touched - used):
+            if dropped := sorted(slot for slot in touched - used if slot >= 0):
                 needed.append(("free", dropped))
             needed.append(step)
             used |= touched
@@ -192,7 +202,7 @@ class TapeRecorder(TorchDispatchMode):
                     raise Refusal(f"{func} takes a list in which not all are tensors")
                 slots = [self._slot_of(t, func) for t in given]
                 is_written = argument.alias_info is not None and argument.alias_info.is_write
-                if is_written and min(self._address(slot)[0] for slot in slots) < self.inputs:
+                if is_written and any(map(self._is_kept_unwritten, slots)):
                     raise Refusal(f"{func} writes to an argument of the call")
                 # In their place, until the tape is played.
                 if isinstance(value, Tensor):
@@ -223,12 +233,15 @@ class TapeRecorder(TorchDispatchMode):
     ) -> None:
         given = {p.name: p.default for p in kernel.params if p.has_default}
         given |= dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        parameters: list[tuple[int, int]] = []  # a tensor's slot and bytes from it, or −1 and bits
+        # A tensor's slot and bytes from it; −1 and bits; or −2 and less, for a `Number`.
+        parameters: list[tuple[int, int]] = []
         for name, kind in compiled.src.signature.items():
             value = given.get(name)
             if isinstance(value, Tensor):
                 slot = self._slot_of(value, kernel.__name__)
                 parameters.append((slot, 0) if self.calls_python else self._address(slot))
+            elif isinstance(value, Number):
+                parameters.append((-2 - value.place, 0))
             elif kind in _BITS and isinstance(value, bool | int | float):
                 parameters.append((-1, _bits(kind, value)))
             elif kind != "constexpr":
@@ -254,6 +267,11 @@ class TapeRecorder(TorchDispatchMode):
             total += offset
         return slot, total
 
+    def _is_kept_unwritten(self, slot: int) -> bool:
+        """Whether a tensor is an argument, or a view of one, that the call may not write to."""
+        base, _ = self._address(slot)
+        return base < self.inputs and base not in self.written
+
     def _scratch(self, metadata: Any, grid: tuple[int, ...]) -> tuple[int, int]:
         """The memory in which a kernel makes TMA descriptors, as a parameter."""
         if not metadata.global_scratch_size:
@@ -272,8 +290,8 @@ class TapeRecorder(TorchDispatchMode):
         arguments = [given.get(name) for name in kernel.arg_names]
         places = [i for i, value in enumerate(arguments) if isinstance(value, Tensor)]
 
-        def launch(*tensors: Tensor) -> None:
-            values = list(arguments)
+        def launch(numbers: Sequence[int], *tensors: Tensor) -> None:
+            values = [numbers[one.place] if isinstance(one, Number) else one for one in arguments]
             for place, t in zip(places, tensors, strict=True):
                 values[place] = t
             active = driver.active

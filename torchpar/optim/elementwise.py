@@ -4,6 +4,8 @@
 On a CPU, and where a compiler, a mode or a subclass intercepts calls, PyTorch's functions compute.
 """
 
+import struct
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -49,13 +51,30 @@ def update_alone(
 ) -> bool:
     """``p ← (1 − lr·decay)·p − lr·ratio·direction`` by a kernel, if one takes these tensors.
 
+    Returns:
+        Whether a kernel did it.
+    """
+    rate = lr if isinstance(lr, Tensor) else None
+    return update_by_words(p, direction, rate, words_of_update(lr, decay, ratio))
+
+
+def words_of_update(lr: float | Tensor, decay: float, ratio: float) -> tuple[int, ...]:
+    """The numbers of `update_by_words`: lr·decay and lr·ratio, each as two integers of 32 bits; for
+    a tensor ``lr`` decay and ratio."""
+    factors = (decay, ratio) if isinstance(lr, Tensor) else (lr * decay, lr * ratio)
+    return struct.unpack("<4i", struct.pack("<2d", *factors))
+
+
+def update_by_words(p: Tensor, direction: Tensor, lr: Tensor | None, words: Sequence[int]) -> bool:
+    """`update_alone` for the numbers of `words_of_update`.
+
     The bits are those of PyTorch's functions: ranks that hold the same parameter may receive
     directions of other layouts, and their parameters must stay equal.
 
     Returns:
         Whether a kernel did it.
     """
-    rates = [lr] if isinstance(lr, Tensor) else []
+    rates = [] if lr is None else [lr]
     if not launches_kernels(p, direction, *rates) or p.stride() != direction.stride():
         return False
     if not (p.is_contiguous() or (p.dim() == 2 and p.mT.is_contiguous())):
@@ -65,6 +84,6 @@ def update_alone(
     from torchpar.kernels import muon as kernel
 
     with on_device_of(p):
-        kernel.update(p, direction, lr, decay, ratio)
+        kernel.update(p, direction, lr, words)
     torch.autograd.graph.increment_version(p)  # a launch does not
     return True

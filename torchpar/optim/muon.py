@@ -6,7 +6,7 @@ computes.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from itertools import islice
 from typing import Any, SupportsFloat
@@ -22,7 +22,7 @@ from torchpar.library.player import PlayedFunction
 from torchpar.library.sharding import is_dtensor, local
 from torchpar.optim.assign import Choice, ModelOptimizer, chain, check_parameters
 from torchpar.optim.chained import Group, loading
-from torchpar.optim.elementwise import update_alone
+from torchpar.optim.elementwise import update_alone, update_by_words, words_of_update
 from torchpar.optim.exchange import Exchange, check_whole_matrix
 from torchpar.optim.matrices import ParamInfo, View, orthogonalize_all
 from torchpar.optim.newton_schulz import COEFFICIENTS, Coefficients, NewtonSchulz, orthogonalize
@@ -94,7 +94,7 @@ class Muon(Optimizer):
     # The exchanges, and the parameters that this rank has alone; made in the first step.
     _plan: tuple[list[Exchange], list[ParamInfo]] | None = None
     _planned: Sequence[object] = ()  # the parameters that `_plan` is for
-    _orthogonalized: PlayedFunction  # of the plan's parameters
+    _play: PlayedFunction  # of the plan's parameters
     _has_updated = False
     _check_model: Callable[[], None] | None = None  # before the first step; not copied
 
@@ -334,7 +334,7 @@ class Muon(Optimizer):
             self._plan = exchanges, alone
             # Forget the names of parameters that were removed.
             self._names = {info.p: info.name for info in self._param_infos()}
-            self._orthogonalized = PlayedFunction()
+            self._play = PlayedFunction()
             # The plan keeps the parameters, so that no other one gets their id.
             self._planned = facts
         return self._plan
@@ -372,11 +372,16 @@ class Muon(Optimizer):
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
         exchanges, alone = self._exchanges()
+        if not exchanges:
+            self._step_alone(alone)
+            return loss
         infos = [*(info for exchange in exchanges for info in exchange.params), *alone]
         grads = {info: local(grad) for info in infos if (grad := _valid_gradient(info)) is not None}
         tensors: dict[ParamInfo, Tensor] = {}
         for group, of_group in self._by_group(grads):
-            tensors |= self._directions(group, of_group)
+            momenta = [self._momentum(info) for info in of_group]
+            directions = _directions(group, list(of_group.values()), momenta)
+            tensors |= zip(of_group, directions, strict=True)
         gathered = [exchange.gather(tensors, self._facts(exchange)) for exchange in exchanges]
         own = {info: t.contiguous() for info in alone if (t := tensors.get(info)) is not None}
         tensors = {info: t for of_ranks in (*gathered, own) for info, t in of_ranks.items()}
@@ -389,10 +394,51 @@ class Muon(Optimizer):
         scattered = [exchange.scatter(tensors) for exchange in exchanges]
         own = {info: tensors[info] for info in own}
         tensors = {info: t for of_ranks in (*scattered, own) for info, t in of_ranks.items()}
-        self._check_gradients(infos, set(grads))
+        self._check_gradients(infos, grads.keys())
         for group, of_group in self._by_group(tensors):
             self._apply(group, of_group)
         return loss
+
+    def _step_alone(self, infos: list[ParamInfo]) -> None:
+        """Take a step with parameters that this rank has alone."""
+        grads = {info: local(grad) for info in infos if (grad := _valid_gradient(info)) is not None}
+        self._check_gradients(infos, grads.keys())
+        momenta = {info: self._momentum(info) for info in grads}
+        for group, of_group in self._by_group(grads):
+            own = tuple(of_group)
+            tensors = [*of_group.values(), *(momenta[info] for info in own)]
+            count = len(own)
+            written = [*range(count, 2 * count)]
+            lr = self._rate(group, tensors[0])
+            options = own, group["momentum"], group["nesterov"], *self._options(group)
+            numbers: tuple[int, ...] = ()
+            if count == 1:  # one kernel updates the parameter
+                ratio = _ratio(group["adjust_lr_fn"], own[0].shapes[0])
+                numbers = words_of_update(lr, group["weight_decay"], ratio)
+                tensors += [local(own[0].p), *([lr] if isinstance(lr, Tensor) else [])]
+                written.append(2)
+
+            def compute(
+                tensors: list[Tensor],
+                numbers: Sequence[int],
+                group: Group = group,
+                own: tuple[ParamInfo, ...] = own,
+            ) -> list[Tensor]:
+                count = len(own)
+                directions = _directions(group, tensors[:count], tensors[count : 2 * count])
+                contiguous = [t.contiguous() for t in directions]
+                updates = self._orthogonalize_now(group, own, contiguous)
+                if count == 1:
+                    lr = tensors[3] if len(tensors) > 3 else None
+                    if update_by_words(tensors[2], updates[0], lr, numbers):
+                        return []
+                return updates
+
+            updates = self._play(compute, tensors, options, numbers, written)
+            if updates:
+                self._apply(group, dict(zip(own, updates, strict=True)))
+            else:
+                _note_written(own)
 
     def _by_group(
         self, tensors: Mapping[ParamInfo, Tensor]
@@ -401,15 +447,6 @@ class Muon(Optimizer):
         for index, group in enumerate(self.param_groups):
             if of_group := {info: t for info, t in tensors.items() if info.group_index == index}:
                 yield group, of_group
-
-    def _directions(self, group: Group, grads: dict[ParamInfo, Tensor]) -> dict[ParamInfo, Tensor]:
-        """Update the momenta; return the tensors to orthogonalize."""
-        gradients = [grad.to(info.p.dtype) for info, grad in grads.items()]
-        momenta = [self._momentum(info) for info in grads]
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        if group["nesterov"]:
-            momenta = torch._foreach_lerp(gradients, momenta, group["momentum"])  # type: ignore[assignment]
-        return dict(zip(grads, momenta, strict=True))
 
     def _momentum(self, info: ParamInfo) -> Tensor:
         p, state = info.p, self.state[info.p]
@@ -456,26 +493,37 @@ class Muon(Optimizer):
     ) -> dict[ParamInfo, Tensor]:
         """The unsharded momenta, orthogonalized, with values of bfloat16."""
         infos = tuple(momenta)
-        coefficients, steps, eps = (group[name] for name in ("ns_coefficients", "ns_steps", "eps"))
-        adjust = group["adjust_lr_fn"]
 
-        def compute(tensors: list[Tensor]) -> list[Tensor]:
-            of_each = [info.matrices(t) for info, t in zip(infos, tensors, strict=True)]
-            whole = [matrix for matrices in of_each for matrix in matrices]
-            found = iter(orthogonalize_all(whole, coefficients, steps, eps, self.ns))
-            results = []
-            for info, t, matrices in zip(infos, tensors, of_each, strict=True):
-                updates = list(islice(found, len(matrices)))
-                results.append(
-                    updates[0] if info.view is None else _joined(info, t, updates, adjust)
-                )
-            return results
+        def compute(tensors: list[Tensor], _: Sequence[int]) -> list[Tensor]:
+            return self._orthogonalize_now(group, infos, tensors)
 
-        options = infos, repr(coefficients), steps, eps, adjust, self.ns
-        updates = self._orthogonalized(compute, list(momenta.values()), options)
+        updates = self._play(compute, list(momenta.values()), (infos, *self._options(group)))
         return dict(zip(infos, updates, strict=True))
 
-    def _check_gradients(self, infos: list[ParamInfo], valid: set[ParamInfo]) -> None:
+    def _options(self, group: Group) -> tuple[object, ...]:
+        """What `_orthogonalize_now` reads beside the tensors."""
+        names = "ns_steps", "eps", "adjust_lr_fn"
+        coefficients = group["ns_coefficients"]
+        if coefficients is not COEFFICIENTS:  # which are hashable, as no list is
+            coefficients = repr(coefficients)
+        return coefficients, self.ns, *[group[name] for name in names]
+
+    def _orthogonalize_now(
+        self, group: Group, infos: Sequence[ParamInfo], tensors: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The unsharded momenta, orthogonalized, with values of bfloat16."""
+        coefficients, steps, eps = (group[name] for name in ("ns_coefficients", "ns_steps", "eps"))
+        of_each = [info.matrices(t) for info, t in zip(infos, tensors, strict=True)]
+        whole = [matrix for matrices in of_each for matrix in matrices]
+        found = iter(orthogonalize_all(whole, coefficients, steps, eps, self.ns))
+        results = []
+        for info, t, matrices in zip(infos, tensors, of_each, strict=True):
+            updates = list(islice(found, len(matrices)))
+            is_whole = info.view is None
+            results.append(updates[0] if is_whole else _joined(group, info, t, updates))
+        return results
+
+    def _check_gradients(self, infos: list[ParamInfo], valid: Set[ParamInfo]) -> None:
         """Raise a ConfigError for a gradient of another layout, or a group without gradients."""
         for info in infos:
             if info.p.grad is not None and info not in valid:
@@ -506,20 +554,40 @@ class Muon(Optimizer):
 
     def _apply(self, group: Group, updates: dict[ParamInfo, Tensor]) -> None:
         """Apply the weight decay, and subtract the updates."""
-        lr, decay = group["lr"], group["weight_decay"]
+        decay = group["weight_decay"]
         params = [local(info.p) for info in updates]
-        if isinstance(lr, Tensor) and _is_read_at_once(lr, params[0]):
-            lr = float(lr)
-        if isinstance(lr, Tensor):  # a tensor is not read back from the device
-            # bfloat16 would lose the decay
-            wide = torch.float64 if lr.dtype == torch.float64 else torch.float32
-            lr = lr.reshape(()).to(params[0].device, wide)
+        lr = self._rate(group, params[0])
         ratios = [_ratio(group["adjust_lr_fn"], info.shapes[0]) for info in updates]
         steps = list(updates.values())
         if len(params) != 1 or not update_alone(params[0], steps[0], lr, decay, ratios[0]):
             _update_all(params, steps, lr, decay, ratios)
-        # An earlier graph that holds a DTensor, and not its local part, must notice.
-        torch.autograd.graph.increment_version([info.p for info in updates if is_dtensor(info.p)])
+        _note_written(updates)
+
+    def _rate(self, group: Group, p: Tensor) -> float | Tensor:
+        """The group's learning rate: a number, or a tensor on the device of ``p``."""
+        lr: float | Tensor = group["lr"]
+        if isinstance(lr, Tensor) and _is_read_at_once(lr, p):
+            return float(lr)
+        if not isinstance(lr, Tensor):  # a tensor is not read back from the device
+            return lr
+        # bfloat16 would lose the decay
+        wide = torch.float64 if lr.dtype == torch.float64 else torch.float32
+        return lr.reshape(()).to(p.device, wide)
+
+
+def _directions(group: Group, grads: list[Tensor], momenta: list[Tensor]) -> list[Tensor]:
+    """Update the momenta; return the tensors to orthogonalize."""
+    gradients = [grad.to(m.dtype) for grad, m in zip(grads, momenta, strict=True)]
+    torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+    if not group["nesterov"]:
+        return momenta
+    return list(torch._foreach_lerp(gradients, momenta, group["momentum"]))
+
+
+def _note_written(infos: Iterable[ParamInfo]) -> None:
+    """Let earlier graphs notice that hold a DTensor, and not its local part."""
+    if written := [info.p for info in infos if is_dtensor(info.p)]:
+        torch.autograd.graph.increment_version(written)
 
 
 def _checked(options: Group, ns: NewtonSchulz) -> Group:
@@ -536,8 +604,9 @@ def _checked(options: Group, ns: NewtonSchulz) -> Group:
     return defaults
 
 
-def _joined(info: ParamInfo, t: Tensor, updates: list[Tensor], adjust: str | None) -> Tensor:
+def _joined(group: Group, info: ParamInfo, t: Tensor, updates: list[Tensor]) -> Tensor:
     """The updates of a parameter's matrices, as one tensor like the parameter."""
+    adjust = group["adjust_lr_fn"]
     result = t.new_empty(info.part.whole, dtype=torch.bfloat16)
     places = info.matrices(result)
     torch._foreach_copy_(places, updates)
