@@ -17,13 +17,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from playing import MODULE, played, playing
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import torchpar
-from torchpar.library import CustomOpDef, build, player, triton_op
+from torchpar.library import triton_op
 
-MODULE = build.load()
 pytestmark = pytest.mark.skipif(
     MODULE is None, reason="there is no C++ path of calls here; run python -m torchpar build"
 )
@@ -31,41 +31,10 @@ NAMES = (f"player_tests::op{i}" for i in itertools.count())
 A, B = torch.randn(2, 5, 7)
 
 
-@contextmanager
-def playing(calls_python: bool = True) -> Iterator[None]:
-    """Let C++ play the calls on CPU tensors, of the operators that are called in the block."""
-    started: list[CustomOpDef] = []
-    start = CustomOpDef._start_player
-
-    def noted(op: CustomOpDef, args: Any) -> None:
-        start(op, args)
-        started.append(op)
-
-    with (
-        patch.object(player.core, "module", MODULE),
-        patch.object(player.core, "devices", ("CPU",)),
-        patch.object(player.core, "calls_python", calls_python),
-        patch.object(CustomOpDef, "_start_player", noted),
-    ):
-        try:
-            yield
-        finally:
-            for op in started:
-                op._stop_player()
-
-
 @pytest.fixture
 def by_cpp() -> Iterator[None]:
     with playing():
         yield
-
-
-def played(call: Callable[[], Any]) -> tuple[Any, int, int]:
-    """The result of a call, and how many tapes it played and missed."""
-    before = MODULE.counts()
-    result = call()
-    after = MODULE.counts()
-    return result, after[0] - before[0], after[1] - before[1]
 
 
 def warm(call: Callable[[], Any]) -> tuple[Any, int, int]:
@@ -248,7 +217,10 @@ CONSTANT = torch.ones(7)
     [
         (lambda x: x * x.sum().item(), "reads values, or returns a size that depends on them"),
         (lambda x: x + CONSTANT, "takes a tensor that is no argument of the call"),
-        (lambda x: torch.cat([x, x]), "takes a list of tensors"),
+        (
+            lambda x: torch.ops.aten.index_put(x, [None, x[0].argsort()], x),
+            "a list in which not all are tensors",
+        ),
         (lambda x: x * x.nonzero().shape[0], "aten.nonzero.default reads values"),
         (lambda x: x.to_sparse().to_dense() * 2, "Sparse"),
         (lambda x: x.as_strided((3,), (1,), 0) * 1, "from the beginning of the memory"),

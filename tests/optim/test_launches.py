@@ -23,7 +23,7 @@ from benchmarks.driver import gpu_of_cpu_tensors
 from torchpar import reference
 from torchpar.kernels import tiles
 from torchpar.kernels.launch import Plan
-from torchpar.optim import Muon, elementwise, matrices, newton_schulz, orthogonalize
+from torchpar.optim import Muon, elementwise, matrices, muon, newton_schulz, orthogonalize
 from torchpar.optim.muon import _is_read_at_once, _update_all
 from torchpar.optim.newton_schulz import _gram_is_faster
 
@@ -337,8 +337,10 @@ def test_a_step_of_a_single_matrix_is_that_of_pytorch(monkeypatch, shape, lr):
         found = train(Muon, torch.float32)
     kernels = Counter(launch.kernel for launch in gpu.launches)
     assert kernels["normalize_kernel"] == kernels["update_kernel"] == 3
-    with emulated(), patch("torchpar.optim.muon.update_alone", lambda *args: False):
+    refuse = {"update_by_words": lambda *args: False}
+    with emulated() as gpu, patch.multiple(muon, **refuse), patch.multiple(elementwise, **refuse):
         assert torch.equal(train(Muon, torch.float32), found)
+    assert "update_kernel" not in {launch.kernel for launch in gpu.launches}
     with patch("torch.Tensor.bfloat16", lambda x: x):  # no step rounds to bfloat16
         ideal = train(torch.optim.Muon, torch.float64)
     error = (found - ideal).norm()

@@ -151,6 +151,8 @@ class PlayedFunction:
             one.place = place
         with recording(recorder):
             results = function([*map(recorder.alias, tensors)], marked)
+        # Under a mode the lists of `_foreach` functions change, and their versions do not.
+        torch.autograd.graph.increment_version([tensors[place] for place in written])
         tape = recorder.tape(results)
         self.refusal = recorder.refusal
         _watch_launches()

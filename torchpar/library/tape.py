@@ -206,7 +206,7 @@ class TapeRecorder(TorchDispatchMode):
                     raise Refusal(f"{func} writes to an argument of the call")
                 # In their place, until the tape is played.
                 if isinstance(value, Tensor):
-                    tensors.append((place, *slots))
+                    tensors.append((place, slots[0]))
                     value = torch.empty(0)
                 else:
                     lists.append((place, slots))
