@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, forked, run
+from playing import MODULE
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
 SCRIPTS = {
@@ -23,6 +24,8 @@ SCRIPTS = {
     "captures": ["bound", "lists", "nodes", "pageable", "pinned", "straight", "table"],
     "graphed": ["copies", "gradients", "others", "pool", "steps", "unpassed"],
 }
+# Of the calls that C++ plays.
+BY_CPP = {"operators": ["stale-key", "wrong-stride", "dropped-gradient"], "library": []}
 FAULTS = [(script, fault) for script, faults in SCRIPTS.items() for fault in faults]
 # With these the trials come to the fault early.
 SEEDS = {"bits": 1, "rows": 2, "checkpoint": 3, "exp": 5, "steps": 1352, "unpassed": 2032}
@@ -98,6 +101,17 @@ def fuzz(fork_server, request):
 def test_trials_find_nothing(fuzz, script):
     status, out = fuzz(script)
     assert status == 0, out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(MODULE is None, reason="C++ plays no calls here; run python -m torchpar build")
+@pytest.mark.parametrize("script", BY_CPP)
+def test_trials_of_calls_by_cpp_find_planted_faults_alone(fuzz, script):
+    status, out = fuzz(script, "", *flags_of(script), "--by-cpp")
+    assert status == 0, out
+    for fault in BY_CPP[script]:
+        status, out = fuzz(script, fault, *flags_of(script, fault), "--by-cpp")
+        assert status == 1, out
 
 
 @pytest.mark.slow

@@ -59,11 +59,16 @@ def run(trial: Trial, faults: Mapping[str, Callable[[], None]], limit: float = 1
     parser.add_argument(
         "--fault", choices=sorted(faults), help="plant a fault, which the trials must find"
     )
+    parser.add_argument(
+        "--by-cpp", action="store_true", help="let C++ play the operators' calls on CPU tensors"
+    )
     flags = parser.parse_args()
     for name, least in (("minutes", 0), ("seconds", 0), ("trials", 1), ("trial", 0)):
         value = getattr(flags, name)
         if value is not None and not least <= value < math.inf:
             parser.error(f"--{name} is {value}, expected a number from {least} on")
+    if flags.by_cpp:
+        import played  # noqa: F401  # pytest's plugin, which lets C++ play
     if flags.fault:
         faults[flags.fault]()
     seconds = 60 * flags.minutes if flags.seconds is None else flags.seconds

@@ -19,6 +19,7 @@ from driver import Found, Refused, run
 from torch import Tensor, nn
 
 import torchpar
+from torchpar.library import player
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
@@ -181,6 +182,8 @@ def trial(rng: random.Random) -> str:
         judge_exact(what, found, ideal, *wide)
     if not equal_bits(found, ours(*args, **options)):
         raise Found(f"{what}: other bits in a second call")
+    relaid = ours(*(layout(t, rng, expanded=False) for t in args), **options)
+    judge(what, relaid, plain, ideal, name == "maximum", *others, rounding=rounding)
     meta = ours(
         *(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in args),
         **options,
@@ -334,6 +337,7 @@ def gradient(what: str, name: str, args: list[Tensor], options: Any, rng: random
         # Its gradient is that of the lower half, which tests/ops/test_symmetric_matmul.py defines.
         return
     seed = rng.randrange(99)
+    slopes(ours, args, options, seed)  # C++ plays a backward pass after the first call
     results = [slopes(ours, args, options, seed), slopes(torchs, args, options, seed)]
     ideal = slopes(torchs, [t.double() for t in args], options, seed)
     # The gradient of a number that is broadcast adds up all elements.
@@ -487,8 +491,77 @@ def overflow() -> None:
     OPERATORS["linear_sigmoid"] = (wrong, *others)
 
 
+class Remembering:
+    """What C++ keeps of an operator, with a fault in each tape that it gets."""
+
+    def __init__(self, installed: Any):
+        self.installed = installed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.installed, name)
+
+
+def let_players_keep(kind: type[Remembering]) -> None:
+    right = player.Player.__init__
+
+    def wrong(self: Any, op: Any) -> None:
+        right(self, op)
+        self.installed = kind(self.installed)
+
+    player.Player.__init__ = wrong  # type: ignore[method-assign]
+
+
+def stale_key() -> None:
+    """With --by-cpp, play the tape of an operand's layout for its transposed layout, too."""
+
+    class Stale(Remembering):
+        def remember(self, values: Any, tape: Any, derivative: Any) -> None:
+            self.installed.remember(values, tape, derivative)
+            others = [
+                t.mT.contiguous().mT if isinstance(t, Tensor) and t.dim() > 1 else t for t in values
+            ]
+            self.installed.remember(tuple(others), tape, derivative)
+
+    let_players_keep(Stale)
+
+
+def wrong_stride() -> None:
+    """With --by-cpp, exchange the last two strides of a view that a tape takes."""
+
+    class Exchanged(Remembering):
+        def remember(self, values: Any, tape: Any, derivative: Any) -> None:
+            for place, step in enumerate(tape[1] if tape else []):
+                if step[0] != "view" or len(step[2]) < 2:
+                    continue
+                (rows, columns), (down, across) = step[2][-2:], step[3][-2:]
+                last = (rows - 1) * down + (columns - 1) * across
+                if down != across and (rows - 1) * across + (columns - 1) * down <= last:
+                    strides = [*step[3][:-2], across, down]
+                    tape[1][place] = (*step[:3], strides, *step[4:])
+            self.installed.remember(values, tape, derivative)
+
+    let_players_keep(Exchanged)
+
+
+def dropped_gradient() -> None:
+    """With --by-cpp, leave out the last gradient of a tape."""
+
+    class Dropped(Remembering):
+        def remember_backward(self, *given: Any) -> None:
+            *others, tape = given
+            if tape:
+                kept = [place for place, slot in enumerate(tape[2]) if slot >= 0]
+                tape[2][kept[-1]] = -1
+            self.installed.remember_backward(*others, tape)
+
+    let_players_keep(Dropped)
+
+
 if __name__ == "__main__":
     faults = {
+        "stale-key": stale_key,
+        "wrong-stride": wrong_stride,
+        "dropped-gradient": dropped_gradient,
         "transposed": transposed_vmap,
         "last-bit": last_bit,
         "behind": behind,
