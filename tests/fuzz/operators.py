@@ -182,8 +182,9 @@ def trial(rng: random.Random) -> str:
         judge_exact(what, found, ideal, *wide)
     if not equal_bits(found, ours(*args, **options)):
         raise Found(f"{what}: other bits in a second call")
-    relaid = ours(*(layout(t, rng, expanded=False) for t in args), **options)
-    judge(what, relaid, plain, ideal, name == "maximum", *others, rounding=rounding)
+    relaid = [layout(t, rng, expanded=False) for t in args]
+    pair = [op(*relaid, **options) for op in (ours, torchs)]
+    judge(what, *pair, ideal, name == "maximum", plain, *others, rounding=rounding)
     meta = ours(
         *(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in args),
         **options,

@@ -19,6 +19,7 @@ import pytest
 import torch
 from playing import MODULE, played, playing
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import torchpar
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.skipif(
 )
 NAMES = (f"player_tests::op{i}" for i in itertools.count())
 A, B = torch.randn(2, 5, 7)
+SCALED = "(Tensor x, Tensor y, *, float scale=1.0) -> Tensor"
 
 
 @pytest.fixture
@@ -435,3 +437,48 @@ def test_a_thread_without_a_context_takes_the_way_of_python():
         torch.ops.torchpar.maximum(A, B)
         with pytest.raises(RuntimeError, match="cuLaunchKernelEx: error 1"):
             torch.ops.torchpar.maximum(A, B)
+
+
+# The operator as a function
+
+
+class Counting(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_operator_is_called_without_pytorchs_parser(by_cpp):
+    """Where a mode, a subclass or another kind of argument is to be seen, PyTorch parses."""
+    op = make(lambda x, y, *, scale=1.0: x * scale + y, schema=SCALED)
+    warm(lambda: op(A, B))
+    with patch.object(op, "_opoverload", None):
+        assert torch.equal(op(A, B), A + B)
+    assert torch.equal(op(A, B, scale=2.0), 2 * A + B)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        op(A, B[:, :3])
+    for wrong in ((A,), (A, 1.0), (A, B, B)):
+        with pytest.raises((RuntimeError, TypeError)):
+            op(*wrong)
+    with Counting() as mode:
+        op(A, B)
+    assert any(op._name in one for one in mode.calls)
+    traced = torch.fx.symbolic_trace(lambda x, y: op(x, y))
+    assert op._name in traced.code
+    with torch.profiler.profile() as profile:
+        op(A, B)
+    assert op._qualname in {event.name for event in profile.events()}
+    compiled = torch.compile(lambda x, y: op(x, y) * 2, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(A, B), 2 * (A + B))
+
+
+def test_an_operator_of_several_results_returns_a_tuple(by_cpp):
+    op = make(lambda x: (x * 2, x + 1), schema="(Tensor x) -> (Tensor, Tensor)")
+    warm(lambda: op(A))
+    result = op(A)
+    assert type(result) is tuple
+    assert all(map(torch.equal, result, (A * 2, A + 1)))

@@ -132,10 +132,14 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
         if sharding_rules:
             register_sharding_rules()
         op: Any = self._opoverload
-        if profiler_enabled():
-            # PyTorch's dispatch in Python (2.14) records no event.
-            op = getattr(op, "_cpp_dispatch_handle", op)
         try:
+            if self._player is not None and not kwargs:
+                result = self._player.call(*args)
+                if result is not NotImplemented:
+                    return result
+            if profiler_enabled():
+                # PyTorch's dispatch in Python (2.14) records no event.
+                op = getattr(op, "_cpp_dispatch_handle", op)
             return op(*args, **kwargs)
         except RuntimeError as e:
             if line := self._misfit(str(e)) or self._nested(args, kwargs):

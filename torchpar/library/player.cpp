@@ -16,6 +16,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/ScalarOps.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/DeviceGuard.h>
@@ -23,6 +24,7 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -65,6 +67,7 @@ CurrentStream current_stream = nullptr;
 uint64_t other_keys = ~0ull;  // the keys with which a call is not plain
 PyObject* triton_runtime = nullptr;  // triton.knobs.runtime, which has the hooks of launches
 std::atomic<uint64_t> played{0}, missed{0};
+constexpr const char* kOperatorCapsule = "torchpar operator";
 
 // -- Keys ------------------------------------------------------------------------------------
 
@@ -278,20 +281,25 @@ Tensor make_view(const Step& step, const Tensor& base) {
   return t;
 }
 
-// Whether an object is a function, or a chain of hooks that has one.
-bool has_calls(const py::object& hook) {
+// Whether a hook of Triton's is a function, or a chain of hooks that has one.
+bool has_calls(PyObject* name) {
+  static PyObject* const calls = PyUnicode_InternFromString("calls");
+  auto hook = py::reinterpret_steal<py::object>(PyObject_GetAttr(triton_runtime, name));
+  if (!hook) throw py::error_already_set();
   if (hook.is_none()) return false;
-  if (!py::hasattr(hook, "calls")) return true;
-  return py::len(hook.attr("calls")) > 0;
+  auto functions = py::reinterpret_steal<py::object>(PyObject_GetAttr(hook.ptr(), calls));
+  if (!functions) PyErr_Clear();  // a function of its own
+  return !functions || py::len(functions) > 0;
 }
 
 // Whether somebody watches launches by Triton's hooks, or by those of a kernel of the tape.
 bool is_watched(const Tape* tape) {
   if (!triton_runtime) return false;
   py::gil_scoped_acquire gil;
-  const auto runtime = py::reinterpret_borrow<py::object>(triton_runtime);
-  if (has_calls(runtime.attr("launch_enter_hook")) || has_calls(runtime.attr("launch_exit_hook")))
-    return true;
+  // Names that are made once: this is a part of each call.
+  static PyObject *const enter = PyUnicode_InternFromString("launch_enter_hook"),
+                  *const leave = PyUnicode_InternFromString("launch_exit_hook");
+  if (has_calls(enter) || has_calls(leave)) return true;
   if (tape)
     for (const auto& step : tape->steps)
       if (step.hooks && PyList_GET_SIZE(step.hooks.get()) > 0) return true;
@@ -702,6 +710,44 @@ std::shared_ptr<const Tape> to_tape(const py::object& given) {
   return tape;
 }
 
+// Calls an operator with positional tensors, without PyTorch's parser of arguments in Python.
+// Returns NotImplemented for other arguments, and where a mode or a tracer of Python wants calls.
+PyObject* call_operator(PyObject* self, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const auto& op =
+      *static_cast<const OperatorHandle*>(PyCapsule_GetPointer(self, kOperatorCapsule));
+  const auto& schema = op.schema();
+  const auto& arguments = schema.arguments();
+  bool is_plain = static_cast<size_t>(count) <= arguments.size() &&
+                  !at::impl::torch_function_mode_enabled() && !torch::jit::tracer::isTracing();
+  Stack stack;
+  for (size_t i = 0; is_plain && i < arguments.size(); i++) {
+    if (static_cast<Py_ssize_t>(i) >= count) {
+      is_plain = arguments[i].default_value().has_value();
+      if (is_plain) stack.push_back(*arguments[i].default_value());
+    } else if (THPVariable_CheckExact(given[i]) && !arguments[i].kwarg_only()) {
+      stack.emplace_back(THPVariable_Unpack(given[i]));
+    } else {
+      is_plain = false;
+    }
+  }
+  if (!is_plain) return Py_NewRef(Py_NotImplemented);
+  {
+    py::gil_scoped_release others;
+    op.callBoxed(stack);
+  }
+  if (stack.size() == 1) return THPVariable_Wrap(stack[0].toTensor());
+  py::tuple results(stack.size());
+  for (size_t i = 0; i < stack.size(); i++)
+    results[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(stack[i].toTensor()));
+  return results.release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef call_operator_method = {
+    "call_operator", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_operator)),
+    METH_FASTCALL, nullptr};
+
 // An operator in front of Python's registrations, until it is removed.
 class Installed {
  public:
@@ -740,6 +786,14 @@ class Installed {
   }
   const Derivative* derivative(std::vector<int> saved, const py::object& rule, const py::object& record) {
     return new Derivative{self_, std::move(saved), keep(rule), keep(record)};
+  }
+  py::object caller() const {
+    auto* handle = new OperatorHandle(handle_);
+    auto capsule = py::reinterpret_steal<py::object>(
+        PyCapsule_New(handle, kOperatorCapsule, [](PyObject* one) {
+          delete static_cast<OperatorHandle*>(PyCapsule_GetPointer(one, kOperatorCapsule));
+        }));
+    return py::reinterpret_steal<py::object>(PyCFunction_New(&call_operator_method, capsule.ptr()));
   }
   void forget() {
     self_->forward.clear();
@@ -818,6 +872,7 @@ PYBIND11_MODULE(_player, m) {
            std::string, std::string, std::string, std::vector<std::string>, bool, py::object,
            py::object, py::object>())
       .def("remove", &Installed::remove)
+      .def("caller", &Installed::caller)
       .def(
           "remember",
           [](Installed& self, const py::tuple& values, const py::object& tape,

@@ -180,6 +180,7 @@ class Player:
             *(space, base, overload, core.devices, op._decompose is not None),
             *(op._autograd, partial(op._run, None), self.record),
         )
+        self.call = self.installed.caller()  # with positional tensors; else NotImplemented
 
     def remove(self) -> None:
         """Let Python compute and differentiate all calls again."""
