@@ -17,7 +17,7 @@ import torchpar
 from torchpar.kernels import launch, linear_sigmoid, matmul_t, maximum, tiles
 from torchpar.kernels.rule import Tiles
 from torchpar.library import CustomOpDef
-from torchpar.library.call_path import _OTHER_KEYS
+from torchpar.library.dispatch_keys import OTHER_KEYS
 
 X = torch.linspace(-1, 1, 40 * 24).view(40, 24)
 W, BIAS, ROW = X[:16].clone(), torch.linspace(0, 1, 16), torch.linspace(-1, 1, 24)
@@ -95,7 +95,7 @@ def test_a_call_is_launched_at_once_for_the_same_layouts_alone(name: str, gpu: l
 def pass_over_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Call trusted kernels directly although a dispatch mode is active."""
     python = torch.DispatchKeySet(torch.DispatchKey.Python).raw_repr()
-    monkeypatch.setattr("torchpar.library.call_path._OTHER_KEYS", _OTHER_KEYS & ~python)
+    monkeypatch.setattr("torchpar.library.call_path.OTHER_KEYS", OTHER_KEYS & ~python)
 
 
 @pytest.mark.parametrize(

@@ -53,14 +53,6 @@ def _keys_below(key: str) -> torch.DispatchKeySet:
 
 _BELOW_ADINPLACEORVIEW = _keys_below("ADInplaceOrView")
 _BELOW_AUTOGRAD = _keys_below("AutogradOther")  # the last of the keys of autograd
-_without_autograd: dict[int, torch.DispatchKeySet] = {}  # by the bits of the keys of a call
-
-# To leave one of these contexts turns gradients off or on again, in a third of the time that a new
-# `torch.set_grad_enabled` takes.
-with torch.no_grad():
-    _gradients_off = torch.set_grad_enabled(False)
-with torch.enable_grad():
-    _gradients_on = torch.set_grad_enabled(True)
 
 
 def key_of(device: str) -> str:
@@ -98,7 +90,7 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
         self._has_lists = any(self._are_lists)
         self._returns = [str(one.type) for one in parsed.returns]
         count = len(self._returns) if set(self._returns) == {"Tensor"} else 0
-        self._returns_tensor, self._returns_tensors = count == 1, count > 1
+        self._returns_tensor = count == 1
         # From torch 2.14 on, tensors are not converted for C++. Among other arguments, such as
         # `Tensor?`, they are, and then dispatch in Python takes longer than dispatch in C++.
         only_tensors = {str(one.type) for one in arguments} <= {"Tensor", "List[Tensor]"}
@@ -229,14 +221,10 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
             return self._formula(*args, **kwargs)
         if transformed:
             return self._call_transformed(keyset, args, kwargs)
-        if torch.is_grad_enabled():
-            for t in args:  # as by `_any_requires_grad`, whose call would take time
-                if t.requires_grad if isinstance(t, Tensor) else _any_requires_grad((t,)):
-                    call = Call(self, keyset, kwargs, False)
-                    return call.result(self._apply(*call.flat(args), call))
-        # As `_below`, whose call would take time.
-        below = _without_autograd.get(keyset.raw_repr()) or _below_autograd(keyset)
-        return self._opoverload.redispatch(below, *args, **kwargs)
+        if torch.is_grad_enabled() and _any_requires_grad(args):
+            call = Call(self, keyset, kwargs, False)
+            return call.result(self._apply(*call.flat(args), call))
+        return self._below(keyset, *args, **kwargs)
 
     def _call_transformed(
         self, keyset: torch.DispatchKeySet, args: tuple[object, ...], kwargs: dict[str, object]
@@ -251,8 +239,7 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
 
     def _below(self, keyset: torch.DispatchKeySet, /, *args: object, **kwargs: object) -> Any:
         """Call what the dispatcher finds below autograd, where it has called with ``keyset``."""
-        below = _without_autograd.get(keyset.raw_repr()) or _below_autograd(keyset)
-        return self._opoverload.redispatch(below, *args, **kwargs)
+        return self._opoverload.redispatch(keyset & _BELOW_AUTOGRAD, *args, **kwargs)
 
     def _select_device(self, *args: object, **kwargs: object) -> object:
         """Call the kernel of a function without tensors, for the device among its arguments."""
@@ -271,34 +258,18 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
         if player.core.module is not None and self._asks_player:
             self._start_player(args)
         kernel = self._kernels[device]
-        records = torch.is_grad_enabled()
-        if records:
-            _gradients_off.__exit__(None, None, None)
         try:
-            result = kernel(*args, **kwargs)
+            with torch.no_grad():
+                result = kernel(*args, **kwargs)
         except Exception as e:
             self._refuse_none(e, args, kwargs)
             self._add_note(e, args)
             raise
-        finally:
-            if records:
-                _gradients_on.__exit__(None, None, None)
         if (device is None and self._trusted is not None) or not self._returns:
             return self._checked(result)
-        if self._shares_memory(args, result):
+        if _share_memory(args, result):
             raise self._alias_error(kernel)
         return self._checked(result)
-
-    def _shares_memory(self, args: tuple[object, ...], result: object) -> bool:
-        """Whether a result has the storage of an argument or of another result."""
-        try:
-            if self._returns_tensor and isinstance(result, Tensor) and not self._has_lists:
-                # As by `_share_memory`, in less time.
-                storage = result.untyped_storage()
-                return any([isinstance(t, Tensor) and t.untyped_storage() is storage for t in args])
-        except NotImplementedError:  # a sparse tensor has no storage
-            pass
-        return _share_memory(args, result)
 
     def _checked(self, result: Any) -> object:
         """Check that the kernel's result is what the schema says, and return it without views.
@@ -309,23 +280,13 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
             # Asking first takes less time than calling `_without_view` for each result.
             return _without_view(result) if result._is_view() else result
         expected = self._returns
-        if (  # as below, in less time
-            self._returns_tensors
-            and type(result) is tuple
-            and len(result) == len(expected)
-            and all([isinstance(one, Tensor) and not one._is_view() for one in result])
-        ):
-            return result
         values = result if len(expected) != 1 else (result,)
         if not expected:
             return result
         is_right = isinstance(values, tuple) and len(values) == len(expected)
-        # Lists take less time here than generators.
         if not is_right or not all(
-            [
-                kind != "Tensor" or isinstance(value, Tensor)
-                for kind, value in zip(expected, values, strict=True)
-            ]
+            kind != "Tensor" or isinstance(value, Tensor)
+            for kind, value in zip(expected, values, strict=True)
         ):
             is_tuple = is_right and len(expected) != 1
             kinds = [type(one).__name__ for one in values] if is_tuple else type(result).__name__
@@ -334,8 +295,7 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
             )
         if len(expected) == 1:
             return result
-        views = [isinstance(one, Tensor) and one._is_view() for one in values]
-        return tuple(map(_without_view, values)) if any(views) else result
+        return tuple(map(_without_view, values))
 
     def _autocast(
         self, device: str, dtype: torch.dtype | None, cast: bool, /, *args: object, **kwargs: object
@@ -474,10 +434,6 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
             )
 
 
-def _below_autograd(keyset: torch.DispatchKeySet) -> torch.DispatchKeySet:
-    return _without_autograd.setdefault(keyset.raw_repr(), keyset & _BELOW_AUTOGRAD)
-
-
 def _any_requires_grad(values: Iterable[object]) -> bool:
     for value in values:  # `any` of a generator would take longer
         if isinstance(value, Tensor):
@@ -500,7 +456,7 @@ def _is_refused_launch(error: Exception) -> bool:
 
 
 def _share_memory(args: Iterable[object], result: object) -> bool:
-    """`DispatchedOp._shares_memory` for results and arguments of any kind."""
+    """Whether a result has the storage of an argument or of another result."""
     # Sparse tensors have none.
     known = [t.untyped_storage() for t in tensors_of(args) if t.layout is torch.strided]
     for t in tensors_of(result if isinstance(result, tuple) else (result,)):

@@ -215,14 +215,6 @@ class _Rules:
     def forward(ctx: "_FunctionContext", *args: Any) -> Any:
         # The call is last, so that PyTorch's messages number the arguments as the operator does.
         leaves, call = args[:-1], args[-1]
-        op = call.op
-        if call.is_direct and op._returns_tensor and not op._keywords:  # as below, in less time
-            ctx._torchpar_call, call.count = call, len(leaves)
-            result = op._checked(op._trusted(*leaves))
-            ctx.needs_input_grad = ctx.needs_input_grad[: call.given]
-            if op._setup_context is not None:
-                op._setup_context(ctx=ctx, inputs=leaves, output=result)
-            return result
         if not call.transformed:
             output = call.compute(leaves)
             call.set_up(ctx, leaves, output)
