@@ -49,9 +49,10 @@ class Made:
         self.has_vmap = not self.mutates and rng.random() < 0.3
         number = next(counter)
         self.theirs = self.make(torch.library.custom_op, f"fuzz_torch::f{number}")
-        # C++ plays the calls of operators that say they may be.
+        # C++ plays the calls of operators that say they may be, and that write to no argument.
         trusted = partial(torchpar.library.triton_op, trusted=True)
-        ours = torchpar.library.custom_op if player.core.module is None else trusted
+        is_played = player.core.module is not None and not self.mutates
+        ours = trusted if is_played else torchpar.library.custom_op
         self.ours = self.make(ours, f"fuzz_torchpar::f{number}")
 
     def source(self) -> str:
