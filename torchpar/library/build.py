@@ -2,7 +2,8 @@
 """Build the C++ that plays operators' calls: ``python -m torchpar build``.
 
 The library is kept in the user's cache, by the source, the versions of PyTorch and Python, and the
-compiler. ``import torchpar`` loads it where it is, and never builds it.
+compiler. A wheel that was built beside PyTorch has it (setup.py). ``import torchpar`` loads it
+where it is, and never builds it.
 """
 
 import argparse
@@ -54,12 +55,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def load() -> Any:
-    """The compiled module: installed beside this file, or from the cache; None without either."""
-    beside = Path(__file__).with_name(NAME + SUFFIX)
-    built = [beside] if beside.exists() else sorted(cache_folder().glob(library_name(None)))
+    """The compiled module, installed beside this file or from the cache; None without either."""
+    built = _libraries(library_name(None))
     if not built:
         return None
-    spec = importlib.util.spec_from_file_location(NAME, built[-1])
+    spec = importlib.util.spec_from_file_location(NAME, built[0])
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -70,6 +70,18 @@ def load() -> Any:
     return module
 
 
+def other_torches() -> list[str]:
+    """Other versions of PyTorch than this one that libraries here were built for."""
+    names = (path.name for path in _libraries(f"{NAME}-torch*{SUFFIX}"))
+    versions = {name.removeprefix(f"{NAME}-torch").rsplit("-", 2)[0] for name in names}
+    return sorted(versions - {torch.__version__})
+
+
+def _libraries(pattern: str) -> list[Path]:
+    folders = Path(__file__).parent, cache_folder()
+    return [path for folder in folders for path in sorted(folder.glob(pattern))]
+
+
 def cache_folder() -> Path:
     """The folder of torchpar in the user's cache, by the XDG specification."""
     given = os.environ.get("XDG_CACHE_HOME", "")
@@ -78,11 +90,14 @@ def cache_folder() -> Path:
 
 
 def library_name(compiler: Sequence[str] | None) -> str:
-    """The file's name for this PyTorch and Python; without a compiler, a pattern of the names."""
+    """The file's name for this PyTorch and Python; without a compiler, a pattern of the names.
+
+    A library is loaded by this name alone, so never into another PyTorch.
+    """
     facts = SOURCE.read_bytes() + f"{torch.__version__} {torch.version.git_version}".encode()
     facts += f"{sys.implementation.cache_tag} {platform.machine()}".encode()
     version = "*" if compiler is None else _digest(_version(compiler).encode())
-    return f"{NAME}-{_digest(facts)}-{version}{SUFFIX}"
+    return f"{NAME}-torch{torch.__version__}-{_digest(facts)}-{version}{SUFFIX}"
 
 
 def _digest(text: bytes) -> str:
@@ -142,7 +157,7 @@ def command(target: Path, compiler: Sequence[str]) -> list[str]:
     return [
         *(*compiler, "-O2", "-std=c++20", "-shared", "-fPIC", "-w", str(SOURCE)),
         *(f"-I{folder}" for folder in (*includes, sysconfig.get_paths()["include"])),
-        *(f"-L{libraries}", f"-Wl,-rpath,{libraries}"),
-        *("-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"),
+        # Without a path of where they are: in a process that loads the library, torch is imported.
+        *(f"-L{libraries}", "-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"),
         *("-DTORCH_API_INCLUDE_EXTENSION_H", "-o", str(target)),
     ]
