@@ -39,10 +39,11 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
     ).stdout
 
 
-# What `python -m build --no-isolation` does, in one process.
+# What `python -m build` does, in one process.
 BUILD = """
-import os, tarfile
+import os, sys, tarfile
 from setuptools import build_meta
+sys.modules["torch"] = None  # as in an environment of its own
 dist = os.path.abspath("dist")
 sdist = build_meta.build_sdist(dist)
 with tarfile.open(os.path.join(dist, sdist)) as archive:
@@ -52,22 +53,29 @@ build_meta.build_wheel(dist)
 """
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The sdist, and the wheel that is built from it."""
-    pytest.importorskip("setuptools", "77", reason="setuptools builds the package")
+def copy_of_source(source: Path) -> Path:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout, which lists the files of the package's source")
-    source = tmp_path_factory.mktemp("package") / "source"
     names = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
     for name in filter(None, names.split("\0")):
         if (ROOT / name).exists():  # git still lists a deleted file before the commit
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
-    # A checkout's `kernels`, here or on PYTHONPATH, is not the library that extends setuptools.
+    return source
+
+
+def path_without_kernels() -> str:
+    """PYTHONPATH without a checkout's `kernels`, which is not the library that extends setuptools."""
     path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    others = os.pathsep.join(one for one in path if one and not Path(one, "kernels").exists())
-    run(sys.executable, "-P", "-c", BUILD, cwd=source, PYTHONPATH=others)
+    return os.pathsep.join(one for one in path if one and not Path(one, "kernels").exists())
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The sdist, and the wheel that is built from it."""
+    pytest.importorskip("setuptools", "77", reason="setuptools builds the package")
+    source = copy_of_source(tmp_path_factory.mktemp("package") / "source")
+    run(sys.executable, "-P", "-c", BUILD, cwd=source, PYTHONPATH=path_without_kernels())
     version = torchpar.__version__
     return (
         source / f"dist/torchpar-{version}.tar.gz",
@@ -125,6 +133,51 @@ def test_the_ladder_runs_from_the_wheel(built: tuple[Path, Path], tmp_path: Path
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("python -m torchpar ladder: error: --with ")
     assert "missing.py is no file; name a Python file that defines any of max_cpu" in done.stderr
+
+
+# Stands for a C++ compiler: it writes what it is told to, or fails.
+COMPILER = """
+import sys
+if "-o" in sys.argv:
+    open(sys.argv[sys.argv.index("-o") + 1], "w").write("compiled")
+    sys.exit({status})
+"""
+
+
+@pytest.mark.slow  # each wheel imports PyTorch twice
+def test_a_wheel_that_is_built_beside_pytorch_has_the_library_for_it(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", "77", reason="setuptools builds the package")
+    pytest.importorskip("pip", reason="pip calls setuptools")
+    torch = pytest.importorskip("torch", reason="the library is for a PyTorch")
+    if torch.version.cuda is None:
+        pytest.skip("the library is for a PyTorch of NVIDIA's GPUs")
+    from torchpar.library import build
+
+    source = copy_of_source(tmp_path / "source")
+    command = (sys.executable, "-P", "-m", "pip", "wheel", "--no-build-isolation", "--no-deps")
+    for status in (0, 1, 0):  # what one build leaves in the source does not go into the next
+        compiler = tmp_path / "compiler.py"
+        compiler.write_text(COMPILER.format(status=status))
+        words = [sys.executable, str(compiler)]
+        environment = {"PYTHONPATH": path_without_kernels(), "CXX": " ".join(words)}
+        shutil.rmtree(tmp_path / "dist", ignore_errors=True)
+        run(*command, "--wheel-dir", str(tmp_path / "dist"), ".", cwd=source, **environment)
+        (wheel,) = (tmp_path / "dist").iterdir()
+        with ZipFile(wheel) as archive:
+            libraries = {name for name in archive.namelist() if name.endswith(build.SUFFIX)}
+            info = f"torchpar-{torchpar.__version__}.dist-info"
+            tags = archive.read(f"{info}/WHEEL").decode()
+        start = f"torchpar-{torchpar.__version__}-"
+        if status:
+            assert wheel.name == f"{start}py3-none-any.whl"
+            assert (libraries, "Root-Is-Purelib: true" in tags) == (set(), True)
+        else:
+            python = "cp{}{}".format(*sys.version_info)
+            version = torch.__version__.replace("+", ".")
+            assert wheel.name.startswith(f"{start}1torch{version}-{python}-{python}")
+            assert "-any" not in wheel.name
+            assert libraries == {f"torchpar/library/{build.library_name(words)}"}
+            assert "Root-Is-Purelib: false" in tags
 
 
 def test_what_names_the_version_agrees() -> None:

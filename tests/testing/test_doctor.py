@@ -15,6 +15,7 @@ import torch
 
 import torchpar
 from benchmarks.records import OPERATORS
+from torchpar.library import build, player
 from torchpar.testing import doctor
 from torchpar.testing.doctor import Finding
 
@@ -87,9 +88,35 @@ def test_a_gpu_and_the_choice_of_its_tiles(monkeypatch, enabled, value):
     properties = SimpleNamespace(name="NVIDIA Test", total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     gpu, calls, tiles = doctor.gpus()
-    assert calls.value.startswith("by Python")
+    assert calls.name == "calls of operators"
     assert gpu == Finding("cuda:0", "NVIDIA Test, 80 GiB")
     assert tiles.value.startswith(value)
+
+
+def test_who_leads_calls_on_a_gpu(monkeypatch, tmp_path):
+    """C++ that was built for another PyTorch is named, and not taken."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(player.core, "module", None)
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))  # nothing is installed here
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", sys.executable)
+    slow = "by Python, which takes the host 20 µs and more"
+    remedy = "python -m torchpar build compiles them, so that a call costs what PyTorch's own cost"
+    assert doctor._calls() == Finding("calls of operators", slow, "note", remedy)
+    old = build.library_name([sys.executable]).replace(torch.__version__, "2.9.1+cu126")
+    (tmp_path / old).touch()
+    (tmp_path / "torchpar").mkdir()
+    (tmp_path / "torchpar" / build.library_name([sys.executable])).touch()  # of an older torchpar
+    slow += f"; the C++ here is for torch 2.9.1+cu126, and not {torch.__version__}"
+    assert doctor._calls() == Finding("calls of operators", slow, "note", remedy)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    remedy = f"install a C++ compiler such as g++; then {remedy}"
+    assert doctor._calls() == Finding("calls of operators", slow, "note", remedy)
+    monkeypatch.setattr(player.core, "module", SimpleNamespace())
+    assert doctor._calls().value == "by C++, for layouts that were called before"
+    monkeypatch.setattr(player.core, "module", None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert doctor._calls().state == "ok"
 
 
 def test_the_emulator(monkeypatch):

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,13 @@ def main(arguments: Sequence[str]) -> int:
     compiler = find_compiler()
     path = (folder or cache_folder()) / library_name(compiler)
     if folder is None and path.exists():
-        print(f"{path} is there already")
-        return 0
+        try:
+            _imported(path)
+        except ImportError:
+            path.unlink(missing_ok=True)
+        else:
+            print(f"{path} is there already")
+            return 0
     begun = time.monotonic()
     print(f"compiling {SOURCE.name} by {shlex.join(compiler)}, which takes a minute", flush=True)
     build(path, compiler)
@@ -56,25 +63,25 @@ def main(arguments: Sequence[str]) -> int:
 
 def load() -> Any:
     """The compiled module, installed beside this file or from the cache; None without either."""
-    built = _libraries(library_name(None))
-    if not built:
-        return None
-    spec = importlib.util.spec_from_file_location(NAME, built[0])
+    for path in _libraries(library_name(None)):
+        with suppress(ImportError):  # of a PyTorch that was built from source again
+            return _imported(path)
+    return None
+
+
+def _imported(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(NAME, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except ImportError:  # of another build of PyTorch
-        return None
+    spec.loader.exec_module(module)
     return module
 
 
 def other_torches() -> list[str]:
     """Other versions of PyTorch than this one that libraries here were built for."""
-    names = (path.name for path in _libraries(f"{NAME}-torch*{SUFFIX}"))
-    versions = {name.removeprefix(f"{NAME}-torch").rsplit("-", 2)[0] for name in names}
-    return sorted(versions - {torch.__version__})
+    named = (re.match(rf"{NAME}-torch([^-]+)-", path.name) for path in _libraries("*" + SUFFIX))
+    return sorted({match[1] for match in named if match} - {torch.__version__})
 
 
 def _libraries(pattern: str) -> list[Path]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import torchpar
 from torchpar.console import cache_remedy
-from torchpar.errors import first_line
+from torchpar.errors import ConfigError, first_line
 from torchpar.library import player
 from torchpar.ops.environment import cpuinfo
 from torchpar.optional import has_nogpu
@@ -155,20 +155,31 @@ def gpus() -> Iterator[Finding]:
         )
     if importlib.util.find_spec("triton") is None:
         return  # as "versions" says
-    if player.core.module is None:
-        yield Finding(
-            "calls of operators",
-            "by Python, which takes the host 20 µs and more",
-            "note",
-            "python -m torchpar build compiles them, so that a call costs what PyTorch's own cost",
-        )
-    else:
-        yield Finding("calls of operators", "by C++, for layouts that were called before")
+    yield _calls()
     from torchpar.kernels import autotune
 
     measured = "measured by Triton's autotuner at the first call for each layout"
     predicted = "by the times of an H200, scaled to this GPU; TORCHPAR_AUTOTUNE=1 measures them"
     yield Finding("tiles", measured if autotune.ENABLED else predicted)
+
+
+def _calls() -> Finding:
+    """Who leads calls of the operators on a GPU: C++ where it was built for this PyTorch."""
+    name, slow = "calls of operators", "by Python, which takes the host 20 µs and more"
+    if player.core.module is not None:
+        return Finding(name, "by C++, for layouts that were called before")
+    if torch.version.cuda is None:
+        return Finding(name, f"{slow}; C++ leads them on NVIDIA's GPUs")
+    from torchpar.library import build
+
+    if others := build.other_torches():
+        slow += f"; the C++ here is for torch {', '.join(others)}, and not {torch.__version__}"
+    remedy = "python -m torchpar build compiles them, so that a call costs what PyTorch's own cost"
+    try:
+        build.find_compiler()
+    except ConfigError:
+        remedy = f"install a C++ compiler such as g++; then {remedy}"
+    return Finding(name, slow, "note", remedy)
 
 
 def emulator() -> Iterator[Finding]:

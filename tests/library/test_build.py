@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: MIT
+"""The choice of the compiled library: by the PyTorch that runs, and never another's."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from torchpar.errors import ConfigError
+from torchpar.library import build
+
+
+@pytest.fixture
+def folders(monkeypatch, tmp_path):
+    """The package's folder and the cache, both empty, and the paths that `build.load` opens."""
+    opened = []
+    spec = importlib.util.spec_from_file_location
+
+    def note(name, path):
+        opened.append(path)
+        return spec(name, path)
+
+    monkeypatch.setattr(importlib.util, "spec_from_file_location", note)
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "package" / "build.py"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for folder in (tmp_path / "package", tmp_path / "torchpar"):
+        folder.mkdir()
+    return tmp_path / "package", tmp_path / "torchpar", opened
+
+
+def test_only_a_library_for_this_pytorch_is_loaded(folders, monkeypatch):
+    package, cache, opened = folders
+    name = build.library_name(["g++"])
+    others = [name.replace(torch.__version__, "2.9.1+cu126")]
+    for other, version in (("2.14.1", "2.14.2"), (torch.__version__, "2.9.1+cu126")):
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "__version__", version)
+            patched.setattr(torch.version, "git_version", other)
+            others.append(build.library_name(["g++"]))
+    for folder in (package, cache):
+        for one in others:
+            (folder / one).write_text("a library for another PyTorch")
+    assert (build.load(), opened) == (None, [])
+    assert build.other_torches() == ["2.14.2", "2.9.1+cu126"]
+    for folder in (cache, package):
+        (folder / name).write_text("no library")
+    assert build.load() is None
+    assert opened == [package / name, cache / name]
+    opened.clear()
+    monkeypatch.setattr(torch.version, "git_version", "another build of the same version")
+    assert (build.load(), opened) == (None, [])
+
+
+def test_a_library_that_cannot_be_loaded_is_built_again(folders, monkeypatch, tmp_path):
+    _, cache, _ = folders
+    compiler = tmp_path / "compiler"
+    compiler.write_text("""#!/bin/sh
+[ "$1" = --version ] && exit
+for path; do :; done
+echo built >"$path"
+""")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    path = cache / build.library_name([str(compiler)])
+    path.write_text("no library")
+    assert build.main([]) == 0
+    assert path.read_text() == "built\n"
+
+
+def test_a_compiler_that_fails_is_named_with_its_error(folders, monkeypatch, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho in line 1 >&2\necho error: no concepts >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    path = tmp_path / "library.so"
+    with pytest.raises(ConfigError, match=r"cannot compile player.cpp .*: error: no concepts; "):
+        build.build(path, [str(compiler)])
+    assert not path.exists()
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    with pytest.raises(ConfigError, match=r"there is no C\+\+ compiler \(no-such-compiler -O2\)"):
+        build.find_compiler()
