@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Build the wheel: for any PyTorch, or with the C++ of operators' calls for the PyTorch that is here.
+"""Build the wheel: for any PyTorch, or with the C++ of operators' calls for the one that is here.
 
 pip builds in an environment of its own, which has no PyTorch. By ``pip install
 --no-build-isolation`` it builds beside the installed PyTorch, for which the C++ is then compiled.

@@ -65,7 +65,7 @@ def copy_of_source(source: Path) -> Path:
 
 
 def path_without_kernels() -> str:
-    """PYTHONPATH without a checkout's `kernels`, which is not the library that extends setuptools."""
+    """PYTHONPATH without a checkout: its `kernels` is not the library that extends setuptools."""
     path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return os.pathsep.join(one for one in path if one and not Path(one, "kernels").exists())
 

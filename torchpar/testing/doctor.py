@@ -164,7 +164,7 @@ def gpus() -> Iterator[Finding]:
 
 
 def _calls() -> Finding:
-    """Who leads calls of the operators on a GPU: C++ where it was built for this PyTorch."""
+    """The way of the operators' calls on a GPU: by C++ where it was built for this PyTorch."""
     name, slow = "calls of operators", "by Python, which takes the host 20 µs and more"
     if player.core.module is not None:
         return Finding(name, "by C++, for layouts that were called before")
