@@ -49,7 +49,7 @@ RESULTS_H200 = RESULTS.with_name("nvidia-h200")
 RESULTS_H100 = RESULTS.with_name("nvidia-h100")
 SUITE = "".join(path.read_text() for path in sorted((ROOT / "tests").rglob("*.py")))
 FIGURES = ("p50_ms", "speedup", "seconds", "accuracy")
-OTHERS_FLAGS = {  # of the launchers, pip, pytest and Lightning
+OTHERS_FLAGS = {  # of the launchers, pip, pytest, Lightning and .ci/release
     *(
         "nproc_per_node",
         "nnodes",
@@ -57,10 +57,11 @@ OTHERS_FLAGS = {  # of the launchers, pip, pytest and Lightning
         "rdzv_endpoint",
         "max_restarts",
         "no_deps",
+        "no_build_isolation",
         "ntasks",
         "num_processes",
     ),
-    *("maxprocesses", "config", "help", "strict", "tyro_print_completion", "logdir"),
+    *("maxprocesses", "config", "help", "strict", "tyro_print_completion", "logdir", "torch"),
 }
 
 
