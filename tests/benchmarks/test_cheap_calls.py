@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: MIT
+"""Repeated calls by C++ on a stub of the driver: no Python, and a known number of launches."""
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from playing import MODULE, played, playing
+
+pytest.importorskip("triton", reason="the kernels are written in Triton")
+from benchmarks.driver import gpu_of_cpu_tensors
+from benchmarks.host.calls import FORWARD, FULL, NO_GRADIENT, Calls, operators_calls
+from benchmarks.host.stub import Stub, build_stub, find_compiler
+
+pytestmark = [
+    pytest.mark.skipif(
+        MODULE is None, reason="there is no C++ path of calls here; run python -m torchpar build"
+    ),
+    pytest.mark.skipif(not find_compiler(), reason="the stub of libcuda needs a C compiler"),
+]
+# Launches and new tensors of a call. ATen computes a product in the backward passes.
+EXPECTED = {
+    ("maximum", NO_GRADIENT): (1, 1),
+    ("maximum", FORWARD): (1, 1),
+    ("maximum", FULL): (2, 3),
+    ("linear_sigmoid", NO_GRADIENT): (1, 1),
+    ("linear_sigmoid", FORWARD): (1, 1),
+    ("linear_sigmoid", FULL): (2, 5),
+    ("matmul_t", NO_GRADIENT): (1, 1),
+    ("matmul_t", FORWARD): (1, 1),
+    ("symmetric_matmul", NO_GRADIENT): (1, 1),
+    ("symmetric_matmul", FORWARD): (1, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory) -> Stub:
+    """Under a name of its own, so that nothing takes it for the driver."""
+    return Stub(build_stub(tmp_path_factory.mktemp("stub"), "libnotes.so"))
+
+
+@pytest.fixture
+def calls(stub) -> Iterator[Calls]:
+    MODULE.set_launch(stub.launch)
+    with gpu_of_cpu_tensors():
+        yield operators_calls("cpu")
+
+
+def frames(call: Callable[[], object]) -> list[str]:
+    """The Python functions of torchpar and Triton that a call enters.
+
+    `torch.autograd.grad` enters PyTorch's own, whoever's the operator is.
+    """
+    found: list[str] = []
+
+    def note(frame: Any, event: str, argument: object) -> None:
+        name = frame.f_globals.get("__name__", "")
+        if event == "call" and name.partition(".")[0] in ("torchpar", "triton"):
+            found.append(f"{name}.{frame.f_code.co_qualname}")
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def allocations(call: Callable[[], object]) -> int:
+    """The tensors whose memory a call allocates."""
+    with torch.autograd.profiler.profile(use_device=None, profile_memory=True) as seen:
+        call()
+    events: Any = seen.kineto_results
+    return sum(one.name() == "[memory]" and one.nbytes() > 0 for one in events.events())
+
+
+@pytest.mark.parametrize("operator, mode", EXPECTED)
+def test_a_repeated_call_enters_no_python_and_launches_what_is_expected(
+    calls, stub, operator, mode
+):
+    call = calls[f"{operator}, {mode}, torch.ops.torchpar"]
+    launches, tensors = EXPECTED[operator, mode]
+    with playing(calls_python=False):
+        for _ in range(3):
+            call()
+        _, tapes, missed = played(call)
+        assert (tapes, missed) == (2 if mode == FULL else 1, 0)
+        assert frames(call) == []
+        assert len(stub.launches(call)) == launches
+        assert allocations(call) == tensors
+    assert any(name.startswith("torchpar.kernels") for name in frames(call)), "by Python it does"
+    assert stub.launches(call) == [], "the stand-in for Triton's launcher is Python's"
+
+
+def test_a_call_that_allocates_or_launches_more_is_noticed(calls, stub):
+    assert allocations(partial(torch.zeros, 3)) == 1
+    assert allocations(lambda: torch.zeros(3).neg()) == 2
+    call = calls[f"maximum, {NO_GRADIENT}, torch.ops.torchpar"]
+    with playing(calls_python=False):
+        for _ in range(3):
+            call()
+        once = stub.launches(call)
+        assert stub.launches(lambda: (call(), call())) == once * 2
+        other = calls[f"linear_sigmoid, {NO_GRADIENT}, torch.ops.torchpar"]
+        for _ in range(3):
+            other()
+        assert stub.launches(other) != once
