@@ -627,6 +627,21 @@ def test_operators_shows_what_a_call_takes_beside_the_time_before():
         assert cells == [f"{float(ratio):.2g}" for ratio in found], what
 
 
+def test_operators_shows_both_ways_of_a_call():
+    folder = ROOT / "benchmarks" / "results" / "cpu-2-cores-amd-epyc-family-25-model-1"
+    with (folder / "host.csv").open() as file:
+        rows = {(r["operator"], r["mode"], r["contestant"]): r for r in csv.DictReader(file)}
+    lines = rows_of("docs/operators.md", "call | µs by Python")
+    assert len(lines) == 12
+    for what, *cells in lines:
+        operator = re.findall(r"`(\w+)`", what)[0]
+        mode = "forward" if "gradient" in what else "full" if "backward" in what else "no gradient"
+        names = "torch.ops.torchpar", "torch.ops.torchpar by C++", "ATen"
+        found = [rows[operator, mode, name] for name in names]
+        times = [f"{float(one['us']):.3g}" for one in found]
+        assert cells == [*times, f"{float(found[1]['over_aten']):.2g}"], what
+
+
 def test_muon_shows_what_a_cpu_measured():
     with (RESULTS / "muon.csv").open() as file:
         speedups = {
