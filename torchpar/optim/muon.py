@@ -511,7 +511,7 @@ class Muon(Optimizer):
     def _orthogonalize_now(
         self, group: Group, infos: Sequence[ParamInfo], tensors: Sequence[Tensor]
     ) -> list[Tensor]:
-        """The unsharded momenta, orthogonalized, with values of bfloat16."""
+        """`_orthogonalize` by Python, from which tapes are recorded."""
         coefficients, steps, eps = (group[name] for name in ("ns_coefficients", "ns_steps", "eps"))
         of_each = [info.matrices(t) for info, t in zip(infos, tensors, strict=True)]
         whole = [matrix for matrices in of_each for matrix in matrices]
