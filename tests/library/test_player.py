@@ -110,7 +110,7 @@ def test_a_repeated_call_enters_no_python(by_cpp):
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
 def test_gradients_are_pythons(by_cpp, needs):
     op = make(scaled, scaled_backward)
-    for _ in range(3):
+    for _ in range(4):
         x, y = (t.clone().requires_grad_(need) for t, need in zip((A, B), needs, strict=True))
         leaves = [t for t in (x, y) if t.requires_grad]
         g = torch.randn(5, 7)

@@ -106,6 +106,7 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
         differentiable: Any = new_class(generated, (Differentiable,))
         self._apply: Any = super(torch.autograd.Function, differentiable).apply  # type: ignore[misc]
         self._player: player.Player | None = None  # C++ in front of this operator
+        self._not_played = "it is not made by triton_op"  # or "", or another reason
         self._asks_player = True
         self._kernels: dict[str | None, Function] = {}  # by device; None for other devices
         self._trusted: Function | None = None  # the kernel for other devices, if it is trusted
@@ -257,7 +258,17 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
     def _run(self, device: str | None, /, *args: object, **kwargs: object) -> object:
         if player.core.module is not None and self._asks_player:
             self._start_player(args)
-        kernel = self._kernels[device]
+        is_trusted = device is None and self._trusted is not None
+        return self._compute(self._kernels[device], is_trusted, args, kwargs)
+
+    def _compute(
+        self,
+        kernel: Function,
+        is_trusted: bool,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> object:
+        """The result of a kernel, which is new memory."""
         try:
             with torch.no_grad():
                 result = kernel(*args, **kwargs)
@@ -265,7 +276,7 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
             self._refuse_none(e, args, kwargs)
             self._add_note(e, args)
             raise
-        if (device is None and self._trusted is not None) or not self._returns:
+        if is_trusted or not self._returns:
             return self._checked(result)
         if _share_memory(args, result):
             raise self._alias_error(kernel)

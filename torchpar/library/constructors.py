@@ -103,6 +103,7 @@ def triton_op(
     kernels: Callable[[], Iterable[object]] | None = None,
     opaque: Callable[..., bool] = ...,
     trusted: bool = False,
+    played: bool = True,
 ) -> Callable[[Function], "CustomOpDef"]: ...
 
 
@@ -117,6 +118,7 @@ def triton_op(
     kernels: Callable[[], Iterable[object]] | None = None,
     opaque: Callable[..., bool] = ...,
     trusted: bool = False,
+    played: bool = True,
 ) -> "CustomOpDef": ...
 
 
@@ -130,6 +132,7 @@ def triton_op(
     kernels: Callable[[], Iterable[object]] | None = None,
     opaque: Callable[..., bool] = lambda *args, **kwargs: False,
     trusted: bool = False,
+    played: bool = True,
 ) -> "CustomOpDef | Callable[[Function], CustomOpDef]":
     """Make an operator of a function that launches Triton kernels: `torch.library.triton_op`.
 
@@ -153,9 +156,12 @@ def triton_op(
             without the dispatcher. Then results are not searched for memory of the arguments. A
             call with dense tensors, which nothing intercepts, is dispatched once, to autograd,
             which calls the function. Grad mode is as the caller has it if no argument requires a
-            gradient. Kernels that C++ registers for this operator are passed over. Where
-            ``python -m torchpar build`` has run, what a call has done is played for all operands of
-            the same layouts on a GPU (docs/operators.md).
+            gradient. Kernels that C++ registers for this operator are passed over.
+        played: whether C++ may play calls on a GPU, where ``python -m torchpar build`` has run: the
+            function's launches, instead of the function (docs/operators.md). It is then
+            called for the first three calls with operands of the same layouts, or for the first if
+            it is trusted. Give False for a function that depends on more than the layouts of its
+            tensors and its other arguments, or that has an effect beside its results.
 
     Returns:
         A `CustomOpDef`, or a decorator that makes one.
@@ -201,6 +207,7 @@ def triton_op(
         op = CustomOpDef(name, launch, _schema(name, fn, mutates_args, schema))
         op.__doc__ = fn.__doc__
         op.register_torch_dispatch(FunctionalTensorMode, trace)
+        op._not_played = "" if played else "played=False was given"
         if trusted and not op._mutated:
             op._trusted = untraced
         found = _Kernels(kernels) if kernels else TritonKernels(fn)

@@ -127,6 +127,9 @@ class Key {
         static_cast<int64_t>(c10::typeMetaToScalarType(at::get_default_dtype())) << 16);
   }
   bool fits() const { return fits_; }
+  std::string bytes() const {
+    return {reinterpret_cast<const char*>(words_.data()), 8 * words_.size()};
+  }
   bool operator==(const Key& other) const { return words_ == other.words_; }
   size_t hash() const {
     uint64_t h = words_.size();
@@ -232,7 +235,8 @@ struct Derivative {
 struct Entry {
   std::shared_ptr<const Tape> tape;        // none: Python computes
   const Derivative* derivative = nullptr;  // none: Python differentiates
-  bool is_known = false;
+  bool is_known = false;    // whether a further call is not recorded
+  bool is_settled = false;  // whether it is known how a further call is differentiated
 };
 
 struct Table {
@@ -251,6 +255,13 @@ struct Table {
     if (entries.size() >= kMost) replaced.swap(entries);
     std::swap(entries[key], entry);
     lock.unlock();
+  }
+  void settle(const Key& key, const Derivative* derivative) {
+    std::unique_lock lock(mutex);
+    auto found = entries.find(key);
+    if (found == entries.end()) return;
+    found->second.derivative = derivative;
+    found->second.is_settled = true;
   }
   void clear() {
     std::unordered_map<Key, Entry, Hash> replaced;
@@ -392,7 +403,9 @@ struct Operator {
   PyObject* rule;     // (keyset, *args, **kwargs): Python's kernel of the key Autograd
   PyObject* compute;  // (*args, **kwargs): Python's kernel of the device's key
   PyObject* record;   // the same, and remember a tape
+  PyObject* observe;  // as `rule`, for a call that is differentiated, and settle how
   Table forward, gradients;
+  std::atomic<bool> is_recorded{true};  // false: Python computes what has no tape
 };
 
 // Call Python. Its errors pass through autograd's threads as PyTorch's own do.
@@ -473,11 +486,13 @@ bool is_unusual(c10::DeviceType device) {
 
 // Whether a tape may be played, or recorded, for a call with these arguments.
 bool may_play(c10::ArrayRef<IValue> values, const Tape* tape) {
+  bool has_tensor = false;
   for (const auto& value : values)
-    if (value.isTensor() && value.toTensor().defined())
-      return !is_unusual(value.toTensor().device().type()) &&
-             !is_watched(tape);
-  return false;
+    if (value.isTensor() && value.toTensor().defined()) {
+      if (is_unusual(value.toTensor().device().type())) return false;
+      has_tensor = true;
+    }
+  return has_tensor && !is_watched(tape);
 }
 
 // The kernel of a device's key.
@@ -500,14 +515,26 @@ struct Device : c10::OperatorKernel {
       }
     }
     missed++;
-    const bool records = is_usual && key.fits() && !entry.is_known;
+    const bool records = is_usual && key.fits() && !entry.is_known && self->is_recorded;
     call_python(records ? self->record : self->compute, op, *stack);
   }
   Operator* self;
 };
 
-// Whether a gradient is a plain tensor of a device, which no mode or subclass intercepts.
+// The object of Python that a tensor has, or null. PyTorch 2.11 has another name for it.
+template <class Slot>
+PyObject* object_of(const Slot* slot) {
+  if constexpr (requires { slot->load_pyobj(); })
+    return slot->load_pyobj();
+  else
+    return slot->check_pyobj().value_or(nullptr);
+}
+
+// Whether a gradient is a plain tensor of a device, which no mode or subclass intercepts. The keys
+// do not tell of a subclass that has __torch_function__ alone.
 bool is_plain(const Tensor& t) {
+  PyObject* object = object_of(t.unsafeGetTensorImpl()->pyobj_slot());
+  if (object && !THPVariable_CheckExact(object)) return false;
   const auto local = c10::impl::tls_local_dispatch_key_set();
   const auto keys =
       (t.key_set() | local.included_) - local.excluded_ -
@@ -581,7 +608,7 @@ struct Played : torch::autograd::Function<Played> {
         }
       }
       missed++;
-      records = may_launch && key.fits() && !entry.is_known;
+      records = may_launch && key.fits() && !entry.is_known && derivative.self->is_recorded;
     }
     py::gil_scoped_acquire gil;
     auto optional = [](const Tensor& t) { return t.defined() ? py::cast(t) : py::none(); };
@@ -615,8 +642,12 @@ struct Autograd : c10::OperatorKernel {
     }
     if (is_simple && !needs_grad && !self->asks_first)
       return op.redispatchBoxed(keyset & c10::after_autograd_keyset, stack);
+    bool observes = false;
     if (is_simple) {
-      const auto entry = self->forward.find(key_of(values));
+      const auto key = key_of(values);
+      const auto entry = self->forward.find(key);
+      const bool may_be_settled = entry.is_known ? entry.tape && !entry.is_settled : key.fits();
+      observes = needs_grad && may_be_settled && self->is_recorded;
       if (entry.tape && !needs_grad)
         return op.redispatchBoxed(keyset & c10::after_autograd_keyset, stack);
       if (entry.derivative) {
@@ -631,7 +662,7 @@ struct Autograd : c10::OperatorKernel {
         return;
       }
     }
-    call_python(self->rule, op, *stack, keyset);
+    call_python(observes ? self->observe : self->rule, op, *stack, keyset);
   }
   Operator* self;
 };
@@ -753,8 +784,11 @@ class Installed {
  public:
   Installed(
       std::string space, std::string name, std::string overload, std::vector<std::string> devices,
-      bool asks_first, const py::object& rule, const py::object& compute, const py::object& record)
-      : self_(new Operator{space + "::" + name, asks_first, keep(rule), keep(compute), keep(record)}),
+      bool asks_first, const py::object& rule, const py::object& compute, const py::object& record,
+      const py::object& observe)
+      : self_(new Operator{
+            space + "::" + name, asks_first, keep(rule), keep(compute), keep(record),
+            keep(observe)}),
         handle_(c10::Dispatcher::singleton().findSchemaOrThrow(
             self_->name.c_str(), overload.c_str())) {
     const auto full = overload.empty() ? name : name + "." + overload;
@@ -766,24 +800,28 @@ class Installed {
   ~Installed() { remove(); }
   void remove() { libraries_.clear(); }
 
-  void remember(const py::args& values, const py::object& tape, const Derivative* derivative) {
+  // What the tables tell calls apart by; None where no tape is kept.
+  py::object key(const py::tuple& values) const { return to_python(key_of(to_values(values))); }
+  void remember(const py::tuple& values, const py::object& tape) {
     const auto key = key_of(to_values(values));
-    if (!key.fits()) return;
-    self_->forward.keep(key, {to_tape(tape), derivative, true});
+    if (key.fits()) self_->forward.keep(key, {to_tape(tape), nullptr, true});
+  }
+  void settle(const py::tuple& values, const Derivative* derivative) {
+    self_->forward.settle(key_of(to_values(values)), derivative);
+  }
+  using Optional = std::vector<std::optional<Tensor>>;
+  py::object backward_key(
+      const Derivative* derivative, const std::vector<bool>& needs, const Optional& grads,
+      const Optional& saved) const {
+    return to_python(key_of_gradients(derivative, needs, grads, saved));
   }
   void remember_backward(
-      const Derivative* derivative, const std::vector<bool>& needs,
-      const std::vector<std::optional<Tensor>>& grads,
-      const std::vector<std::optional<Tensor>>& saved, const py::object& tape) {
-    int64_t mask = 0;
-    for (size_t i = 0; i < needs.size(); i++) mask |= int64_t{needs[i]} << i;
-    variable_list given, kept;
-    for (const auto& g : grads) given.push_back(g.value_or(Tensor()));
-    for (const auto& t : saved) kept.push_back(t.value_or(Tensor()));
-    const auto key = key_of_backward(*derivative, mask, given, kept);
-    if (!key.fits()) return;
-    self_->gradients.keep(key, {to_tape(tape), nullptr, true});
+      const Derivative* derivative, const std::vector<bool>& needs, const Optional& grads,
+      const Optional& saved, const py::object& tape) {
+    const auto key = key_of_gradients(derivative, needs, grads, saved);
+    if (key.fits()) self_->gradients.keep(key, {to_tape(tape), nullptr, true});
   }
+  void stop_recording() { self_->is_recorded = false; }
   const Derivative* derivative(std::vector<int> saved, const py::object& rule, const py::object& record) {
     return new Derivative{self_, std::move(saved), keep(rule), keep(record)};
   }
@@ -808,8 +846,22 @@ class Installed {
     libraries_.back().impl(
         name.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Kernel>(self_)));
   }
+  static py::object to_python(const Key& key) {
+    if (!key.fits()) return py::none();
+    return py::bytes(key.bytes());
+  }
+  static Key key_of_gradients(
+      const Derivative* derivative, const std::vector<bool>& needs, const Optional& grads,
+      const Optional& saved) {
+    int64_t mask = 0;
+    for (size_t i = 0; i < needs.size(); i++) mask |= int64_t{needs[i]} << i;
+    variable_list given, kept;
+    for (const auto& g : grads) given.push_back(g.value_or(Tensor()));
+    for (const auto& t : saved) kept.push_back(t.value_or(Tensor()));
+    return key_of_backward(*derivative, mask, given, kept);
+  }
   // All arguments of the schema, in its order.
-  Stack to_values(const py::args& given) const {
+  Stack to_values(const py::tuple& given) const {
     Stack values;
     const auto& arguments = handle_.schema().arguments();
     for (size_t i = 0; i < arguments.size(); i++)
@@ -870,17 +922,15 @@ PYBIND11_MODULE(_player, m) {
   py::class_<Installed>(m, "Installed")
       .def(py::init<
            std::string, std::string, std::string, std::vector<std::string>, bool, py::object,
-           py::object, py::object>())
+           py::object, py::object, py::object>())
       .def("remove", &Installed::remove)
       .def("caller", &Installed::caller)
-      .def(
-          "remember",
-          [](Installed& self, const py::tuple& values, const py::object& tape,
-             const Derivative* derivative) {
-            self.remember(py::args(values), tape, derivative);
-          },
-          py::arg("values"), py::arg("tape"), py::arg("derivative").none(true))
+      .def("key", &Installed::key)
+      .def("remember", &Installed::remember)
+      .def("settle", &Installed::settle, py::arg("values"), py::arg("derivative").none(true))
+      .def("backward_key", &Installed::backward_key)
       .def("remember_backward", &Installed::remember_backward)
+      .def("stop_recording", &Installed::stop_recording)
       .def("derivative", &Installed::derivative, py::return_value_policy::reference)
       .def("forget", &Installed::forget);
   py::class_<Memo>(m, "Memo")

@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 
 from torchpar.library.dispatch_keys import OTHER_KEYS
-from torchpar.library.private import implementations
-from torchpar.library.tape import Number, TapeRecorder, recording
+from torchpar.library.derivatives import Call
+from torchpar.library.private import TorchDispatchMode, implementations
+from torchpar.library.tape import Number, TapeRecorder, Watch, fingerprint, recording
 
 if TYPE_CHECKING:
     from torchpar.library.call_path import DispatchedOp
 
+RECORDINGS = 3  # equal ones, after which a call of a function that is not trusted is played
 _MOST_OPTIONS = 64  # of a function: a value that changes in each call must not fill the memory
+_MOST_KEYS = 4096
 _TYPES = {"Tensor", "Optional[Tensor]", "int", "float", "bool", "str"}
 _TYPES |= {"Optional[int]", "Optional[float]", "Optional[bool]", "Optional[str]"}
 
@@ -48,7 +51,7 @@ class Core:
     def forget(self) -> None:
         """Discard all tapes, so that the next calls are recorded."""
         for player in self.players:
-            player.installed.forget()
+            player.forget()
 
 
 core = Core()
@@ -89,16 +92,25 @@ def start() -> None:
 
 def why_not(op: "DispatchedOp") -> str:
     """Why calls of an operator cannot be played, or ""."""
+    if op._player is not None:
+        return op._player.stopped or op._player.refusal
     kinds = {str(one.type) for one in (*op._positional, *op._keywords)} - _TYPES
+    devices = core.devices
+    has_kernel = op._opoverload.has_kernel_for_dispatch_key
     reasons = {
         "it writes to an argument": op._mutated,
         "it returns what is no tensor": {*op._returns} != {"Tensor"},
         f"it has arguments of type {', '.join(sorted(kinds))}": bool(kinds),
-        "it has a kernel of its own for a type of device": {*op._kernels} != {None},
-        "it is not trusted": op._trusted is None,
-        "somebody else has registered a kernel of it": not op._other_kernels.isdisjoint(
-            implementations
+        "it has a kernel of its own for a type of device": not op._kernels.keys().isdisjoint(
+            map(str.lower, devices)
         ),
+        op._not_played: op._not_played,
+        "somebody else has registered a kernel of it": not op._other_kernels.isdisjoint(
+            implementations - {f"{op._namespace}/{op._name}/CPU"}
+            if "cpu" in op._kernels
+            else implementations
+        )
+        or any(has_kernel(f"{kind}{key}") for kind in ("", "Autograd") for key in devices),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
@@ -114,6 +126,11 @@ class PlayedFunction:
         self.refusal = ""  # why the last call was not recorded
         self.installed: Any = None
         self._numbers: dict[Hashable, int] = {}  # of options
+
+    def forget(self) -> None:
+        """Discard all tapes."""
+        if self.installed is not None:
+            self.installed.forget()
 
     def __call__(
         self,
@@ -168,7 +185,11 @@ class Player:
         self.op = op
         core.players.add(self)
         self.refusal = ""  # why the last call was not recorded
+        self.stopped = ""  # why no further call is recorded
+        self.recordings = 1 if op._trusted is not None else RECORDINGS
         self._derivatives: dict[object, Any] = {}
+        self._equal: dict[object, tuple[str, int, object]] = {}  # by a call's key: `_is_settled`
+        self._numbers: dict[Hashable, int] = {}  # keys of calls, by the layouts of their tensors
         dispatched: Any = op._opoverload
         self._has_python_dispatch = getattr(dispatched, "_pyobj_dispatcher", None) is not None
         if self._has_python_dispatch:
@@ -178,7 +199,7 @@ class Player:
         base, _, overload = name.partition(".")
         self.installed = core.module.Installed(
             *(space, base, overload, core.devices, op._decompose is not None),
-            *(op._autograd, partial(op._run, None), self.record),
+            *(op._autograd, partial(op._run, None), self.record, self.observe),
         )
         self.call = self.installed.caller()  # with positional tensors; else NotImplemented
 
@@ -189,74 +210,171 @@ class Player:
             dispatched: Any = self.op._opoverload
             dispatched._enable_pyobj_dispatch(True)
 
+    def forget(self) -> None:
+        """Discard all tapes, and begin to count anew."""
+        self.installed.forget()
+        self._equal, self._numbers = {}, {}
+
     def record(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute a call by Python, and let C++ play it from now on."""
+        """Compute a call by Python, and let C++ play it once enough recordings are equal."""
         op = self.op
         whole = (*args, *op._defaults[len(args) :])
-        keywords = op._keyword_only(kwargs)
-        recorder = TapeRecorder([t for t in whole if isinstance(t, Tensor)], core.calls_python)
+        values = (*whole, *(op._keyword_only(kwargs)[one.name] for one in op._keywords))
+        tensors = [t for t in whole if isinstance(t, Tensor)]
+        is_trusted = op._trusted is not None
+        recorder = TapeRecorder(tensors, core.calls_python, trusts=is_trusted)
+        kernel = op._kernels[None] if is_trusted else partial(_watched, op._kernels[None], recorder)
         with recording(recorder):
-            result: Any = op._run(None, *map(recorder.alias, args), **kwargs)
-        results = result if isinstance(result, tuple) else (result,)
-        tape = recorder.tape(results)
-        self.refusal = recorder.refusal
-        _watch_launches()
-        if not recorder.is_being_tuned:
-            values = (*whole, *(keywords[one.name] for one in op._keywords))
-            derivative = self._derivative(args, whole, keywords, results) if tape else None
-            self.installed.remember(values, tape, derivative)
+            result: Any = op._compute(kernel, is_trusted, (*map(recorder.alias, args),), kwargs)
+        tape = recorder.tape(result if isinstance(result, tuple) else (result,))
+        key = self._note(recorder) and self.installed.key(values)
+        if key and self._has_few_numbers(key, tensors) and self._is_settled(key, tape):
+            self.installed.remember(values, tape)
         return result
 
-    def _derivative(
-        self,
-        args: tuple[Any, ...],
-        whole: tuple[Any, ...],
-        keywords: dict[str, Any],
-        results: tuple[Tensor, ...],
-    ) -> Any:
-        """The derivative for C++; None where Python differentiates the call."""
+    def _note(self, recorder: TapeRecorder) -> bool:
+        """Keep why a call is not played. Return whether the recording counts."""
+        self.refusal = recorder.refusal
+        _watch_launches()
+        return not recorder.is_being_tuned
+
+    def _is_settled(self, key: object, found: object) -> bool:
+        """Whether what was found for a call holds for the calls after it.
+
+        This is so after enough equal recordings. Where two differ, the function depends on what no
+        key has, such as a variable of the program.
+        """
+        if found is None or self.recordings == 1:
+            return True
+        text, count, kept = fingerprint(found), 1, found
+        if key in self._equal:
+            before, count, kept = self._equal.pop(key)
+            count += 1
+            if text != before:
+                self.forget()
+                self._stop("two calls with the same layouts and numbers do not do the same")
+                return False
+        if count < self.recordings:
+            if len(self._equal) >= _MOST_KEYS:
+                self._equal.clear()
+            self._equal[key] = text, count, kept  # so that no address in the text is used again
+        return count >= self.recordings
+
+    def _has_few_numbers(self, key: object, tensors: Sequence[Tensor]) -> bool:
+        """Whether the numbers among the arguments, such as a step's, do not change in each call."""
+        layout = tuple([(t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+        if key not in self._equal:
+            if len(self._numbers) >= _MOST_KEYS:
+                self._numbers.clear()
+            self._numbers[layout] = self._numbers.get(layout, 0) + 1
+        if self._numbers.get(layout, 0) > _MOST_OPTIONS:
+            self._stop("its arguments that are no tensors differ in too many calls")
+        return not self.stopped
+
+    def _stop(self, reason: str) -> None:
+        """Let Python compute all calls that have no tape."""
+        self.stopped = self.stopped or reason
+        self.installed.stop_recording()
+        self._equal, self._numbers = {}, {}
+
+    def observe(self, keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        """Differentiate a call by Python, and let C++ do so from now on."""
         op = self.op
-        if op._backward is None or (op._decompose is not None and op._decompose(*args, **keywords)):
-            return None
-        ctx = _Context()
-        if op._setup_context is not None:
-            given = {"keyword_only_inputs": keywords} if op._keywords else {}
-            output = results if len(op._returns) > 1 else results[0]
-            op._setup_context(ctx=ctx, inputs=whole, output=output, **given)
-        places = tuple(i for i, value in enumerate(whole) if isinstance(value, Tensor))
-        tensors = (*(whole[i] for i in places), *results)
+        if op._decompose is not None and op._decompose(*args, **kwargs):
+            return op._autograd(keyset, *args, **kwargs)
+        call = _ObservedCall(op, keyset, kwargs, False)
+        call.player = self
+        try:
+            return call.result(op._apply(*call.flat(args), call))
+        except Exception as e:
+            op._refuse_none(e, args, kwargs)
+            raise
+
+    def settle(self, call: "_ObservedCall", ctx: Any, leaves: tuple[Any, ...], output: Any) -> None:
+        """Let C++ differentiate calls as this one, which Python has, if nothing forbids it."""
+        op = self.op
+        values = (*leaves, *(op._keyword_only(call.kwargs)[one.name] for one in op._keywords))
+        key = self.installed.key(values)
+        if key is None or self.stopped:
+            return
+        places = tuple(i for i, value in enumerate(leaves) if isinstance(value, Tensor))
+        results = output if isinstance(output, tuple) else (output,)
+        tensors = (*(leaves[i] for i in places), *results)
         known = {id(t): i for i, t in reversed([*enumerate(tensors)])}
-        saved = tuple(-1 if t is None else known.get(id(t), -2) for t in ctx.saved)
+        to_save = ctx.to_save or ()
+        saved = tuple(-1 if t is None else known.get(id(t), -2) for t in to_save)
         attributes = {name: value for name, value in vars(ctx).items() if name not in _OWN}
-        key = saved, repr(sorted(attributes.items())), places, len(args)
-        if ctx.is_special or -2 in saved or not _PLAIN.issuperset(map(type, attributes.values())):
+        kept = saved, sorted(attributes.items(), key=lambda one: one[0]), places, call.given
+        is_special = call.is_special or ctx.non_differentiable or ctx.dirty_tensors
+        is_plain = not is_special and -2 not in saved and _is_plain(tuple(attributes.values()))
+        if op._backward is None or not is_plain or len(self._derivatives) >= _MOST_KEYS:
+            return self.installed.settle(values, None)  # type: ignore[no-any-return]
+        if not self._is_settled((key, "derivative"), kept):
             return None
-        if key not in self._derivatives:
-            rule = _Backward(self, attributes, places, len(args))
+        identity = repr(kept)
+        if identity not in self._derivatives:
+            rule = _Backward(self, attributes, places, call.given)
             rule.derivative = self.installed.derivative(saved, rule, rule.record)
-            self._derivatives[key] = rule.derivative
-        return self._derivatives[key]
+            self._derivatives[identity] = rule.derivative
+        return self.installed.settle(values, self._derivatives[identity])  # type: ignore[no-any-return]
 
 
-_OWN = ("saved", "is_special", "needs_input_grad")
-_PLAIN = {bool, int, float, str, type(None)}  # attributes of a ctx that a layout determines
+_OWN = ("_torchpar_call", "set_materialize_grads")  # what a `Call` keeps on its ctx
+_PLAIN = {bool, int, float, str, type(None), torch.dtype, torch.device}
 
 
-class _Context:
-    """The ``ctx`` of a call, of which only its saved tensors and plain attributes are kept."""
+def _is_plain(value: object) -> bool:
+    """Whether an attribute of a ctx is no object that may change."""
+    if isinstance(value, tuple):
+        return type(value) in (tuple, torch.Size) and all(map(_is_plain, value))
+    return type(value) in _PLAIN
 
-    def __init__(self) -> None:
-        self.saved: tuple[Tensor | None, ...] = ()
-        self.is_special = False
-        self.needs_input_grad: tuple[bool, ...] = ()
 
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
-        self.saved = tensors
+def _watched(kernel: Callable[..., Any], recorder: TapeRecorder, *args: Any, **kwargs: Any) -> Any:
+    """The result of a function, which may give no tensor's memory to others."""
+    with Watch(recorder.refuse):
+        return kernel(*args, **kwargs)
 
-    def _refuse(self, *_: object) -> None:
+
+class _ObservedCall(Call):
+    """A call whose ``setup_context`` is watched, so that C++ need not call it again."""
+
+    player: Player
+    is_special = False  # whether C++ could not do what it asks of its ctx
+
+    def set_up(self, ctx: Any, leaves: tuple[object, ...], output: Any) -> None:
+        is_single = not isinstance(output, tuple)
+        if is_single:
+
+            def noted(value: bool) -> None:
+                self._refuse()
+                type(ctx).set_materialize_grads(ctx, value)
+
+            ctx.set_materialize_grads = noted
+        with _Computing(self._refuse), Watch(self._refuse):
+            super().set_up(ctx, leaves, output)
+        if is_single:
+            del ctx.set_materialize_grads
+        elif not self.materializes and len(output) > 1:
+            self._refuse()
+        self.player.settle(self, ctx, leaves, output)
+
+    def _refuse(self, reason: str = "") -> None:
         self.is_special = True
 
-    mark_non_differentiable = set_materialize_grads = save_for_forward = _refuse
+
+class _Computing(TorchDispatchMode):
+    """Call a function when an operator is called, which may read values."""
+
+    def __init__(self, function: Callable[[], None]):
+        super().__init__()
+        self.function = function
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.function()
+        return func(*args, **(kwargs or {}))
 
 
 class _Backward:
@@ -302,12 +420,17 @@ class _Backward:
         grads: Sequence[Tensor | None],
     ) -> list[Tensor | None]:
         """The same, and let C++ play it from now on."""
-        recorder = TapeRecorder([*grads, *saved], core.calls_python)
+        player = self.player
+        trusts = player.recordings == 1
+        recorder = TapeRecorder([*grads, *saved], core.calls_python, trusts=trusts)
+        rule = self if trusts else partial(_watched, self, recorder)
         with recording(recorder):
-            found = self([*map(recorder.alias, saved)], needs, [*map(recorder.alias, grads)])
+            found: list[Tensor | None] = rule(
+                [*map(recorder.alias, saved)], needs, [*map(recorder.alias, grads)]
+            )
         tape = recorder.tape(found, passes_on=True)  # a gradient may be the incoming one
-        self.player.refusal = recorder.refusal
-        _watch_launches()
-        if not recorder.is_being_tuned:
-            self.player.installed.remember_backward(self.derivative, needs, grads, saved, tape)
+        values = self.derivative, needs, grads, saved
+        key = player._note(recorder) and player.installed.backward_key(*values)
+        if key and not player.stopped and player._is_settled(key, tape):
+            player.installed.remember_backward(*values, tape)
         return found

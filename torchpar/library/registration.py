@@ -60,6 +60,7 @@ class CustomOpDef(DispatchedOp):
         super().__init__(namespace, local_name, schema, function, tags)
         operators[name] = self
         self.register_kernel(device_types, function)
+        self._not_played = "it is not made by triton_op"
         self._lib.impl(local_name, self._autograd, "Autograd", with_keyset=True)
         if self._mutated:  # below Autograd, since inference mode passes over the Autograd key
             self._lib.impl(local_name, self._raise_versions, "ADInplaceOrView", with_keyset=True)
@@ -97,6 +98,7 @@ class CustomOpDef(DispatchedOp):
             self._kernels[device] = fn
             if device is None:
                 self._trusted = None
+                self._not_played = "its function is not the one that triton_op was given"
         return fn
 
     def _check_device(self, name: str, device_types: str | Sequence[str] | None) -> None:

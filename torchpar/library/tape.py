@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from torchpar.library.private import TorchDispatchMode
 from torchpar.library.transforms import tensors_of
@@ -34,7 +35,11 @@ _DEPEND_ON_VALUES = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_ou
 _MOST_PARAMETERS = 60
 # Arguments that a tape would keep as they were: memory, and the state of random numbers.
 _NOT_KEPT = torch.UntypedStorage, torch.TypedStorage, torch.Generator
-_lock = threading.RLock()  # `JITFunction.run` is replaced for all threads
+# What gives the memory of a tensor to others, or its address, without an operator of PyTorch.
+_HANDS_OUT = {
+    *("data_ptr", "numpy", "tolist", "__array__", "__dlpack__", "__cuda_array_interface__"),
+    *("untyped_storage", "storage", "to_dlpack", "__dlpack_c_exchange_api__"),
+}
 
 
 class Number(int):
@@ -54,6 +59,7 @@ class TapeRecorder(TorchDispatchMode):
         tensors: the tensors that the tape will be given, in its order. `alias` returns the tensors
             to call the function with.
         calls_python: whether launches go through Triton's launcher in Python, as an emulator's do.
+        trusts: whether the function hides nothing from the tape, by the promise of its author.
         written: the places among ``tensors`` of those that the call may write to.
 
     Attributes:
@@ -64,10 +70,16 @@ class TapeRecorder(TorchDispatchMode):
     sees_launches = True  # for `torchpar.ops._operator.is_intercepted`
 
     def __init__(
-        self, tensors: Sequence[Tensor | None], calls_python: bool, written: Sequence[int] = ()
+        self,
+        tensors: Sequence[Tensor | None],
+        calls_python: bool,
+        written: Sequence[int] = (),
+        *,
+        trusts: bool = True,
     ):
         super().__init__()
         self.written = written
+        self.trusts = trusts
         self.calls_python = calls_python
         self.refusal, self.is_being_tuned = "", False
         self.steps: list[Step] = []
@@ -81,6 +93,9 @@ class TapeRecorder(TorchDispatchMode):
                 self._kept.append(self._aliases[id(t)])  # its slot is not used
             elif t is not None:
                 self._aliases[id(t)] = t.detach()
+                if not trusts and vars(t):
+                    self._aliases[id(t)].__dict__.update(vars(t))
+                    self.refuse("an argument has attributes, which the function may read")
                 self._new_slot(self._aliases[id(t)])
         self.inputs = len(self._kept)
 
@@ -97,6 +112,8 @@ class TapeRecorder(TorchDispatchMode):
         slots = [-1 if t is None else self._slots.get(id(t), -2) for t in results]
         if any(slot == -2 or 0 <= slot < self.inputs * (not passes_on) for slot in slots):
             self.refuse("a result is not made by the call")
+        if not all(map(self._is_written, slots)):
+            self.refuse("a result is written by nothing that a tape holds")
         on_gpus = {t.device for t in self._kept if not t.is_cpu}
         if len(on_gpus) > 1:
             self.refuse("its tensors are on several devices")
@@ -104,6 +121,22 @@ class TapeRecorder(TorchDispatchMode):
             return None
         device = on_gpus.pop() if on_gpus else torch.device("cpu")
         return len(self._kept), self._needed_steps(slots), slots, device, [*self.written]
+
+    def _is_written(self, slot: int) -> bool:
+        """Whether a step writes to what was allocated; another library's kernel is no step."""
+        base = self._address(slot)[0]
+        made = next((step for step in self.steps if step[:2] == ("empty", base)), None)
+        if made is None or not all(made[2]):
+            return True
+        for kind, *rest in self.steps:
+            touched = set[int]()
+            if kind == "launch":
+                touched = {one for one, _ in rest[4]} | {*rest[6]}
+            elif kind == "call":
+                touched = {one for _, one in rest[3]}.union(*(slots for _, slots in rest[4]))
+            if any(self._address(one)[0] == base for one in touched):
+                return True
+        return False
 
     def _needed_steps(self, results: Sequence[int]) -> list[Step]:
         """The steps without tensors that nothing reads. Each tensor is dropped after its last use.
@@ -169,6 +202,8 @@ class TapeRecorder(TorchDispatchMode):
         if func is _aten.as_strided.default and (args[3:] or kwargs):
             raise Refusal(f"{func} counts from the beginning of the memory")
         if func in _ALLOCATIONS:
+            if kwargs.get("pin_memory"):
+                raise Refusal(f"{func} allocates pinned memory")
             slot, place = self._new_slot(result), result.device
             self.steps.append(("empty", slot, *_layout(result), place))
         elif all(_is_view(func, args, one) for one in _listed(result)):
@@ -354,47 +389,133 @@ def _bits(kind: str, value: float) -> int:
     return bits - 2**64 if bits >= 2**63 else bits
 
 
+def fingerprint(tape: object) -> str:
+    """A text that two tapes share if they hold the same steps.
+
+    It has the addresses of compiled kernels, which the tape keeps.
+    """
+    if isinstance(tape, list | tuple):
+        return f"({' '.join(map(fingerprint, tape))})"
+    if isinstance(tape, Tensor):  # in the place of an argument
+        return "Tensor"
+    if callable(tape):  # a launch by Python, whose kernel and parameters stand beside it
+        return "function"
+    is_plain = type(tape).__module__ in ("builtins", "torch")
+    return repr(tape) if is_plain else f"{type(tape).__name__} {id(tape)}"
+
+
+class _Recorders(threading.local):
+    active: TapeRecorder | None = None  # that of this thread
+    is_launching = False
+
+
+class _Replaced:
+    """Methods of Triton that are replaced, for all threads, while any thread records."""
+
+    def __init__(self) -> None:
+        self.lock, self.count = threading.Lock(), 0
+        self.methods: list[tuple[Any, str, Any, Any]] = []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self.lock:
+            if not self.count:
+                self._replace()
+            self.count += 1
+        try:
+            yield  # without the lock: the function may wait for another thread, which records
+        finally:
+            with self.lock:
+                self.count -= 1
+                if not self.count:
+                    self._restore()
+
+    def _replace(self) -> None:
+        from triton.runtime.autotuner import Autotuner
+        from triton.runtime.jit import JITFunction
+
+        run, bench = JITFunction.run, Autotuner._bench
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            return _noted(run, *args, **kwargs)
+
+        def tuned(*args: Any, **kwargs: Any) -> Any:
+            if _recorders.active is not None:
+                _recorders.active.is_being_tuned = True
+            return bench(*args, **kwargs)
+
+        self.methods = [(JITFunction, "run", run, noted), (Autotuner, "_bench", bench, tuned)]
+        for owner, name, _, ours in self.methods:
+            setattr(owner, name, ours)
+
+    def _restore(self) -> None:
+        for owner, name, before, ours in self.methods:
+            # Who has replaced it since then calls ours, which passes on.
+            if getattr(owner, name) is ours:
+                setattr(owner, name, before)
+
+
+_recorders, _replaced = _Recorders(), _Replaced()
+
+
+def _noted(run: Callable[..., Any], kernel: Any, *args: Any, grid: Any, **kwargs: Any) -> Any:
+    """A launch by ``run``, which this thread's recorder notes."""
+    recorder = _recorders.active
+    if recorder is None or kwargs.get("warmup") or _recorders.is_launching:
+        return run(kernel, *args, grid=grid, **kwargs)
+    found = [grid]
+
+    def asked(meta: Any) -> Any:
+        found[0] = grid(meta)
+        return found[0]
+
+    _recorders.is_launching = True
+    try:
+        compiled = run(kernel, *args, grid=asked if callable(grid) else grid, **kwargs)
+        if compiled is None:
+            recorder.refuse("Triton's interpreter launches nothing")
+        else:
+            recorder.note_launch(kernel, compiled, tuple(found[0]), args, kwargs)
+    finally:
+        _recorders.is_launching = False
+    return compiled
+
+
+class Watch(TorchFunctionMode):
+    """Refuse functions of tensors that give the tensors' memory to others.
+
+    Args:
+        refuse: called with the reason.
+    """
+
+    def __init__(self, refuse: Callable[[str], None]):
+        super().__init__()
+        self.refuse = refuse
+
+    def __torch_function__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # of a property
+            owner = getattr(func, "__self__", None)
+            name = getattr(getattr(owner, "fget", owner), "__name__", "")
+        if name in _HANDS_OUT and not _recorders.is_launching:
+            self.refuse(f"it gives a tensor's memory, or address, to others by {name}")
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def recording(recorder: TapeRecorder) -> Iterator[TapeRecorder]:
     """Let ``recorder`` note the calls and launches of this thread in the block."""
-    from triton.runtime.autotuner import Autotuner
-    from triton.runtime.jit import JITFunction
-
     from torchpar.kernels import launch
 
-    owner = threading.get_ident()
-
-    with _lock:
-        run, bench = JITFunction.run, Autotuner._bench
-
-        def noted(kernel: Any, *args: Any, grid: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != owner or kwargs.get("warmup"):
-                return run(kernel, *args, grid=grid, **kwargs)
-            found = [grid]
-            if callable(grid):
-
-                def asked(meta: Any) -> Any:
-                    found[0] = grid(meta)
-                    return found[0]
-
-                compiled = run(kernel, *args, grid=asked, **kwargs)
-            else:
-                compiled = run(kernel, *args, grid=grid, **kwargs)
-            if compiled is None:
-                recorder.refuse("Triton's interpreter launches nothing")
-            else:
-                recorder.note_launch(kernel, compiled, tuple(found[0]), args, kwargs)
-            return compiled
-
-        def tuned(*args: Any, **kwargs: Any) -> Any:
-            recorder.is_being_tuned = True
-            return bench(*args, **kwargs)
-
-        JITFunction.run, Autotuner._bench = noted, tuned
-        launch.records.active = True
+    outer, was_active = _recorders.active, launch.records.active
+    if outer is not None:
+        outer.refuse("an operator is called where no tape sees it")
+    with _replaced():
+        _recorders.active, launch.records.active = recorder, True
         try:
             with recorder:
                 yield recorder
         finally:
-            JITFunction.run, Autotuner._bench = run, bench
-            launch.records.active = False
+            _recorders.active, launch.records.active = outer, was_active
