@@ -17,9 +17,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from torchpar.library.dispatch_keys import OTHER_KEYS
 from torchpar.library.derivatives import Call
-from torchpar.library.private import TorchDispatchMode, implementations
+from torchpar.library.dispatch_keys import OTHER_KEYS
+from torchpar.library.private import TorchDispatchMode
 from torchpar.library.tape import Number, TapeRecorder, Watch, fingerprint, recording
 
 if TYPE_CHECKING:
@@ -101,16 +101,13 @@ def why_not(op: "DispatchedOp") -> str:
         "it writes to an argument": op._mutated,
         "it returns what is no tensor": {*op._returns} != {"Tensor"},
         f"it has arguments of type {', '.join(sorted(kinds))}": bool(kinds),
-        "it has a kernel of its own for a type of device": not op._kernels.keys().isdisjoint(
+        "it has a kernel of its own for this type of device": not op._kernels.keys().isdisjoint(
             map(str.lower, devices)
         ),
         op._not_played: op._not_played,
-        "somebody else has registered a kernel of it": not op._other_kernels.isdisjoint(
-            implementations - {f"{op._namespace}/{op._name}/CPU"}
-            if "cpu" in op._kernels
-            else implementations
-        )
-        or any(has_kernel(f"{kind}{key}") for kind in ("", "Autograd") for key in devices),
+        "somebody else has registered a kernel of it": any(
+            has_kernel(f"{kind}{key}") for kind in ("", "Autograd") for key in devices
+        ),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
@@ -296,7 +293,7 @@ class Player:
         values = (*leaves, *(op._keyword_only(call.kwargs)[one.name] for one in op._keywords))
         key = self.installed.key(values)
         if key is None or self.stopped:
-            return
+            return None
         places = tuple(i for i, value in enumerate(leaves) if isinstance(value, Tensor))
         results = output if isinstance(output, tuple) else (output,)
         tensors = (*(leaves[i] for i in places), *results)
@@ -305,7 +302,7 @@ class Player:
         saved = tuple(-1 if t is None else known.get(id(t), -2) for t in to_save)
         attributes = {name: value for name, value in vars(ctx).items() if name not in _OWN}
         kept = saved, sorted(attributes.items(), key=lambda one: one[0]), places, call.given
-        is_special = call.is_special or ctx.non_differentiable or ctx.dirty_tensors
+        is_special = call.refusal or ctx.non_differentiable or ctx.dirty_tensors
         is_plain = not is_special and -2 not in saved and _is_plain(tuple(attributes.values()))
         if op._backward is None or not is_plain or len(self._derivatives) >= _MOST_KEYS:
             return self.installed.settle(values, None)  # type: ignore[no-any-return]
@@ -340,40 +337,44 @@ class _ObservedCall(Call):
     """A call whose ``setup_context`` is watched, so that C++ need not call it again."""
 
     player: Player
-    is_special = False  # whether C++ could not do what it asks of its ctx
+    refusal = ""  # why C++ cannot do what `setup_context` does
 
     def set_up(self, ctx: Any, leaves: tuple[object, ...], output: Any) -> None:
         is_single = not isinstance(output, tuple)
         if is_single:
 
             def noted(value: bool) -> None:
-                self._refuse()
+                self.refuse("it calls set_materialize_grads")
                 type(ctx).set_materialize_grads(ctx, value)
 
             ctx.set_materialize_grads = noted
-        with _Computing(self._refuse), Watch(self._refuse):
+        with _Computing(self.refuse), Watch(self.refuse):
             super().set_up(ctx, leaves, output)
         if is_single:
             del ctx.set_materialize_grads
         elif not self.materializes and len(output) > 1:
-            self._refuse()
+            self.refuse("it calls set_materialize_grads")
         self.player.settle(self, ctx, leaves, output)
 
-    def _refuse(self, reason: str = "") -> None:
-        self.is_special = True
+    def refuse(self, reason: str) -> None:
+        self.refusal = self.refusal or reason
 
 
 class _Computing(TorchDispatchMode):
-    """Call a function when an operator is called, which may read values."""
+    """Refuse operators of PyTorch, which may read values.
 
-    def __init__(self, function: Callable[[], None]):
+    Args:
+        refuse: called with the reason.
+    """
+
+    def __init__(self, refuse: Callable[[str], None]):
         super().__init__()
-        self.function = function
+        self.refuse = refuse
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        self.function()
+        self.refuse(f"it calls {func}")
         return func(*args, **(kwargs or {}))
 
 
