@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 RECORDINGS = 3  # equal ones, after which a call of a function that is not trusted is played
 _MOST_OPTIONS = 64  # of a function: a value that changes in each call must not fill the memory
 _MOST_KEYS = 4096
+_DIFFER = "two calls with the same layouts and numbers do not do the same"
 _TYPES = {"Tensor", "Optional[Tensor]", "int", "float", "bool", "str"}
 _TYPES |= {"Optional[int]", "Optional[float]", "Optional[bool]", "Optional[str]"}
 
@@ -106,10 +107,44 @@ def why_not(op: "DispatchedOp") -> str:
         ),
         op._not_played: op._not_played,
         "somebody else has registered a kernel of it": any(
-            has_kernel(f"{kind}{key}") for kind in ("", "Autograd") for key in devices
+            has_kernel(getattr(torch.DispatchKey, kind + key))
+            for kind in ("", "Autograd")
+            for key in devices
         ),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def why_not_call(op: "DispatchedOp", args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Why a call of an operator cannot be played, or "", without C++: the call is recorded.
+
+    Raises:
+        Exception: the operator's own error, as where there is no GPU for its kernels.
+    """
+    if reason := why_not(op):
+        return reason
+    tapes: list[object] = []
+    # An autotuner's first call is not recorded.
+    for _ in range(RECORDINGS + 1):
+        _, tape, recorder = _recorded(op, args, kwargs, calls_python=True)
+        if recorder.refusal:
+            return recorder.refusal
+        if not recorder.is_being_tuned:
+            tapes.append(tape)
+    return _DIFFER if len(set(map(fingerprint, tapes))) > 1 else ""
+
+
+def _recorded(
+    op: "DispatchedOp", args: tuple[Any, ...], kwargs: dict[str, Any], calls_python: bool
+) -> tuple[Any, object, TapeRecorder]:
+    """The result of a call by Python, the call's tape, which may be None, and the recorder."""
+    is_trusted = op._trusted is not None
+    tensors = [t for t in args if isinstance(t, Tensor)]
+    recorder = TapeRecorder(tensors, calls_python, trusts=is_trusted)
+    kernel = op._kernels[None] if is_trusted else partial(_watched, op._kernels[None], recorder)
+    with recording(recorder):
+        result: Any = op._compute(kernel, is_trusted, (*map(recorder.alias, args),), kwargs)
+    return result, recorder.tape(result if isinstance(result, tuple) else (result,)), recorder
 
 
 class PlayedFunction:
@@ -218,12 +253,7 @@ class Player:
         whole = (*args, *op._defaults[len(args) :])
         values = (*whole, *(op._keyword_only(kwargs)[one.name] for one in op._keywords))
         tensors = [t for t in whole if isinstance(t, Tensor)]
-        is_trusted = op._trusted is not None
-        recorder = TapeRecorder(tensors, core.calls_python, trusts=is_trusted)
-        kernel = op._kernels[None] if is_trusted else partial(_watched, op._kernels[None], recorder)
-        with recording(recorder):
-            result: Any = op._compute(kernel, is_trusted, (*map(recorder.alias, args),), kwargs)
-        tape = recorder.tape(result if isinstance(result, tuple) else (result,))
+        result, tape, recorder = _recorded(op, args, kwargs, core.calls_python)
         key = self._note(recorder) and self.installed.key(values)
         if key and self._has_few_numbers(key, tensors) and self._is_settled(key, tape):
             self.installed.remember(values, tape)
@@ -249,7 +279,7 @@ class Player:
             count += 1
             if text != before:
                 self.forget()
-                self._stop("two calls with the same layouts and numbers do not do the same")
+                self._stop(_DIFFER)
                 return False
         if count < self.recordings:
             if len(self._equal) >= _MOST_KEYS:

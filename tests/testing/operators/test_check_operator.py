@@ -649,6 +649,8 @@ def test_a_table_says_that_no_kernel_for_a_gpu_has_run() -> None:
         'emulate="sm_90", or --emulate sm_90, executes Triton kernels on this CPU',
     )
     assert str(table).splitlines()[-1] == table.notes[0]
+    assert table.played in str(table)
+    assert table.played.endswith("has run if a tape can hold them, which --emulate sm_90 tries")
     assert table.as_dict()["notes"] == list(table.notes)
     op = faulty.make("of_cuda")
     assert check_operator(op, SAMPLES, rules="values").notes == ()
@@ -865,3 +867,36 @@ def test_the_result_that_is_wrong_is_named():
         rules="values",
     )
     assert table.rows[0].detail.startswith("[1] off by 1.0e+00")
+
+
+STATE, NUMBERS = {"calls": 0}, itertools.count()
+
+
+def counted(x: Tensor) -> Tensor:
+    STATE["calls"] += 1
+    return x * STATE["calls"]
+
+
+@pytest.mark.parametrize(
+    "function, options, sentence",
+    [
+        (lambda x: x * 2, {}, "plays its calls on a GPU, where python -m torchpar build has run"),
+        (lambda x: x * 2, {"played": False}, "does not play its calls on a GPU: played=False"),
+        (lambda x: x * x.sum().item(), {}, "on a GPU: aten._local_scalar_dense.default reads"),
+        (counted, {}, "on a GPU: two calls with the same layouts and numbers do not do the same"),
+        (None, {}, "does not play its calls on a GPU: it is not made by triton_op"),
+    ],
+)
+def test_a_table_says_whether_cpp_plays_the_calls(
+    function: Any, options: dict[str, bool], sentence: str
+) -> None:
+    pytest.importorskip("nogpu")
+    schema, name = "(Tensor x) -> Tensor", f"played_tests::op{next(NUMBERS)}"
+    if function is None:
+        op = library.custom_op(name, lambda x: x * 2, mutates_args=(), schema=schema)
+    else:
+        op = library.triton_op(name, function, mutates_args=(), schema=schema, **options)
+    table = check_operator(op, [(normal(4, 3),)], rules="values", emulate="sm_90")
+    assert table.played == str(table).splitlines()[-1]
+    assert sentence in table.played
+    assert check_operator(torch.mul, SAMPLES_OF_ONE_SHAPE, rules="values").played == ""

@@ -12,6 +12,8 @@ from torch._library.triton import triton_ops_to_kernels
 from torch.utils._pytree import tree_leaves
 
 from torchpar.errors import ConfigError, first_line
+from torchpar.library import player
+from torchpar.library.tape import operators
 from torchpar.parallel.launch.guard import WATCHED, is_readers
 from torchpar.testing.operators.case import (
     Calls,
@@ -21,7 +23,7 @@ from torchpar.testing.operators.case import (
     name_of,
     shapes_of,
 )
-from torchpar.testing.operators.kernel_rules import KERNEL_ROWS, emulated_rows
+from torchpar.testing.operators.kernel_rules import KERNEL_ROWS, emulated_rows, emulating
 from torchpar.testing.operators.rules import RULES, try_rule
 from torchpar.testing.operators.table import OperatorTable
 from torchpar.testing.operators.tensors import Memory
@@ -99,7 +101,7 @@ def check_operator(
                 rows, notes = [try_rule(rule, cases) for rule in counted], _notes(overload, cases)
             else:
                 rows, notes = emulated_rows(names, cases, emulate), ()
-            return OperatorTable(cases[0].name, rows, notes)
+            return OperatorTable(cases[0].name, rows, notes, _played(cases[0], emulate))
     finally:
         logging.disable(disabled)
 
@@ -116,6 +118,27 @@ def _without_warnings_of_loops() -> Iterator[None]:
         yield
     finally:
         set_enabled(True)
+
+
+def _played(case: Case, emulate: str | None) -> str:
+    """A sentence on whether C++ plays the operator's calls on a GPU."""
+    op = None if case.overload is None else operators.get(case.overload.name())
+    if op is None:
+        return ""
+    args, kwargs = case.arguments(case.operands)
+    types = {t.device.type for t in case.operands}
+    reason, tried = player.why_not(op), ""
+    if not reason and ("cuda" in types or emulate is not None):  # else nothing is launched
+        try:
+            with emulating(emulate), WATCHED.calling(case.name, "its recording"):
+                reason, tried = player.why_not_call(op, args, kwargs), "tried"
+        except BaseException as e:  # the rules have met it, too
+            if not is_readers(e):
+                raise
+    if reason:
+        return f"C++ does not play its calls on a GPU: {reason}"
+    condition = "" if tried else " if a tape can hold them, which --emulate sm_90 tries"
+    return f"C++ plays its calls on a GPU, where python -m torchpar build has run{condition}"
 
 
 def find_overload(op: Callable[..., object], sample: Sample) -> Operator | None:

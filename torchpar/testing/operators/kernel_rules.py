@@ -2,6 +2,7 @@
 """Rules of an operator's Triton kernels, which the emulator of GPUs executes on this CPU."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,15 @@ NOT_EMULATED = (
     "DTensor",
     "CUDA graph",
 )
+
+
+def emulating(arch: str | None) -> AbstractContextManager[object]:
+    """Execute Triton kernels as compiled for ``arch``, if it is given."""
+    if arch is None:
+        return nullcontext()
+    from nogpu import emulate
+
+    return emulate(arch)
 
 
 def emulated_rows(names: Sequence[str], cases: Sequence[Case], arch: str) -> list[RuleResult]:

@@ -38,12 +38,15 @@ class OperatorTable:
     ``table["values"].outcome`` is the outcome of the row "values".
 
     Attributes:
+        played: whether C++ plays the operator's calls on a GPU, and why not; "" for an operator
+            that `torchpar.library` did not make.
         notes: sentences on what no row has tried, such as kernels for a GPU on a machine without.
     """
 
     name: str
     rows: list[RuleResult]
     notes: tuple[str, ...] = ()
+    played: str = ""
 
     @property
     def ok(self) -> bool:
@@ -57,15 +60,17 @@ class OperatorTable:
         table = [["rule", "outcome", "sample", "detail"]]
         cut = partial(shorten, width=LONGEST, placeholder="…")
         table += [[row.rule, row.outcome, str(row.sample), cut(row.detail)] for row in self.rows]
-        return "\n".join([self.name, in_columns(table), *self.notes])
+        played = [self.played] if self.played else []
+        return "\n".join([self.name, in_columns(table), *played, *self.notes])
 
     def as_dict(self) -> dict[str, object]:
-        """The table as JSON objects: ``name``, ``ok``, ``rows`` and ``notes``."""
+        """The table as JSON objects: ``name``, ``ok``, ``rows``, ``played`` and ``notes``."""
         found = asdict(self)
         return {
             "name": found["name"],
             "ok": self.ok,
             "rows": found["rows"],
+            "played": self.played,
             "notes": list(self.notes),
         }
 
