@@ -516,12 +516,12 @@ def stale_key() -> None:
     """With --by-cpp, play the tape of an operand's layout for its transposed layout, too."""
 
     class Stale(Remembering):
-        def remember(self, values: Any, tape: Any, derivative: Any) -> None:
-            self.installed.remember(values, tape, derivative)
+        def remember(self, values: Any, tape: Any) -> None:
+            self.installed.remember(values, tape)
             others = [
                 t.mT.contiguous().mT if isinstance(t, Tensor) and t.dim() > 1 else t for t in values
             ]
-            self.installed.remember(tuple(others), tape, derivative)
+            self.installed.remember(tuple(others), tape)
 
     let_players_keep(Stale)
 
@@ -530,7 +530,7 @@ def wrong_stride() -> None:
     """With --by-cpp, exchange the last two strides of a view that a tape takes."""
 
     class Exchanged(Remembering):
-        def remember(self, values: Any, tape: Any, derivative: Any) -> None:
+        def remember(self, values: Any, tape: Any) -> None:
             for place, step in enumerate(tape[1] if tape else []):
                 if step[0] != "view" or len(step[2]) < 2:
                     continue
@@ -539,7 +539,7 @@ def wrong_stride() -> None:
                 if down != across and (rows - 1) * across + (columns - 1) * down <= last:
                     strides = [*step[3][:-2], across, down]
                     tape[1][place] = (*step[:3], strides, *step[4:])
-            self.installed.remember(values, tape, derivative)
+            self.installed.remember(values, tape)
 
     let_players_keep(Exchanged)
 
