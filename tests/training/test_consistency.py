@@ -219,6 +219,7 @@ def test_optimizers_of_the_models_parameters_are_taken(world):
 def errors_on_two_ranks(kind: str) -> str:
     """The error of a run of which rank 1 has another optimizer, or whose parameters are divided."""
     with join_world("cpu") as world:
+        torch.manual_seed(0)
         model: Any = network()
         if kind == "one rank":
             other = network() if world.rank else model
