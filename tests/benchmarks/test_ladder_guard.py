@@ -83,7 +83,7 @@ def test_an_endless_function_is_given_up_and_the_others_are_called_again(tmp_pat
 
 @needs_fork
 def test_a_slow_function_is_waited_for_and_compilation_takes_any_time(tmp_path):
-    script = script_of_ladder(tmp_path, seconds=0.4, compilation=1.3, limit=1.1)
+    script = script_of_ladder(tmp_path, seconds=0.4, compilation=3.3, limit=3)
     status, out, err = forked(script, cwd=tmp_path)
     assert status == 7
     assert out == "first has returned\nsecond has returned\nthird has returned\n"
