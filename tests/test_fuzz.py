@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, forked, run
-from playing import MODULE
+from playing import needs_cpp
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
 SCRIPTS = {
@@ -104,7 +104,7 @@ def test_trials_find_nothing(fuzz, script):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(MODULE is None, reason="C++ plays no calls here; run python -m torchpar build")
+@needs_cpp
 @pytest.mark.parametrize("script", BY_CPP)
 def test_trials_of_calls_by_cpp_find_planted_faults_alone(fuzz, script):
     status, out = fuzz(script, "", *flags_of(script), "--by-cpp")

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Repeated calls by C++ on a stub of the driver: no Python, and a known number of launches."""
 
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from playing import MODULE, played, playing
+from playing import MODULE, entered, needs_cpp, played, playing
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 from benchmarks.driver import gpu_of_cpu_tensors
@@ -16,9 +15,7 @@ from benchmarks.host.calls import FORWARD, FULL, NO_GRADIENT, Calls, operators_c
 from benchmarks.host.stub import Stub, build_stub, find_compiler
 
 pytestmark = [
-    pytest.mark.skipif(
-        MODULE is None, reason="there is no C++ path of calls here; run python -m torchpar build"
-    ),
+    needs_cpp,
     pytest.mark.skipif(not find_compiler(), reason="the stub of libcuda needs a C compiler"),
 ]
 # Launches and new tensors of a call. ATen computes a product in the backward passes.
@@ -49,26 +46,6 @@ def calls(stub) -> Iterator[Calls]:
         yield operators_calls("cpu")
 
 
-def frames(call: Callable[[], object]) -> list[str]:
-    """The Python functions of torchpar and Triton that a call enters.
-
-    `torch.autograd.grad` enters PyTorch's own, whoever's the operator is.
-    """
-    found: list[str] = []
-
-    def note(frame: Any, event: str, argument: object) -> None:
-        name = frame.f_globals.get("__name__", "")
-        if event == "call" and name.partition(".")[0] in ("torchpar", "triton"):
-            found.append(f"{name}.{frame.f_code.co_qualname}")
-
-    sys.setprofile(note)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return found
-
-
 def allocations(call: Callable[[], object]) -> int:
     """The tensors whose memory a call allocates."""
     with torch.autograd.profiler.profile(use_device=None, profile_memory=True) as seen:
@@ -88,10 +65,10 @@ def test_a_repeated_call_enters_no_python_and_launches_what_is_expected(
             call()
         _, tapes, missed = played(call)
         assert (tapes, missed) == (2 if mode == FULL else 1, 0)
-        assert frames(call) == []
+        assert entered(call) == []
         assert len(stub.launches(call)) == launches
         assert allocations(call) == tensors
-    assert any(name.startswith("torchpar.kernels") for name in frames(call)), "by Python it does"
+    assert any(name.startswith("torchpar.kernels") for name in entered(call)), "by Python it does"
     assert stub.launches(call) == [], "the stand-in for Triton's launcher is Python's"
 
 

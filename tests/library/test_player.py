@@ -7,7 +7,6 @@ for the driver's function, which has the parameters as a GPU gets them.
 
 import ctypes
 import itertools
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from playing import MODULE, played, playing
+from playing import MODULE, entered, needs_cpp, played, playing
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -25,9 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import torchpar
 from torchpar.library import triton_op
 
-pytestmark = pytest.mark.skipif(
-    MODULE is None, reason="there is no C++ path of calls here; run python -m torchpar build"
-)
+pytestmark = needs_cpp
 NAMES = (f"player_tests::op{i}" for i in itertools.count())
 A, B = torch.randn(2, 5, 7)
 SCALED = "(Tensor x, Tensor y, *, float scale=1.0) -> Tensor"
@@ -69,22 +66,6 @@ def scaled_backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
 def gradients(op: Callable[..., Tensor], *operands: Tensor) -> tuple[Tensor, ...]:
     leaves = [t.detach().requires_grad_() for t in operands]
     return torch.autograd.grad(op(*leaves).square().sum(), leaves)
-
-
-def entered(call: Callable[[], object]) -> list[str]:
-    """The functions of torchpar that a call enters; PyTorch has a `OpOverloadPacket.__call__`."""
-    found: list[str] = []
-
-    def note(frame: Any, event: str, argument: object) -> None:
-        if event == "call" and "/torchpar/" in frame.f_globals.get("__file__", ""):
-            found.append(frame.f_code.co_qualname)
-
-    sys.setprofile(note)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return found
 
 
 # Values, and no Python

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from playing import MODULE, played, playing
+from playing import needs_cpp, played, playing
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -20,9 +20,7 @@ from torchpar.library import CustomOpDef, custom_op, player, triton_op
 from torchpar.library.player import RECORDINGS
 from torchpar.library.tape import TapeRecorder, recording
 
-pytestmark = pytest.mark.skipif(
-    MODULE is None, reason="there is no C++ path of calls here; run python -m torchpar build"
-)
+pytestmark = needs_cpp
 NAMES = (f"anyone_tests::op{i}" for i in itertools.count())
 A, B = torch.randn(2, 5, 7)
 X = "(Tensor x) -> Tensor"

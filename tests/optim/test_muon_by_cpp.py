@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from playing import MODULE, played, playing
+from playing import needs_cpp, played, playing
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -20,9 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from torchpar.optim import Muon
 
-pytestmark = pytest.mark.skipif(
-    MODULE is None, reason="there is no C++ path of calls here; run python -m torchpar build"
-)
+pytestmark = needs_cpp
 SHAPES = [(20, 30), (30, 20), (20, 30), (16, 80), (33, 33)]
 Change = Callable[[Muon, list[Tensor], int], None]
 

@@ -101,7 +101,7 @@ def test_who_leads_calls_on_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", sys.executable)
     slow = "by Python, which takes the host 20 µs and more"
-    remedy = "python -m torchpar build compiles them, so that a call costs what PyTorch's own cost"
+    remedy = "python -m torchpar build compiles them, so that a call costs an eighth to a half"
     assert doctor._calls() == Finding("calls of operators", slow, "note", remedy)
     old = build.library_name([sys.executable]).replace(torch.__version__, "2.9.1+cu126")
     (tmp_path / old).touch()

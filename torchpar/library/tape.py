@@ -128,15 +128,12 @@ class TapeRecorder(TorchDispatchMode):
         made = next((step for step in self.steps if step[:2] == ("empty", base)), None)
         if made is None or not all(made[2]):
             return True
-        for kind, *rest in self.steps:
-            touched = set[int]()
-            if kind == "launch":
-                touched = {one for one, _ in rest[4]} | {*rest[6]}
-            elif kind == "call":
-                touched = {one for _, one in rest[3]}.union(*(slots for _, slots in rest[4]))
-            if any(self._address(one)[0] == base for one in touched):
-                return True
-        return False
+        return any(
+            self._address(one)[0] == base
+            for step in self.steps
+            if step[0] in ("launch", "call")
+            for one in _tensors_of_step(step)
+        )
 
     def _needed_steps(self, results: Sequence[int]) -> list[Step]:
         """The steps without tensors that nothing reads. Each tensor is dropped after its last use.
@@ -145,18 +142,10 @@ class TapeRecorder(TorchDispatchMode):
         """
         used, needed = {*range(self.inputs), *results}, list[Step]()
         for step in reversed(self.steps):
-            kind, *rest = step
-            if kind in ("empty", "view") and rest[0] not in used:
+            if step[0] in ("empty", "view") and step[1] not in used:
                 continue
-            touched = {rest[0]} if kind in ("empty", "view") else set[int]()
-            if kind == "view":
-                touched.add(rest[4])
-            elif kind == "launch":
-                touched |= {slot for slot, _ in rest[4]} | {*rest[6]}
-            elif kind == "call":
-                touched |= {slot for _, slot in rest[3]}.union(*(slots for _, slots in rest[4]))
-                touched |= {*rest[5]}
-            if dropped := sorted(slot for slot in touched - used if slot >= 0):
+            touched = _tensors_of_step(step)
+            if dropped := sorted(touched - used):
                 needed.append(("free", dropped))
             needed.append(step)
             used |= touched
@@ -335,6 +324,20 @@ class TapeRecorder(TorchDispatchMode):
             compiled.run(*grid, stream, *handles, *values)
 
         return launch, [self._slots[id(arguments[place])] for place in places]
+
+
+def _tensors_of_step(step: Step) -> set[int]:
+    """The slots of all tensors that a step makes, reads or writes."""
+    kind, *rest = step
+    if kind == "empty":
+        found = {rest[0]}
+    elif kind == "view":
+        found = {rest[0], rest[4]}
+    elif kind == "launch":
+        found = {slot for slot, _ in rest[4]} | {*rest[6]}
+    else:
+        found = {slot for _, slot in rest[3]}.union(rest[5], *(slots for _, slots in rest[4]))
+    return {slot for slot in found if slot >= 0}  # the others are numbers, or results of no use
 
 
 def _listed(value: Any) -> Sequence[Any]:

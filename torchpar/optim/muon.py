@@ -405,40 +405,36 @@ class Muon(Optimizer):
         self._check_gradients(infos, grads.keys())
         momenta = {info: self._momentum(info) for info in grads}
         for group, of_group in self._by_group(grads):
-            own = tuple(of_group)
-            tensors = [*of_group.values(), *(momenta[info] for info in own)]
-            count = len(own)
-            written = [*range(count, 2 * count)]
-            lr = self._rate(group, tensors[0])
-            options = own, group["momentum"], group["nesterov"], *self._options(group)
-            numbers: tuple[int, ...] = ()
-            if count == 1:  # one kernel updates the parameter
-                ratio = _ratio(group["adjust_lr_fn"], own[0].shapes[0])
-                numbers = words_of_update(lr, group["weight_decay"], ratio)
-                tensors += [local(own[0].p), *([lr] if isinstance(lr, Tensor) else [])]
-                written.append(2)
+            self._update(group, of_group, [momenta[info] for info in of_group])
 
-            def compute(
-                tensors: list[Tensor],
-                numbers: Sequence[int],
-                group: Group = group,
-                own: tuple[ParamInfo, ...] = own,
-            ) -> list[Tensor]:
-                count = len(own)
-                directions = _directions(group, tensors[:count], tensors[count : 2 * count])
-                contiguous = [t.contiguous() for t in directions]
-                updates = self._orthogonalize_now(group, own, contiguous)
-                if count == 1:
-                    lr = tensors[3] if len(tensors) > 3 else None
-                    if update_by_words(tensors[2], updates[0], lr, numbers):
-                        return []
-                return updates
+    def _update(self, group: Group, grads: dict[ParamInfo, Tensor], momenta: list[Tensor]) -> None:
+        """Update the parameters of a group, and their momenta."""
+        infos, count = tuple(grads), len(grads)
+        tensors, written = [*grads.values(), *momenta], [*range(count, 2 * count)]
+        numbers: tuple[int, ...] = ()
+        if count == 1:  # one kernel updates the parameter
+            (info,) = infos
+            lr, ratio = self._rate(group, momenta[0]), _ratio(group, info.shapes[0])
+            numbers = words_of_update(lr, group["weight_decay"], ratio)
+            tensors += [local(info.p), *([lr] if isinstance(lr, Tensor) else [])]
+            written.append(2)
 
-            updates = self._play(compute, tensors, options, numbers, written)
-            if updates:
-                self._apply(group, dict(zip(own, updates, strict=True)))
-            else:
-                _note_written(own)
+        def compute(tensors: list[Tensor], numbers: Sequence[int]) -> list[Tensor]:
+            directions = _directions(group, tensors[:count], tensors[count : 2 * count])
+            contiguous = [t.contiguous() for t in directions]
+            updates = self._orthogonalize_now(group, infos, contiguous)
+            if count == 1:
+                lr = tensors[3] if len(tensors) > 3 else None
+                if update_by_words(tensors[2], updates[0], lr, numbers):
+                    return []
+            return updates
+
+        options = infos, group["momentum"], group["nesterov"], *self._options(group)
+        updates = self._play(compute, tensors, options, numbers, written)
+        if updates:
+            self._apply(group, dict(zip(infos, updates, strict=True)))
+        else:
+            _note_written(infos)
 
     def _by_group(
         self, tensors: Mapping[ParamInfo, Tensor]
@@ -557,7 +553,7 @@ class Muon(Optimizer):
         decay = group["weight_decay"]
         params = [local(info.p) for info in updates]
         lr = self._rate(group, params[0])
-        ratios = [_ratio(group["adjust_lr_fn"], info.shapes[0]) for info in updates]
+        ratios = [_ratio(group, info.shapes[0]) for info in updates]
         steps = list(updates.values())
         if len(params) != 1 or not update_alone(params[0], steps[0], lr, decay, ratios[0]):
             _update_all(params, steps, lr, decay, ratios)
@@ -606,12 +602,11 @@ def _checked(options: Group, ns: NewtonSchulz) -> Group:
 
 def _joined(group: Group, info: ParamInfo, t: Tensor, updates: list[Tensor]) -> Tensor:
     """The updates of a parameter's matrices, as one tensor like the parameter."""
-    adjust = group["adjust_lr_fn"]
     result = t.new_empty(info.part.whole, dtype=torch.bfloat16)
     places = info.matrices(result)
     torch._foreach_copy_(places, updates)
     for place in places:
-        ratio = _ratio(adjust, place.shape) / _ratio(adjust, info.shapes[0])
+        ratio = _ratio(group, place.shape) / _ratio(group, info.shapes[0])
         if ratio != 1:
             place.mul_(ratio)
     return result
@@ -663,10 +658,10 @@ def _in_float32(tensors: list[Tensor]) -> list[Tensor]:
     return wide
 
 
-def _ratio(adjust: str | None, shape: Sequence[int]) -> float:
+def _ratio(group: Group, shape: Sequence[int]) -> float:
     """The factor by which a matrix of this shape changes its group's learning rate."""
     n, m = shape
-    return _RATIOS[adjust or "original"](max(n, 1), max(m, 1))
+    return _RATIOS[group["adjust_lr_fn"] or "original"](max(n, 1), max(m, 1))
 
 
 def _valid_gradient(info: ParamInfo) -> Tensor | None:

@@ -174,7 +174,7 @@ def _calls() -> Finding:
 
     if others := build.other_torches():
         slow += f"; the C++ here is for torch {', '.join(others)}, and not {torch.__version__}"
-    remedy = "python -m torchpar build compiles them, so that a call costs what PyTorch's own cost"
+    remedy = "python -m torchpar build compiles them, so that a call costs an eighth to a half"
     try:
         build.find_compiler()
     except ConfigError:

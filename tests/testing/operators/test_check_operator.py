@@ -890,7 +890,7 @@ def counted(x: Tensor) -> Tensor:
 def test_a_table_says_whether_cpp_plays_the_calls(
     function: Any, options: dict[str, bool], sentence: str
 ) -> None:
-    pytest.importorskip("nogpu")
+    pytest.importorskip("nogpu", reason="nogpu executes the kernels")
     schema, name = "(Tensor x) -> Tensor", f"played_tests::op{next(NUMBERS)}"
     if function is None:
         op = library.custom_op(name, lambda x: x * 2, mutates_args=(), schema=schema)
