@@ -187,7 +187,8 @@ def gather_far(x, first, second, out, BLOCK: tl.constexpr):
     "first, second, said",
     [
         (2**31 - 1, 2**31 - 1, "element 4294967294 of the storage of x was meant"),
-        (-(2**31), -(2**31) + 100, "element -4294967196 of the storage of x was meant"),
+        # The wrapped sum, 2**28, leads so far from x that no other tensor lies there.
+        (-(2**31), -(2**31) + 2**28, "element -4026531840 of the storage of x was meant"),
         (-(2**31), 5, ""),
         (2**31 - 1, 0, ""),
     ],
