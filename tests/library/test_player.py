@@ -451,7 +451,7 @@ def test_an_operator_is_called_without_pytorchs_parser(by_cpp):
     assert any(op._name in one for one in mode.calls)
     traced = torch.fx.symbolic_trace(lambda x, y: op(x, y))
     assert op._name in traced.code
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         op(A, B)
     assert op._qualname in {event.name for event in profile.events()}
     compiled = torch.compile(lambda x, y: op(x, y) * 2, backend="eager", fullgraph=True)
