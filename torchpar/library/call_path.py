@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from torchpar.library import player
@@ -119,7 +119,7 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Here, too, since in inference mode the Autograd key is passed over.
-        if is_compiling():  # Dynamo, which would otherwise follow changes of `sharding_rules`
+        if is_dynamo_compiling():  # which would otherwise follow changes of `sharding_rules`
             register_sharding_rules()
             return self._opoverload(*args, **kwargs)
         if sharding_rules:

@@ -188,6 +188,7 @@ struct Parameter {
 };
 
 using Numbers = std::vector<int64_t>;  // which differ from call to call
+using Slots = c10::SmallVector<Tensor, 8>;  // the tensors of a tape, by their numbers
 
 struct Step {
   enum Kind { EMPTY, VIEW, LAUNCH, CALL, FREE } kind;
@@ -227,6 +228,7 @@ struct Operator;
 // since graphs point to them.
 struct Derivative {
   Operator* self;
+  size_t tensors;          // among the arguments
   std::vector<int> saved;  // numbers of the tensors among the arguments, then of results; -1: None
   PyObject* rule;          // (saved, needs, grads): Python's rule, a gradient for each tensor
   PyObject* record;        // the same, and remember a tape
@@ -303,23 +305,38 @@ bool has_calls(PyObject* name) {
   return !functions || py::len(functions) > 0;
 }
 
-// Whether somebody watches launches by Triton's hooks, or by those of a kernel of the tape.
-bool is_watched(const Tape* tape) {
-  if (!triton_runtime) return false;
-  py::gil_scoped_acquire gil;
+// Whether somebody watches all launches by Triton's hooks. The caller has the interpreter's lock.
+bool has_hooks() {
   // Names that are made once: this is a part of each call.
   static PyObject *const enter = PyUnicode_InternFromString("launch_enter_hook"),
                   *const leave = PyUnicode_InternFromString("launch_exit_hook");
-  if (has_calls(enter) || has_calls(leave)) return true;
+  return triton_runtime && (has_calls(enter) || has_calls(leave));
+}
+
+// What `has_hooks` said while Python's call of this thread still had the interpreter's lock, so that
+// a tape need not wait for the lock again. Python that is called meanwhile may change the hooks.
+struct HooksOfCall {
+  explicit HooksOfCall(std::optional<bool> now) : before(found) { found = now; }
+  ~HooksOfCall() { found = before; }
+  const std::optional<bool> before;
+  static thread_local std::optional<bool> found;
+};
+thread_local std::optional<bool> HooksOfCall::found;
+
+// Whether somebody watches launches by Triton's hooks, or by those of a kernel of the tape.
+bool is_watched(const Tape* tape) {
   if (tape)
-    for (const auto& step : tape->steps)
+    for (const auto& step : tape->steps)  // a list's length is a word that needs no lock
       if (step.hooks && PyList_GET_SIZE(step.hooks.get()) > 0) return true;
-  return false;
+  if (!triton_runtime) return false;
+  if (HooksOfCall::found) return *HooksOfCall::found;
+  py::gil_scoped_acquire gil;
+  return has_hooks();
 }
 
 // Launch; false where the thread has no context of the device yet.
 bool launch(
-    const Step& step, const std::vector<Tensor>& slots, c10::Device device, const Numbers& numbers) {
+    const Step& step, const Slots& slots, c10::Device device, const Numbers& numbers) {
   if (step.python) {
     py::gil_scoped_acquire gil;
     py::tuple tensors(step.slots.size());
@@ -350,7 +367,7 @@ bool launch(
 }
 
 // Play a tape for the tensors among ``slots``; false if a launch was refused.
-bool play(const Tape& tape, std::vector<Tensor>& slots, const Numbers& numbers = {}) {
+bool play(const Tape& tape, Slots& slots, const Numbers& numbers = {}) {
   c10::OptionalDeviceGuard guard(tape.device);
   at::AutoDispatchBelowADInplaceOrView below;
   slots.resize(tape.slots);
@@ -460,6 +477,7 @@ void call_python(
     PyObject* function, const OperatorHandle& op, Stack& stack,
     std::optional<DispatchKeySet> keyset = std::nullopt) {
   const auto& schema = op.schema();
+  const HooksOfCall hooks{std::nullopt};
   py::gil_scoped_acquire gil;
   auto found = to_python(schema, torch::jit::last(stack, schema.arguments().size()));
   auto f = py::reinterpret_borrow<py::function>(function);
@@ -504,8 +522,7 @@ struct Device : c10::OperatorKernel {
     const auto entry = self->forward.find(key);
     const bool is_usual = may_play(values, entry.tape.get());
     if (entry.tape && is_usual) {
-      std::vector<Tensor> slots;
-      slots.reserve(entry.tape->slots);
+      Slots slots;
       for (const auto& value : values)
         if (value.isTensor() && value.toTensor().defined()) slots.push_back(value.toTensor());
       if (play(*entry.tape, slots)) {
@@ -563,7 +580,11 @@ struct Played : torch::autograd::Function<Played> {
       const Derivative* derivative, Stack* stack, at::TensorList tensors) {
     op->redispatchBoxed(keyset & c10::after_autograd_keyset, stack);
     variable_list results, saved;
-    for (auto& value : *stack) results.push_back(value.toTensor());
+    const size_t returns = op->schema().returns().size();
+    results.reserve(returns);
+    saved.reserve(derivative->saved.size());
+    for (const auto& value : torch::jit::last(*stack, returns)) results.push_back(value.toTensor());
+    torch::jit::drop(*stack, returns);
     for (int number : derivative->saved) {
       const size_t i = number;
       saved.push_back(
@@ -571,7 +592,6 @@ struct Played : torch::autograd::Function<Played> {
     }
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["derivative"] = reinterpret_cast<int64_t>(derivative);
-    ctx->saved_data["tensors"] = static_cast<int64_t>(tensors.size());
     return results;
   }
 
@@ -579,7 +599,7 @@ struct Played : torch::autograd::Function<Played> {
     constexpr size_t lead = 4;  // arguments of `forward` before the tensors
     const auto& derivative =
         *reinterpret_cast<const Derivative*>(ctx->saved_data["derivative"].toInt());
-    const size_t count = ctx->saved_data["tensors"].toInt();
+    const size_t count = derivative.tensors;
     // A rule that saves nothing may be called again.
     const auto saved =
         derivative.saved.empty() ? variable_list() : ctx->get_saved_variables();
@@ -596,8 +616,7 @@ struct Played : torch::autograd::Function<Played> {
       const auto entry = derivative.self->gradients.find(key);
       const bool may_launch = !is_watched(entry.tape.get());
       if (entry.tape && may_launch) {
-        std::vector<Tensor> slots;
-        slots.reserve(entry.tape->slots);
+        Slots slots;
         for (const auto& g : grads) slots.push_back(g);
         for (const auto& t : saved)
           if (t.defined()) slots.push_back(t);
@@ -651,13 +670,10 @@ struct Autograd : c10::OperatorKernel {
       if (entry.tape && !needs_grad)
         return op.redispatchBoxed(keyset & c10::after_autograd_keyset, stack);
       if (entry.derivative) {
-        Stack below(values.begin(), values.end());
-        variable_list tensors;
+        Slots tensors;
         for (const auto& value : values)
           if (value.isTensor() && value.toTensor().defined()) tensors.push_back(value.toTensor());
-        torch::jit::drop(*stack, values.size());
-        auto results =
-            Played::apply(&op, keyset, entry.derivative, &below, at::TensorList(tensors));
+        auto results = Played::apply(&op, keyset, entry.derivative, stack, at::TensorList(tensors));
         for (auto& t : results) stack->emplace_back(std::move(t));
         return;
       }
@@ -751,19 +767,23 @@ PyObject* call_operator(PyObject* self, PyObject* const* given, Py_ssize_t count
   const auto& arguments = schema.arguments();
   bool is_plain = static_cast<size_t>(count) <= arguments.size() &&
                   !at::impl::torch_function_mode_enabled() && !torch::jit::tracer::isTracing();
+  Slots held;  // to the end: the last other owner's end would need the interpreter's lock
   Stack stack;
+  stack.reserve(std::max(arguments.size(), schema.returns().size()));
   for (size_t i = 0; is_plain && i < arguments.size(); i++) {
     if (static_cast<Py_ssize_t>(i) >= count) {
       is_plain = arguments[i].default_value().has_value();
       if (is_plain) stack.push_back(*arguments[i].default_value());
     } else if (THPVariable_CheckExact(given[i]) && !arguments[i].kwarg_only()) {
-      stack.emplace_back(THPVariable_Unpack(given[i]));
+      held.push_back(THPVariable_Unpack(given[i]));
+      stack.emplace_back(held.back());
     } else {
       is_plain = false;
     }
   }
   if (!is_plain) return Py_NewRef(Py_NotImplemented);
   {
+    const HooksOfCall hooks{has_hooks()};
     py::gil_scoped_release others;
     op.callBoxed(stack);
   }
@@ -822,8 +842,9 @@ class Installed {
     if (key.fits()) self_->gradients.keep(key, {to_tape(tape), nullptr, true});
   }
   void stop_recording() { self_->is_recorded = false; }
-  const Derivative* derivative(std::vector<int> saved, const py::object& rule, const py::object& record) {
-    return new Derivative{self_, std::move(saved), keep(rule), keep(record)};
+  const Derivative* derivative(
+      size_t tensors, std::vector<int> saved, const py::object& rule, const py::object& record) {
+    return new Derivative{self_, tensors, std::move(saved), keep(rule), keep(record)};
   }
   py::object caller() const {
     auto* handle = new OperatorHandle(handle_);
@@ -878,8 +899,7 @@ class Memo {
  public:
   // The results, or whether the call may be recorded.
   py::object play(int64_t number, const py::list& given, const Numbers& numbers) {
-    std::vector<Tensor> slots;
-    slots.reserve(given.size());
+    Slots slots;
     for (const auto& one : given) slots.push_back(THPVariable_Unpack(one.ptr()));
     if (slots.empty() || is_unusual(slots[0].device().type())) return py::bool_(false);
     for (const auto& t : slots)
@@ -905,7 +925,7 @@ class Memo {
   void forget() { table_.clear(); }
 
  private:
-  static Key key_of(int64_t number, const std::vector<Tensor>& given) {
+  static Key key_of(int64_t number, at::TensorList given) {
     Key key;
     key.add_settings();
     key.add(number);

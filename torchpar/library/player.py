@@ -341,7 +341,7 @@ class Player:
         identity = repr(kept)
         if identity not in self._derivatives:
             rule = _Backward(self, attributes, places, call.given)
-            rule.derivative = self.installed.derivative(saved, rule, rule.record)
+            rule.derivative = self.installed.derivative(len(places), saved, rule, rule.record)
             self._derivatives[identity] = rule.derivative
         return self.installed.settle(values, self._derivatives[identity])  # type: ignore[no-any-return]
 
