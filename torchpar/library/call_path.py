@@ -99,6 +99,7 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
         # Errors and `grad_fn` show this name, which is made as PyTorch makes it.
         base, _, overload = name.partition(".")
         generated = f"GeneratedBackwardFor_{namespace}_{base}_{overload or 'default'}"
+        self._node_name = generated + "Backward"
         once: Any = new_class(generated, (DifferentiableOnce,))
         self._apply_once = once.apply
         # Up to torch 2.13 the method of `torch.autograd.Function` is written in Python, and takes

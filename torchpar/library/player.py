@@ -230,7 +230,7 @@ class Player:
         space, _, name = op._qualname.partition("::")
         base, _, overload = name.partition(".")
         self.installed = core.module.Installed(
-            *(space, base, overload, core.devices, op._decompose is not None),
+            *(space, base, overload, core.devices, op._node_name, op._decompose is not None),
             *(op._autograd, partial(op._run, None), self.record, self.observe),
         )
         self.call = self.installed.caller()  # with positional tensors; else NotImplemented
