@@ -169,7 +169,7 @@ def test_anomalies_name_the_forward_call():
         pytest.warns(UserWarning, match="Anomaly Detection has been enabled"),
         torch.autograd.detect_anomaly(check_nan=True),
         pytest.warns(UserWarning, match="op = square|in test_anomalies_name_the_forward_call"),
-        pytest.raises(RuntimeError, match="GeneratedBackwardFor.* returned nan values"),
+        pytest.raises(RuntimeError, match=r"GeneratedBackwardFor.* returned nan values"),
     ):
         gradient(op(x), x, float("nan"))
 
