@@ -32,12 +32,3 @@ def device(t: Tensor) -> Device:
     present = utils.get_device_properties(driver.get_current_device()) if utils else {}
     multiprocessors = present.get("multiprocessor_count", MULTIPROCESSORS)
     return Device(f"{target.backend} {target.arch}", capability, multiprocessors)
-
-
-def device_index(t: Tensor) -> int:
-    """The number of the device on which a kernel would run for ``t``; -1 for the interpreter."""
-    index = t.get_device()
-    if index >= 0:
-        return index
-    driver = triton.runtime.driver._active
-    return -1 if driver is None else int(driver.get_current_device())

@@ -18,7 +18,6 @@ from torch import Tensor
 from triton.knobs import runtime
 
 from . import Wrap
-from .device import device_index
 
 
 class TritonKernel(Protocol):
@@ -191,6 +190,15 @@ def _maker(first: Tensor | None, empty: Empty) -> Callable[[Any], Tensor]:
     return lambda t: t.new_empty(*shape)  # numbers are converted in half the time of a shape
 
 
+def _device_index(t: Tensor) -> int:
+    """The number of the device on which a kernel would run for ``t``; -1 for the interpreter."""
+    index = t.get_device()
+    if index >= 0:
+        return index
+    driver = triton.runtime.driver._active
+    return -1 if driver is None else int(driver.get_current_device())
+
+
 def prepared(
     make: Callable[..., PreparedLaunch | None],
     wrap: Wrap,
@@ -212,7 +220,7 @@ def prepared(
         else:
             key += (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15)
     if key[5] < 0:  # the number of the GPU for which a tensor on the CPU stands in an emulation
-        key += (device_index(operands[0]),)
+        key += (_device_index(operands[0]),)
     try:
         return _launches[key]
     except KeyError:

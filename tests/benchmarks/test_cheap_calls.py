@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Repeated calls by C++ on a stub of the driver: no Python, and a known number of launches."""
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from playing import MODULE, entered, needs_cpp, played, playing
+
+from torchpar.library import player
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 from benchmarks.driver import gpu_of_cpu_tensors
@@ -85,3 +89,14 @@ def test_a_call_that_allocates_or_launches_more_is_noticed(calls, stub):
         for _ in range(3):
             other()
         assert stub.launches(other) != once
+
+
+def test_the_way_to_a_launch_leads_through_six_files(calls):
+    """By Python; C++ needs one more to begin."""
+    call = calls[f"matmul_t, {NO_GRADIENT}, torch.ops.torchpar"]
+    call()
+    with patch.object(player.core, "module", None):
+        names = [name for name in entered(call) if name.startswith("torchpar.")]
+    modules = {max((m for m in sys.modules if n.startswith(f"{m}.")), key=len) for n in names}
+    assert {"torchpar.library.call_path", "torchpar.kernels.launch"} <= modules
+    assert len(modules) <= 6, sorted(modules)

@@ -268,6 +268,7 @@ def test_a_saved_argument_may_be_a_subclass():
 # Kernels of others
 
 
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")  # up to torch 2.13
 def test_other_kernels_win_before_and_after():
     op = make(lambda x: x * 2)
     with torch.library._scoped_library("anyone_tests", "IMPL") as library:
