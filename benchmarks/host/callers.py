@@ -48,7 +48,7 @@ CALLS = 200
 SMALL_ROUNDS = 100
 SMALL_CALLS = 50  # at a time
 BEFORE = ", before"
-OF_PYTORCH = ("ATen", "empty_like", "dispatch to Python")  # the same before
+OF_PYTORCH = ("ATen", "empty_like", "dispatch to Python", "torch.ops")  # the same before
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

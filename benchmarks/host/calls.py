@@ -162,13 +162,14 @@ def forward_and_backward(
 
 
 def layers(device: str) -> Calls:
-    """What each call contains: PyTorch's allocation, and its dispatch to a function in Python."""
+    """Parts of calls: PyTorch's allocation, its dispatch to Python, and the way by `torch.ops`."""
     LIBRARY.define("same(Tensor x) -> Tensor")
     LIBRARY.impl("same", lambda x: x, "Autograd")
     x, same = torch.ones(N, N, device=device), torch.ops.torchpar_host.same
     return {
         "layers, , empty_like": lambda: torch.empty_like(x),
         "layers, , dispatch to Python": lambda: same(x),
+        "layers, , torch.ops": lambda: torch.ops.aten.maximum(x, x),
     }
 
 
