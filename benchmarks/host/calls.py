@@ -162,7 +162,7 @@ def forward_and_backward(
 
 
 def layers(device: str) -> Calls:
-    """Parts of calls: PyTorch's allocation, its dispatch to Python, and the way by `torch.ops`."""
+    """Parts of calls: PyTorch's allocation, its dispatch to Python, and a call by `torch.ops`."""
     LIBRARY.define("same(Tensor x) -> Tensor")
     LIBRARY.impl("same", lambda x: x, "Autograd")
     x, same = torch.ones(N, N, device=device), torch.ops.torchpar_host.same

@@ -92,7 +92,7 @@ def test_a_call_that_allocates_or_launches_more_is_noticed(calls, stub):
 
 
 def test_the_way_to_a_launch_leads_through_six_files(calls):
-    """By Python; C++ needs one more to begin."""
+    """Count the files of a call by Python. With C++ there is one more."""
     call = calls[f"matmul_t, {NO_GRADIENT}, torch.ops.torchpar"]
     call()
     with patch.object(player.core, "module", None):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The nodes that C++ adds to the graph of gradients: all that a node of PyTorch's own does."""
+"""Nodes that C++ adds to autograd's graph: hooks, errors and ends as of PyTorch's own nodes."""
 
 import gc
 import itertools
@@ -163,6 +163,77 @@ def test_a_result_without_a_gradient_counts_as_zeros():
     assert tapes == 2
 
 
+def test_a_result_of_integers_has_zeros_for_its_gradient():
+    op = triton_op(
+        next(NAMES),
+        lambda x: (x * 2, x.argsort()),
+        mutates_args=(),
+        trusted=True,
+        schema="(Tensor x) -> (Tensor, Tensor)",
+    )
+    op.register_autograd(lambda ctx, g, of_integers: 2 * g + 0 * of_integers)
+    for _ in range(4):
+        x = leaf()
+        (y, order), tapes, _ = played(lambda: op(x))  # noqa: B023
+        assert not order.requires_grad
+        assert gradient(y, x).tolist() == [2, 2, 2]
+    assert tapes == 1
+
+
+def test_an_argument_that_somebody_elses_kernel_returns_keeps_its_place():
+    op = square()
+    with torch.library._scoped_library("player_graph_tests", "IMPL") as library:
+        library.impl(op._name, lambda x: x, "CPU")
+        x = leaf()
+        y = op(x)
+        assert x.is_leaf
+        assert torch.equal(gradient(y, x), 2 * x)
+
+
+def test_python_that_computes_sees_no_gradient():
+    def cube(x: Tensor) -> Tensor:
+        seen.append(torch.is_grad_enabled())
+        with torch.enable_grad():
+            z = x.detach().requires_grad_()
+            return gradient(z**3, z)
+
+    op, seen = square(), []
+    with torch.library._scoped_library("player_graph_tests", "IMPL") as library:
+        library.impl(op._name, cube, "CPU")
+        for x in (leaf(), leaf().detach()):
+            assert torch.equal(op(x), 3 * x**2)
+    assert seen[0] is False
+
+
+def test_hooks_of_launches_that_a_hook_of_saved_tensors_adds_count():
+    runtime = pytest.importorskip("triton", reason="the hooks are Triton's").knobs.runtime
+    op, tapes = square(), []
+
+    def pack(t: Tensor) -> Tensor:
+        runtime.launch_enter_hook.add(print)
+        try:
+            tapes.append(played(lambda: getattr(torch.ops, space).__getattr__(name)(B))[1])
+        finally:
+            runtime.launch_enter_hook.remove(print)
+        return t
+
+    space, _, name = op._qualname.partition("::")
+    B = leaf().detach()
+    op(B)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        op(leaf())
+    assert tapes == [0]
+
+
+def test_a_gradient_with_a_derivative_of_forward_mode_keeps_it():
+    op, x = square(), leaf()
+    with torch.autograd.forward_ad.dual_level():
+        g = torch.autograd.forward_ad.make_dual(torch.ones(3), torch.full((3,), 2.0))
+        (found,) = torch.autograd.grad(op(x), x, g)
+        tangent = torch.autograd.forward_ad.unpack_dual(found).tangent
+    assert torch.equal(tangent, 4 * x)
+
+
 def test_anomalies_name_the_forward_call():
     op, x = square(), leaf()
     with (
@@ -190,4 +261,25 @@ def test_compiled_autograd_follows_pythons_rule():
         with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
             y.sum().backward()
         assert torch.equal(x.grad, 2 * scale * x)
+    torch._dynamo.reset()
+
+
+def test_compiled_autograd_takes_zeros_of_the_size_at_hand():
+    """For a result that nothing depends on, whose size is no other tensor's."""
+    op = triton_op(
+        next(NAMES),
+        lambda x, n: (x * 2, x.new_zeros(n)),
+        mutates_args=(),
+        trusted=True,
+        schema="(Tensor x, int n) -> (Tensor, Tensor)",
+    )
+    op.register_autograd(lambda ctx, g, unused: (2 * g * unused.shape[0], None))
+    for n in (3, 4, 5):
+        for _ in range(3):
+            op(leaf(), n)[0].sum().backward()
+    for n in (3, 4, 5):
+        x = torch.ones(2 * n, requires_grad=True)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            op(x, n)[0].sum().backward()
+            assert x.grad.tolist() == 2 * n * [2 * n]
     torch._dynamo.reset()

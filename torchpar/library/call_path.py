@@ -120,7 +120,7 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Here, too, since in inference mode the Autograd key is passed over.
-        if is_dynamo_compiling():  # which would otherwise follow changes of `sharding_rules`
+        if is_dynamo_compiling():  # Dynamo would otherwise follow changes of `sharding_rules`
             register_sharding_rules()
             return self._opoverload(*args, **kwargs)
         if sharding_rules:

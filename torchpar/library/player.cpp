@@ -47,7 +47,7 @@ using torch::autograd::Node;
 using torch::autograd::variable_list;
 using torch::jit::Stack;
 
-// Up to torch 2.13 shared pointers own nodes, and end long graphs by this function.
+// Up to torch 2.13 shared pointers own nodes. This deleter frees long graphs without recursion.
 namespace torch::autograd {
 void deleteNode(Node*);
 }
@@ -235,7 +235,7 @@ struct Operator;
 // since graphs point to them.
 struct Derivative {
   Operator* self;
-  size_t tensors;          // among the arguments
+  size_t tensors;          // how many of the arguments are tensors
   std::vector<int> saved;  // numbers of the tensors among the arguments, then of results; -1: None
   PyObject* rule;          // (saved, needs, grads): Python's rule, a gradient for each tensor
   PyObject* record;        // the same, and remember a tape
@@ -320,23 +320,24 @@ bool has_hooks() {
   return triton_runtime && (has_calls(enter) || has_calls(leave));
 }
 
-// What `has_hooks` said while Python's call of this thread still had the interpreter's lock, so that
-// a tape need not wait for the lock again. Python that is called meanwhile may change the hooks.
+// The answer of `has_hooks`, taken while a call of this thread still held the interpreter's lock:
+// the call's tape need not take the lock again. Python that runs later may change the hooks, so
+// that the answer holds once, and `call_python` resets it.
 struct HooksOfCall {
-  explicit HooksOfCall(std::optional<bool> now) : before(found) { found = now; }
-  ~HooksOfCall() { found = before; }
+  explicit HooksOfCall(std::optional<bool> now) : before(answer) { answer = now; }
+  ~HooksOfCall() { answer = before; }
   const std::optional<bool> before;
-  static thread_local std::optional<bool> found;
+  static thread_local std::optional<bool> answer;
 };
-thread_local std::optional<bool> HooksOfCall::found;
+thread_local std::optional<bool> HooksOfCall::answer;
 
 // Whether somebody watches launches by Triton's hooks, or by those of a kernel of the tape.
 bool is_watched(const Tape* tape) {
   if (tape)
-    for (const auto& step : tape->steps)  // a list's length is a word that needs no lock
+    for (const auto& step : tape->steps)  // to read a list's length needs no lock
       if (step.hooks && PyList_GET_SIZE(step.hooks.get()) > 0) return true;
   if (!triton_runtime) return false;
-  if (HooksOfCall::found) return *HooksOfCall::found;
+  if (const auto answer = std::exchange(HooksOfCall::answer, std::nullopt)) return *answer;
   py::gil_scoped_acquire gil;
   return has_hooks();
 }
@@ -555,11 +556,13 @@ PyObject* object_of(const Slot* slot) {
     return slot->check_pyobj().value_or(nullptr);
 }
 
-// Whether a gradient is a plain tensor of a device, which no mode or subclass intercepts. The keys
+// Whether a gradient is a plain tensor of a device, which no mode or subclass intercepts, and has
+// no derivative of forward mode. The keys
 // do not tell of a subclass that has __torch_function__ alone.
 bool is_plain(const Tensor& t) {
   PyObject* object = object_of(t.unsafeGetTensorImpl()->pyobj_slot());
   if (object && !THPVariable_CheckExact(object)) return false;
+  if (torch::autograd::isFwGradDefined(t)) return false;
   const auto local = c10::impl::tls_local_dispatch_key_set();
   const auto keys =
       (t.key_set() | local.included_) - local.excluded_ -
@@ -589,8 +592,8 @@ auto make_node(Args&&... args) {
     return std::shared_ptr<T>(new T(std::forward<Args>(args)...), torch::autograd::deleteNode);
 }
 
-// A call's node in the graph of gradients, as PyTorch's own operators make theirs: in half of the
-// time of an autograd::Function.
+// The node of a played call in autograd's graph. It takes half of the time of an
+// autograd::Function.
 struct PlayedBackward : Node {
   PlayedBackward(const Derivative& derivative, torch::autograd::edge_list edges)
       : Node(std::move(edges)), derivative(derivative) {}
@@ -598,7 +601,7 @@ struct PlayedBackward : Node {
 
   variable_list apply(variable_list&& grads) override {
     if (!std::all_of(grads.begin(), grads.end(), [](const auto& g) { return g.defined(); }))
-      fill(grads, metadata());
+      fill_zeros(grads, metadata());
     return gradients(derivative, grads, unpacked(), needs());
   }
   void release_variables() override {
@@ -606,15 +609,20 @@ struct PlayedBackward : Node {
     for (auto& one : saved) one.reset_data();
   }
 
-  // Compiled autograd traces `apply_packed` with tensors that no tape takes, and so Python's rule.
+  // Compiled autograd traces `apply_packed` with fake tensors. No tape takes those, so Python's
+  // rule is traced.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(reinterpret_cast<uint64_t>(&derivative));
     for (size_t i = 0; i < saved.size(); i++) args.collect(saved[i], is_result(i));
+    for (uint32_t i = 0; i < num_inputs(); i++)
+      if (args.cond(has_metadata(i))) args.collect(input_metadata(i));
   }
   variable_list apply_with_saved(
       const variable_list& grads, torch::dynamo::autograd::SwapSavedVariables& swap) override {
     using namespace torch::dynamo::autograd;
     for (auto& one : saved) swap.before(one);
+    for (uint32_t i = 0; i < num_inputs(); i++)
+      if (has_metadata(i)) swap.before(mutable_input_metadata(i));
     PackedArgs packed;
     packed.pack(reinterpret_cast<int64_t>(&derivative));
     packed.pack(needs());
@@ -625,18 +633,20 @@ struct PlayedBackward : Node {
     const auto& compiler = getPyCompilerInterface();
     const auto function =
         compiler->bind_function(swap.get_py_compiler(), name(), apply_packed, types, true, true);
-    auto found = compiler->call_function(
+    auto result = compiler->call_function(
         swap.get_py_compiler(), "apply_functional", function, grads, packed.vec(),
         IValuePacker<Metadata>::pack(get_input_metadata(next_edges())));
     for (auto& one : saved) swap.after(one);
-    return found;
+    for (uint32_t i = 0; i < num_inputs(); i++)
+      if (has_metadata(i)) swap.after(mutable_input_metadata(i));
+    return result;
   }
   static variable_list apply_packed(const variable_list& given, const std::vector<IValue>& packed) {
     torch::dynamo::autograd::PackedArgs args(packed);
     const auto& derivative = *reinterpret_cast<const Derivative*>(args.unpack<int64_t>());
     const auto needs = args.unpack<int64_t>();
     auto grads = given;
-    fill(grads, args.unpack<Metadata>());
+    fill_zeros(grads, args.unpack<Metadata>());
     return gradients(derivative, grads, args.unpack<variable_list>(), needs);
   }
 
@@ -649,32 +659,33 @@ struct PlayedBackward : Node {
 
  private:
   using Metadata = std::vector<std::optional<torch::autograd::InputMetadata>>;
+  bool has_metadata(uint32_t i) const { return !input_metadata(i).was_default_constructed(); }
   Metadata metadata() const {
-    Metadata found;
+    Metadata inputs;
     for (uint32_t i = 0; i < num_inputs(); i++)
-      if (const auto& one = input_metadata(i); one.was_default_constructed())
-        found.emplace_back();  // of a result that has no gradient
+      if (has_metadata(i))
+        inputs.emplace_back(input_metadata(i));
       else
-        found.emplace_back(one);
-    return found;
+        inputs.emplace_back();  // of an undefined result
+    return inputs;
   }
-  // Gradients of results that nothing depends on are zeros.
-  static void fill(variable_list& grads, const Metadata& metadata) {
+  // Zeros for results without a gradient.
+  static void fill_zeros(variable_list& grads, const Metadata& metadata) {
     for (size_t i = 0; i < grads.size(); i++)
       if (!grads[i].defined() && metadata[i]) grads[i] = metadata[i]->zeros_like();
   }
   variable_list unpacked() {
     std::lock_guard lock(mutex_);
-    variable_list found;
-    found.reserve(saved.size());
-    for (const auto& one : saved) found.push_back(one.unpack(getptr()));
-    return found;
+    variable_list tensors;
+    tensors.reserve(saved.size());
+    for (const auto& one : saved) tensors.push_back(one.unpack(getptr()));
+    return tensors;
   }
   int64_t needs() const {
-    int64_t found = 0;
+    int64_t mask = 0;
     for (size_t i = 0; i < derivative.tensors; i++)
-      found |= int64_t{task_should_compute_output(i)} << i;
-    return found;
+      mask |= int64_t{task_should_compute_output(i)} << i;
+    return mask;
   }
   static variable_list gradients(
       const Derivative& derivative, const variable_list& grads, const variable_list& tensors,
@@ -720,7 +731,7 @@ struct PlayedBackward : Node {
   }
 };
 
-// Compute below autograd, and let the results on the stack have a node.
+// Compute below autograd, and attach a node to the results on the stack.
 void differentiate(
     const OperatorHandle& op, DispatchKeySet keyset, const Derivative& derivative, Stack& stack) {
   Slots tensors;
@@ -728,16 +739,24 @@ void differentiate(
     if (value.isTensor() && value.toTensor().defined()) tensors.push_back(value.toTensor());
   const at::TensorList given(tensors);
   auto node = make_node<PlayedBackward>(derivative, torch::autograd::collect_next_edges(given));
+  const size_t returns = op.schema().returns().size();
   {
-    at::AutoDispatchBelowADInplaceOrView below;
+    c10::AutoGradMode no_grad(false);
+    c10::AutoFwGradMode no_forward_grad(false);
     op.redispatchBoxed(keyset & c10::after_autograd_keyset, &stack);
+    // Somebody else's kernel may return an argument, whose place in the graph must not change.
+    for (size_t i = stack.size() - returns; i < stack.size(); i++)
+      for (const auto& t : tensors)
+        if (stack[i].toTensor().is_same(t)) stack[i] = t.view_as(t);
   }
-  const auto results = torch::jit::last(stack, op.schema().returns().size());
+  const auto results = torch::jit::last(stack, returns);
   for (const auto& value : results)
-    if (const auto& t = value.toTensor(); torch::autograd::isDifferentiableType(t.scalar_type()))
+    if (const auto& t = value.toTensor(); !t.defined())
+      node->add_input_metadata(Node::undefined_input());
+    else if (torch::autograd::isDifferentiableType(t.scalar_type()))
       torch::autograd::set_history(t, node);
     else
-      node->add_input_metadata(Node::undefined_input());
+      node->add_input_metadata(t);
   node->saved.reserve(derivative.saved.size());
   for (size_t i = 0; i < derivative.saved.size(); i++) {
     const int number = derivative.saved[i];
@@ -865,7 +884,7 @@ PyObject* call_operator(PyObject* self, PyObject* const* given, Py_ssize_t count
   const auto& arguments = schema.arguments();
   bool is_plain = static_cast<size_t>(count) <= arguments.size() &&
                   !at::impl::torch_function_mode_enabled() && !torch::jit::tracer::isTracing();
-  Slots held;  // to the end: the last other owner's end would need the interpreter's lock
+  Slots held;  // until the lock is held again: to free a tensor's object of Python needs it
   Stack stack;
   stack.reserve(std::max(arguments.size(), schema.returns().size()));
   for (size_t i = 0; is_plain && i < arguments.size(); i++) {
@@ -902,11 +921,11 @@ class Installed {
  public:
   Installed(
       std::string space, std::string name, std::string overload, std::vector<std::string> devices,
-      std::string node_name, bool asks_first, const py::object& rule, const py::object& compute, const py::object& record,
-      const py::object& observe)
+      std::string node_name, bool asks_first, const py::object& rule, const py::object& compute,
+      const py::object& record, const py::object& observe)
       : self_(new Operator{
-            space + "::" + name, std::move(node_name), asks_first, keep(rule), keep(compute), keep(record),
-            keep(observe)}),
+            space + "::" + name, std::move(node_name), asks_first, keep(rule), keep(compute),
+            keep(record), keep(observe)}),
         handle_(c10::Dispatcher::singleton().findSchemaOrThrow(
             self_->name.c_str(), overload.c_str())) {
     const auto full = overload.empty() ? name : name + "." + overload;
