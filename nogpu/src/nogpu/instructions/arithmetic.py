@@ -12,15 +12,18 @@ from collections.abc import Callable
 import numpy as np
 
 from nogpu.instructions.rounding import directed, fused, fused_halves
+from nogpu.machine import definedness
 from nogpu.machine.block import Warp
-from nogpu.machine.decode import Run, elementwise, instruction
+from nogpu.machine.decode import Run, elementwise, instruction, unknown
 from nogpu.machine.parse import EVERY_THREAD, Constant, Instruction, Register
 from nogpu.machine.registers import (
+    ALL,
     DTYPES,
     FLOATS,
     HALVES,
     LANES,
     PAIRS,
+    Cause,
     Values,
     reader,
     writer,
@@ -456,7 +459,6 @@ def _shuffle(i: Instruction) -> Run:
     """Each thread takes the value of another one of its segment; its own, if that is outside."""
     mode = i.parts[2]
     to, source, lane, clamp, members = i.operands[0], *i.operands[-4:]
-    assert members in EVERY_THREAD
     assert mode in ("up", "down", "bfly", "idx")
     targets = to if isinstance(to, list) else [to, *i.operands[1:-4]]
     put = writer(targets[0], "u32")
@@ -474,11 +476,39 @@ def _shuffle(i: Instruction) -> Run:
             "idx": least | (bits & ~segment),
         }[mode]
         valid = taken >= most if mode == "up" else taken <= most
-        put(warp, value(warp)[np.where(valid, taken, LANES)])
+        taken = np.where(valid, taken, LANES)
+        put(warp, value(warp)[taken])
         if is_valid is not None:
             is_valid(warp, valid)
+        if warp.mask is not ALL:
+            _mark_absent(warp, i, targets[0], taken)
 
-    return run
+    return for_all(i, members, run)
+
+
+def for_all(i: Instruction, members: object, run: Run) -> Run:
+    """Refuse a mask of some threads in a kernel whose warps execute the instruction as a whole."""
+
+    def checked(warp: Warp) -> object:
+        if warp.block.gpu.kernel.block is None and members not in EVERY_THREAD:
+            return unknown(i)(warp)
+        return run(warp)
+
+    return checked
+
+
+def _mark_absent(warp: Warp, i: Instruction, to: object, taken: Values) -> None:
+    """Let what threads take from others that do not execute a shuffle be undefined."""
+    absent = np.flatnonzero(warp.mask & ~warp.mask[taken])
+    if not len(absent) or not isinstance(to, Register):
+        return
+    lane = int(absent[0])
+    message = (
+        f"{warp.thread(lane)} takes by {i.parts[0]}.{i.parts[1]} the value of "
+        f"{warp.thread(int(taken[lane]))}, which does not execute it or does not exist"
+    )
+    cause = Cause("undefined value", message, i.line)
+    definedness.mark(warp, to.index, absent, np.ones((len(absent), 4), np.bool_), cause)
 
 
 @instruction("vote.sync", whole=True)
@@ -488,15 +518,16 @@ def _vote(i: Instruction) -> Run:
     assert name in ("all", "any", "uni", "ballot")
 
     def run(warp: Warp) -> None:
-        votes = read(warp)
+        given = read(warp)
+        votes, given = given & warp.mask, given[warp.mask]
         if name == "ballot":
             put(warp, np.full(32, int(np.packbits(votes, bitorder="little").view(np.uint32)[0])))
             return
-        all_or_none = votes.all() or not votes.any()
-        outcome = {"all": votes.all(), "any": votes.any(), "uni": all_or_none}[name]
+        all_or_none = given.all() or not given.any()
+        outcome = {"all": given.all(), "any": given.any(), "uni": all_or_none}[name]
         put(warp, np.full(32, bool(outcome)))
 
-    return run
+    return for_all(i, i.operands[2], run) if len(i.operands) > 2 else run
 
 
 @instruction("activemask.b32")
@@ -527,11 +558,13 @@ def _reduce(i: Instruction) -> Run:
     else:
         assert not modifiers
 
-    def reduce(values: Values, members: Values) -> Values:
-        assert (members == 0xFFFFFFFF).all()
-        return np.full_like(values, function(values))
+    put, read = writer(i.operands[0], kind), reader(i.operands[1], kind)
 
-    return elementwise(i, reduce, kind, kind, "u32")
+    def run(warp: Warp) -> None:
+        values = read(warp)
+        put(warp, np.full_like(values, function(values[warp.mask])))
+
+    return for_all(i, i.operands[2], run)
 
 
 @instruction("elect.sync", results=2, whole=True)
@@ -539,11 +572,12 @@ def _elect(i: Instruction) -> Run:
     """One thread is chosen, the same one each time. Which one is left open: it depends on the
     schedule."""
     put_lane, put = writer(i.operands[0], "u32"), writer(i.operands[1], "pred")
-    assert i.operands[2] in EVERY_THREAD
 
     def run(warp: Warp) -> None:
         chosen = elected_lane(warp.block.gpu.schedule.completion, warp.number)
+        if not warp.mask[chosen]:
+            chosen = int(warp.lanes()[0])
         put_lane(warp, np.full(32, chosen, np.uint32))
         put(warp, np.equal(LANES, chosen))
 
-    return run
+    return for_all(i, i.operands[2], run)

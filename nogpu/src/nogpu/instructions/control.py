@@ -4,6 +4,10 @@
 Sections 9.7.12 and 9.7.13 of the PTX ISA.
 """
 
+from collections.abc import Callable
+
+import numpy as np
+
 from nogpu.machine.block import Warp
 from nogpu.machine.decode import Run, action, instruction
 from nogpu.machine.parse import (
@@ -11,13 +15,15 @@ from nogpu.machine.parse import (
     PtxError,
 )
 from nogpu.machine.registers import (
+    ALL,
     Values,
     reader,
+    writer,
 )
 from nogpu.native.layout import EARLY, TRIGGERED, WAIT_ADDRESS, WAITED
 
 
-@action("ret", whole=True)
+@action("ret", "exit", whole=True)
 def _return(warp: Warp, i: Instruction) -> bool:
     warp.done = True
     if all(one.done for one in warp.block.warps):
@@ -27,11 +33,54 @@ def _return(warp: Warp, i: Instruction) -> bool:
     return True
 
 
-@action("bar.sync", "barrier.sync", whole=True)
+@action("bar.sync", "barrier.sync", "barrier.cta.sync", whole=True)
 def _synchronize(warp: Warp, i: Instruction, number: Values, count: Values | None = None) -> bool:
+    if warp.block.gpu.kernel.block is not None:
+        warp.block.arrive_threads(warp, i, int(number[0]), _warps(count))
+        return True
     warps = len(warp.block.warps) if count is None else int(count[0]) // 32
     warp.block.arrive(warp, int(number[0]), warps)
     return True
+
+
+def _warps(count: Values | None) -> int | None:
+    """Return how many warps a number of threads is; None for all of the block."""
+    return None if count is None else -(-int(count[0]) // 32)
+
+
+REDUCTIONS: dict[str, Callable[[Values], int]] = {
+    "popc": lambda votes: int(votes.sum()),
+    "and": lambda votes: int(votes.all()),
+    "or": lambda votes: int(votes.any()),
+}
+
+
+@instruction("bar.red", "barrier.red", "barrier.cta.red", whole=True)
+def _reduce_at_barrier(i: Instruction) -> Run:
+    """A barrier at which each thread gets the sum, or another reduction, of all predicates."""
+    (name,) = (part for part in i.parts if part in REDUCTIONS)
+    to, number, *count, source = i.operands
+    put, barrier, read = writer(to, i.parts[-1]), reader(number), reader(source, "pred")
+    counts = reader(count[0]) if count else None
+
+    def run(warp: Warp) -> bool:
+        block, which = warp.block, int(barrier(warp)[0])
+        votes, results = read(warp)[warp.mask], block.results.setdefault(which, [])
+        block.votes.setdefault(which, []).append(votes)
+
+        def end() -> None:
+            found = REDUCTIONS[name](np.concatenate(block.votes[which]))
+            mask, warp.mask = warp.mask, warp.alive if not warp.alive.all() else ALL
+            put(warp, np.full(32, found, np.bool_ if name != "popc" else np.uint32))
+            warp.mask = mask
+
+        results.append(end)
+        block.arrive_threads(warp, i, which, _warps(counts(warp) if counts else None))
+        if which not in block.results:
+            block.votes.pop(which, None)
+        return True
+
+    return run
 
 
 @action("bar.arrive", "barrier.arrive", whole=True)
@@ -72,7 +121,19 @@ def _branch_by_index(i: Instruction) -> Run:
 
 
 @instruction("bra", results=0)
-@instruction("bar.warp.sync", results=0, whole=True)
 def _pass(i: Instruction) -> Run:
-    """`execute` follows a branch. Limitation: a missing `bar.warp.sync` is not detected."""
+    """`execute` follows a branch."""
     return lambda warp: None
+
+
+@instruction("bar.warp.sync", results=0, whole=True)
+def _synchronize_warp(i: Instruction) -> Run:
+    """Accesses before it are ordered with those behind it, of other threads of the warp.
+
+    Limitation: they are also where its mask does not name all threads.
+    """
+
+    def run(warp: Warp) -> None:
+        warp.clocks.times[warp.index, warp.index] += 1
+
+    return run

@@ -74,6 +74,7 @@ def _print(warp: Warp, i: Instruction) -> None:
         given = iter(values)
         text = CONVERSION.sub(lambda m: "%" if m[3] == "%" else _converted(m, next(given)), form)  # noqa: B023  # used at once
         warp.block.gpu.printed.append(text.rstrip("\n"))
+    warp.arguments["retval0", 0] = np.zeros(32, np.uint32)
 
 
 def _converted(match: re.Match[str], value: int | float) -> str:
@@ -88,6 +89,9 @@ def _converted(match: re.Match[str], value: int | float) -> str:
 def _fail(warp: Warp, i: Instruction) -> None:
     lane = warp.lanes()[0]
     message = _text(warp, int(warp.arguments["param0", 0][lane]), i.line)
+    if warp.block.gpu.kernel.block is not None:  # which ends the kernel
+        reason = f"{warp.thread(int(lane))}: {message}"
+        raise PtxError(i.line, reason, "assertion")
     thread = f"thread {warp.first_thread + int(lane)}{warp.block.suffix}"
     warp.block.gpu.fault("error", "assertion", i.line, f"{thread}: {message}", warp.block.program)
 

@@ -4,10 +4,10 @@
 
 import numpy as np
 
-from nogpu.instructions.arithmetic import flush
+from nogpu.instructions.arithmetic import flush, for_all
 from nogpu.machine.block import Warp
 from nogpu.machine.decode import Run, elementwise, instruction
-from nogpu.machine.parse import EVERY_THREAD, Instruction
+from nogpu.machine.parse import Instruction
 from nogpu.machine.registers import DTYPES, Values, reader, writer
 
 
@@ -70,30 +70,32 @@ def _select_by_sign(i: Instruction) -> Run:
 @instruction("match.any.sync", whole=True)
 def _match_any(i: Instruction) -> Run:
     """The threads that have the same value, as a mask."""
-    assert i.operands[2] in EVERY_THREAD
+    put, read = writer(i.operands[0], "b32"), reader(i.operands[1], i.parts[-1])
 
-    def run(x: Values, _: Values) -> Values:
-        return np.packbits(x[:, None] == x, axis=1, bitorder="little").view(np.uint32)[:, 0]
+    def run(warp: Warp) -> None:
+        x = read(warp)
+        same = (x[:, None] == x) & warp.mask
+        put(warp, np.packbits(same, axis=1, bitorder="little").view(np.uint32)[:, 0])
 
-    return elementwise(i, run, "b32", i.parts[-1], "u32")
+    return for_all(i, i.operands[2], run)
 
 
 @instruction("match.all.sync", results=lambda i: len(i.operands) - 2, whole=True)
 def _match_all(i: Instruction) -> Run:
     """The mask of all threads and true, if all have the same value."""
     *targets, source, members = i.operands
-    assert members in EVERY_THREAD
     put, read = writer(targets[0], "u32"), reader(source, i.parts[-1])
     is_same = writer(targets[1], "pred") if len(targets) > 1 else None
 
     def run(warp: Warp) -> None:
-        values = read(warp)
+        values = read(warp)[warp.mask]
         same = bool((values == values[0]).all())
-        put(warp, np.full(32, 2**32 - 1 if same else 0, np.uint32))
+        here = int(np.packbits(warp.mask, bitorder="little").view(np.uint32)[0])
+        put(warp, np.full(32, here if same else 0, np.uint32))
         if is_same is not None:
             is_same(warp, np.full(32, same))
 
-    return run
+    return for_all(i, members, run)
 
 
 @instruction("vabsdiff4")

@@ -218,8 +218,10 @@ class AddressSpace:
             n, lanes = int(wrong.argmax()), warp.lanes() if lanes is None else lanes
             who = warp.name  # where its threads access other addresses together
             if len(lanes) in (1, addresses.size):
-                thread = warp.first_thread + int(lanes[n % len(lanes)])
-                who = f"thread {thread}{warp.block.suffix}"
+                lane = int(lanes[n % len(lanes)])
+                who = f"thread {warp.first_thread + lane}{warp.block.suffix}"
+                if warp.block.gpu.kernel.block is not None:
+                    who = warp.thread(lane)
             address = int(addresses.flat[n])
             self.tell(warp, self.at(address), address, width, line, f"{who} {what}s")
         return found

@@ -114,6 +114,7 @@ class Unwritten:
         return unwritten if is_untouched else np.zeros_like(unwritten)
 
 
+MANY = 32  # threads of a warp have read an element
 POISON = 0xFF  # NaN in each format, and −1
 LARGEST_UNIT = 16  # bytes that an element of the shadow stands for at first
 
@@ -156,6 +157,10 @@ class Allocation:
         self.reads = zeros(len(self.writes), np.int32)
         # Reads that the last read did not know; made when there are any.
         self.others: Values | None = None
+        # Of CUDA C++: the thread of a warp that has written an element, and that has read it, which
+        # is MANY for several; None: that is not followed.
+        self.lane_writes: Values | None = None
+        self.lane_reads: Values | None = None
         self.barriers: dict[int, Any] = {}  # the mbarriers in it, by their offsets
         self.published: set[int] = set()  # the tensormaps in it, by their places
         self.acquired: dict[int, int] = {}  # the event of the last fence for each of these
@@ -170,6 +175,12 @@ class Allocation:
         """Tell the core that one of the arrays is another one, or a barrier was made."""
         if self.view is not None:
             self.view.update()
+
+    def follow_lanes(self) -> None:
+        """Note from now on which thread of a warp accesses an element."""
+        self.lane_writes = np.zeros(len(self.writes), np.uint8)
+        self.lane_reads = np.zeros(len(self.writes), np.uint8)
+        self.changed()
 
     @property
     def end(self) -> int:
@@ -188,6 +199,9 @@ class Allocation:
         self.writes, self.reads = (self._repeat(a, count) for a in (self.writes, self.reads))
         if self.others is not None:
             self.others = self._repeat(self.others, count)
+        if self.lane_writes is not None and self.lane_reads is not None:
+            self.lane_writes = self._repeat(self.lane_writes, count)
+            self.lane_reads = self._repeat(self.lane_reads, count)
         self.changed()
 
     def _repeat(self, array: Values, count: int) -> Values:

@@ -15,16 +15,20 @@ import numpy as np
 
 from nogpu.machine.allocation import Allocation
 from nogpu.machine.cluster import Cluster, Phase
+from nogpu.machine import simt
 from nogpu.machine.execute import advance
 from nogpu.machine.gpu_state import GpuState
 from nogpu.machine.memory import Space
 from nogpu.machine.operation import Operation
 from nogpu.machine.parse import (
+    Instruction,
     PtxError,
     own_error,
+    source_name,
 )
 from nogpu.machine.registers import (
     ALL,
+    DTYPES,
     LANES,
     NO_CAUSE,
     SHARED_BASE,
@@ -38,7 +42,7 @@ from nogpu.machine.trace import Trace
 from nogpu.machine.vector_clocks import Events, VectorClocks, merged
 from nogpu.native.warps import BlockState, WarpState
 
-LOCAL_BASE = 2**20  # of the threads' stacks
+LOCAL_BASE = 2**57  # of the threads' stacks, which is no address of a process
 
 
 LANE_MASKS = {
@@ -68,10 +72,22 @@ class Warp:
         self.name: str = f"warp {number}{block.suffix}"
         self.registers: RegisterFile
         if not block.is_native:  # which gives it others
-            self.registers = Registers([UNWRITTEN] * len(block.gpu.kernel.registers))
+            kinds = block.gpu.kernel.registers
+            if block.gpu.kernel.block is None:
+                self.registers = Registers([UNWRITTEN] * len(kinds))
+            else:
+                self.registers = Registers([np.zeros(32, DTYPES[kind]) for kind in kinds])
         self.native: WarpState | None = None  # which executes common instructions in C
         self.pc = 0
         self.active = ALL  # the threads at `pc`
+        self.alive: Values = ALL  # those that have not ended
+        if block.gpu.kernel.block is not None:
+            count = math.prod(block.gpu.kernel.block) - self.first_thread
+            if count < 32:
+                self.active = self.alive = count > LANES
+        # Of CUDA C++: how long a group may go on in a loop, and others after that; and where a group
+        # has found all threads that it waits for.
+        self.patience, self.held, self.converged = simt.PATIENCE, 0, -1
         self.parked: dict[int, Values] = {}  # the others, by their program counters
         # Of the others those that wait for the whole warp, by their program counters.
         self.gathered: dict[int, Values] = {}
@@ -85,6 +101,7 @@ class Warp:
         self.groups: defaultdict[Any, list[list[Operation]]] = defaultdict(lambda: [[]])
         self.last_product: Operation | None = None
         self.fence: Any = None  # the stamp of the registers at the last wgmma.fence
+        self.piece = LANES  # the threads of the access that is checked
         self.carry = ~ALL  # of the last addition with ".cc"
         self.cause = NO_CAUSE  # why the last load is undefined
         self.arguments: dict[tuple[str, int], Any] = {}  # of a call, by their places
@@ -130,9 +147,13 @@ class Warp:
         self.released = self.clocks.release(self.index)
 
     def special(self, name: str) -> Values:  # noqa: PLR0911  # a case for each kind of symbol
-        if name in self.block.gpu.parameters:
-            return np.full(32, self.block.gpu.parameters[name], np.uint64)
         block = self.block
+        parameter, _, added = name.partition("+")
+        if parameter in block.gpu.parameters:
+            bits = block.gpu.parameters[parameter] >> 8 * int(added or 0)
+            return np.full(32, bits % 2**64, np.uint64)
+        if (parameter, int(added or 0)) in self.arguments:  # what a call has returned
+            return np.asarray(self.arguments[parameter, int(added or 0)]).astype(np.uint64)
         if name in block.gpu.symbols:
             return np.full(32, block.gpu.symbols[name], np.uint64)
         if name in block.gpu.kernel.locals:
@@ -141,15 +162,17 @@ class Warp:
             return (stacks + offset).astype(np.uint64)
         if name in LANE_MASKS:
             return LANE_MASKS[name]
+        if name.startswith(("%clock", "%globaltimer")) and block.gpu.kernel.block is not None:
+            return np.full(32, self.count + self.waited)
         if name.startswith(("%clock", "%globaltimer")):
             block.cluster.spins.reads_clock = True
             return np.full(32, self.count)
         what, _, axis = name.removeprefix("%").partition(".")
-        if (what, axis) == ("tid", "x"):
-            return LANES + self.first_thread
+        sizes = block.gpu.kernel.block or (block.gpu.kernel.threads, 1, 1)
+        if what == "tid":
+            return self.positions()["xyz".index(axis)]
         axes = {
-            "tid": (0, 0, 0),
-            "ntid": (block.gpu.kernel.threads, 1, 1),
+            "ntid": sizes,
             "ctaid": block.position,
             "nctaid": block.gpu.grid,
             "clusterid": block.program,
@@ -169,13 +192,35 @@ class Warp:
             "cluster_nctarank": size,
             "is_explicit_cluster": size > 1,
             "dynamic_smem_size": block.gpu.shared_bytes,
-            "total_smem_size": block.gpu.shared_bytes,
+            "total_smem_size": block.gpu.shared_bytes
+            + sum(size for _, size in block.gpu.kernel.shared.values()),
         }
         if what not in others:
             i = block.gpu.kernel.instructions[self.pc - 1]
             message = f"the executor does not know the operand {name} of {i.opcode}"
             raise PtxError(i.line, message, "unknown instruction")
         return np.full(32, others[what])
+
+    def positions(self) -> tuple[Values, Values, Values]:
+        """Return the positions of the threads in their block, in each dimension."""
+        numbers = LANES + self.first_thread
+        if self.block.gpu.kernel.block is None:
+            return numbers, np.zeros(32, np.int64), np.zeros(32, np.int64)
+        x, y, _ = self.block.gpu.kernel.block
+        return numbers % x, numbers // x % y, numbers // (x * y)
+
+    def thread(self, lane: int) -> str:
+        """Name a thread by its position in its block."""
+        x, y, z = (int(one[lane]) for one in self.positions())
+        return f"thread ({x}, {y}, {z})"
+
+    def threads_of(self, mask: Values) -> str:
+        """Name the threads of a mask by the first and the last one."""
+        lanes = LANES[mask]
+        first = self.thread(int(lanes[0]))
+        if len(lanes) == 1:
+            return first
+        return f"{len(lanes)} threads from {first[7:]} to {self.thread(int(lanes[-1]))[7:]}"
 
     def active_bits(self) -> int:
         """Return the threads at the program counter as bits."""
@@ -272,14 +317,34 @@ class Block:
             self.memory.refine(launch.program.shared_unit)
             self.memory.others = np.zeros_like(self.memory.reads)
         self.shared.add(self.memory)
+        self.variables = [  # in shared memory, as CUDA C++ declares them
+            Allocation(source_name(one), address, size)
+            for one, (address, size) in gpu.kernel.shared.items()
+        ]
+        for one in self.variables:
+            if launch is not None:
+                one.refine(min(launch.program.shared_unit, one.unit))
+                one.others = np.zeros_like(one.reads)
+            self.shared.add(one)
+        if gpu.kernel.block is not None:
+            for one in (self.memory, *self.variables):
+                one.follow_lanes()
         self.local = Space("local memory")
         if gpu.kernel.local_bytes:
             size = gpu.kernel.local_bytes * gpu.kernel.threads
-            self.local.add(Allocation("local memory", LOCAL_BASE, size))
+            stacks = Allocation("local memory", LOCAL_BASE, size)
+            if launch is not None and gpu.kernel.block is not None:
+                stacks.refine(launch.program.local_unit)
+                stacks.others = np.zeros_like(stacks.reads)
+            self.local.add(stacks)
         self.warps = [Warp(i, self) for i in range(warps)]
         self.native = None if launch is None else BlockState(launch, self)
         # By barrier the warps that have arrived, and whether they wait.
         self.at_barrier: dict[int, list[tuple[Warp, bool]]] = {}
+        self.expected: dict[int, int | None] = {}  # warps at each barrier; None: all that have not ended
+        # By barrier what is done when all have arrived: `bar.red` gives each warp a result.
+        self.results: dict[int, list[Callable[[], None]]] = {}
+        self.votes: dict[int, list[Values]] = {}  # of `bar.red`, by barrier
         self.tensor_memory: Any = None  # of sm_100
         self.bulk: list[tuple[int, int, str]] = []  # bulk copies: agent, line, what must have ended
         self.loads: set[Any] = set()  # mbarriers whose boxes nobody has waited for
@@ -302,6 +367,65 @@ class Block:
                     self.trace.wait(one, latest)
                 one.waited = latest - one.count
                 one.waiting = None
+
+    def arrive_threads(self, warp: Warp, i: Instruction, barrier: int, count: int | None) -> None:
+        """A barrier of CUDA C++, at which threads that have ended are not waited for.
+
+        Raises:
+            PtxError: warps wait at different lines.
+        """
+        self.expected[barrier] = count
+        kernel, arrived = self.gpu.kernel, self.at_barrier.setdefault(barrier, [])
+        for other, _ in arrived if count is None else []:
+            one = kernel.instructions[other.pc - 1]
+            if one.source != i.source:
+                places = (
+                    f"{who.threads_of(who.alive)} at {self.gpu.place_of(place.line)}"
+                    for who, place in ((other, one), (warp, i))
+                )
+                message = "__syncthreads is in a branch that not all threads take: "
+                raise PtxError(one.line, message + "; ".join(places), simt.DIVERGED)
+        arrived.append((warp, True))
+        warp.waiting = lambda: False
+        self.complete_barriers()
+
+    def complete_barriers(self) -> None:
+        """Let warps go on at whose barrier all others have arrived or ended."""
+        living = [one for one in self.warps if not one.done]
+        for barrier, arrived in list(self.at_barrier.items()):
+            count = self.expected.get(barrier)
+            if len(arrived) < (len(living) if count is None else count):
+                continue
+            if count is None:
+                self._note_ended(arrived[0][0])
+            for end in self.results.pop(barrier, []):
+                end()
+            latest = max(one.count + one.waited for one, _ in arrived)
+            self.clocks.join([one.index for one, _ in arrived])
+            del self.at_barrier[barrier]
+            for one, _ in arrived:
+                one.waited = latest - one.count
+                one.waiting = None
+
+    def _note_ended(self, warp: Warp) -> None:
+        """Say that threads have ended without a barrier that the others have reached."""
+        assert self.gpu.kernel.block is not None
+        count = math.prod(self.gpu.kernel.block)
+        ended = sum(max(0, min(32, count - w.first_thread)) - int(w.alive.sum()) for w in self.warps)
+        if not ended:
+            return
+        i = self.gpu.kernel.instructions[warp.pc - 1]
+        gone = next(
+            w.thread(lane)
+            for w in self.warps
+            for lane in range(max(0, min(32, count - w.first_thread)))
+            if not w.alive[lane]
+        )
+        message = (
+            f"{ended} threads of the block, such as {gone}, have ended without this __syncthreads, "
+            "which CUDA wants all threads to reach; let them skip the work, and not return"
+        )
+        self.gpu.fault("warning", simt.DIVERGED, i.line, message, self.program)
 
     def turns(self) -> Iterator[bool]:
         """Run the blocks of the cluster, and yield False where other clusters should run.
@@ -368,7 +492,10 @@ class Block:
         spins.begin_warp(warp)
         warp.waiting = None
         try:
-            advance(warp, budget)
+            if self.gpu.kernel.block is None:
+                advance(warp, budget)
+            else:
+                simt.advance(warp, budget)
         except (PtxError, MemoryError):
             raise
         except Exception as e:

@@ -56,9 +56,9 @@ def _blocks(gpu: GpuState, position: tuple[int, ...]) -> Blocks:
     return Blocks(Block(gpu, position, 0), copies.COPIES_NEED_FENCE)
 
 
-@lru_cache(8)
-def _decoded(text: str) -> Kernel:
-    return decode(parse(text))
+@lru_cache(32)
+def _decoded(text: str, entry: str, block: tuple[int, int, int] | None) -> Kernel:
+    return decode(parse(text, entry, block))
 
 
 class Residents:
@@ -138,6 +138,8 @@ class Gpu(GpuState):
         parameters: Sequence[int],
         grid: tuple[int, int, int] = (1, 1, 1),
         shared: int = 0,
+        entry: str = "",
+        block: tuple[int, int, int] | None = None,
     ) -> None:
         """Execute the kernel of ``text`` on ``grid`` blocks.
 
@@ -146,11 +148,17 @@ class Gpu(GpuState):
         Args:
             parameters: the bits of each one.
             shared: bytes of dynamic shared memory.
+            entry: the name of the kernel, if the text has several.
+            block: the threads of a block of CUDA C++ in each dimension; None: the text, by Triton,
+                gives their number.
         """
         text = text if self.change is None else self.change(text)
-        self.kernel, self.grid, self.shared_bytes = _decoded(text), grid, shared
-        self.symbols = {}
+        self.kernel, self.grid = _decoded(text, entry, block), grid
+        self.shared_bytes = shared
+        self.symbols = dict(self.variables)
         for name, content in self.kernel.constants.items():
+            if name in self.symbols:
+                continue
             place = self.allocate(name, len(content))
             place.content()[:] = np.frombuffer(content, np.uint8)
             place.give()

@@ -42,6 +42,7 @@ class GpuState:
         programs: clusters in each dimension of the grid.
         parameters: the bits of the kernel's parameters, by their names.
         symbols: addresses of the kernel's constants.
+        variables: addresses of those that the module keeps from one launch to the next.
         released: what blocks have released, by address.
         changes: stores, and atomics that changed a value.
         printed: by the program that is executed.
@@ -66,6 +67,7 @@ class GpuState:
         self.schedule = schedule
         self.space = Space("global memory")
         self.symbols: dict[str, int] = {}
+        self.variables: dict[str, int] = {}
         self.released: dict[int, dict[int, Values]] = {}
         self.changes = self.executed_instructions = 0
         self.printed: list[str] = []

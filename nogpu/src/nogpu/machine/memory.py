@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nogpu.machine.address_space import AddressSpace, Rows
-from nogpu.machine.allocation import POISON, Allocation, zeros
+from nogpu.machine.allocation import MANY, POISON, Allocation, zeros
 from nogpu.machine.registers import Cause, Values, all_true
 from nogpu.machine.vector_clocks import EARLIER, GIVEN, UNWRITTEN, Events
 
@@ -46,6 +46,8 @@ class Space(AddressSpace):
         raw = undefined = None
         for place, rows, lanes in self.pieces(warp, addresses, width, line, "load"):
             warp.count_place(place, rows * width)
+            warp.piece = warp.lanes()[lanes]
+            self._note_lanes(warp, place, rows, width, line, False)
             bad = self._read(warp, place, rows, width, event, line, atomic)
             found = place.data.reshape(-1, width)[rows]
             if isinstance(lanes, slice):
@@ -70,12 +72,78 @@ class Space(AddressSpace):
         for place, rows, lanes in self.pieces(warp, addresses, width, line, "store"):
             warp.count_place(place, rows * width)
             mine = values[lanes]
+            warp.piece = warp.lanes()[lanes]
+            self._note_lanes(warp, place, rows, width, line, True)
             self._write(warp, place, rows, width, event, line, mine, atomic)
             data = place.data.reshape(-1, width)
             data[rows] = mine
             if not all_true(data[rows] == mine):
                 who = f"threads of {warp.name}"
+                if warp.block.gpu.kernel.block is not None:
+                    self._tell_writers(warp, place, rows * width, mine, line)
+                    continue
                 self._differ(warp, line, data[rows], mine, who)
+
+    def _tell_writers(
+        self, warp: Warp, place: Allocation, offsets: Values, values: Values, line: int
+    ) -> None:
+        """Report two threads of a warp that store different values to the same bytes."""
+        held = place.data.reshape(-1, values.shape[1])[offsets // values.shape[1]]
+        lost = int(np.flatnonzero((held != values).any(1))[0])
+        here = (offsets == offsets[lost]) & (held == values).all(1)
+        kept = int(np.flatnonzero(here)[0]) if here.any() else lost
+        one, other = (warp.thread(int(warp.piece[n])) for n in (lost, kept))
+        message = (
+            f"{one} and {other} store different values to {place.where(int(offsets[lost]))} at "
+            "once; one of them is lost"
+        )
+        warp.block.gpu.fault("error", "race", line, message, warp.block.program)
+
+    def _note_lanes(
+        self, warp: Warp, place: Allocation, rows: Rows, width: int, line: int, is_write: bool
+    ) -> None:
+        """Note which threads of a warp access elements, and report those that should wait first.
+
+        A thread knows what another one of its warp has done before the last `__syncwarp` or
+        `__syncthreads`.
+        """
+        if place.lane_writes is None or place.lane_reads is None:
+            return
+        events, now = warp.block.gpu.events, int(warp.clocks.times[warp.index, warp.index])
+        mine = np.repeat(warp.piece, width // place.unit).reshape(len(rows), -1)
+        lanes = [place.shadow(one, width) for one in (place.lane_writes, place.lane_reads)]
+        arrays = (place.writes, place.reads)
+        for array, by, does in zip(arrays, lanes, ("writes", "reads"), strict=True):
+            if does == "reads" and not is_write:
+                continue
+            numbers, theirs = place.shadow(array, width)[rows], by[rows]
+            bad = (events.blocks[numbers] == warp.block.number) & (numbers > UNWRITTEN)
+            bad &= (events.agents[numbers] == warp.index) & (events.times[numbers] == now)
+            bad &= (theirs != mine) & ~events.atomic[numbers]
+            if not bad.any():
+                continue
+            row, column = (int(one[0]) for one in np.nonzero(bad))
+            lane, number = int(theirs[row, column]), int(numbers[row, column])
+            who = warp.thread(lane) if lane < 32 else "another thread of its warp"
+            where = place.where(int(rows[row]) * width + column * place.unit)
+            at = warp.block.gpu.place_of(int(events.lines[number]))
+            verb = "overwrites" if is_write else "reads"
+            message = (
+                f"{warp.thread(int(mine[row, 0]))} {verb} {where}, which {who} {does} ({at}), "
+                "without __syncwarp or __syncthreads between them"
+            )
+            warp.block.gpu.fault("error", "race within a warp", line, message, warp.block.program)
+        if is_write:
+            lanes[0][rows] = mine
+            return
+        reads = lanes[1]
+        numbers = place.shadow(place.reads, width)[rows]
+        again = (events.blocks[numbers] == warp.block.number) & (numbers > UNWRITTEN)
+        again &= (events.agents[numbers] == warp.index) & (events.times[numbers] == now)
+        reads[rows] = np.where(again & (reads[rows] != mine), np.uint8(MANY), mine)
+        if len(rows) > 1:  # several of these threads read one element
+            _, first, count = np.unique(rows, return_index=True, return_counts=True)
+            reads[rows[first[count > 1]]] = MANY
 
     def _differ(self, warp: Warp, line: int, a: Values, b: Values, who: str) -> None:
         """Two agents store different values to the same bytes: by rounding, or others.
@@ -297,6 +365,8 @@ class Space(AddressSpace):
         held = place.data.reshape(-1, width)[rows]
         same = (held == values).reshape(*known.shape, -1).all(-1)
         foreign = ~known & (events.blocks[writers] != block)
+        if warp.block.gpu.kernel.block is not None and not foreign.any():
+            return known | same
         if (foreign & same).any():
             name, _, other, _ = _agent(warp, int(writers[foreign & same][0]))
             message = (
@@ -343,13 +413,16 @@ class Space(AddressSpace):
         """Return why what a warp has loaded is undefined."""
         row, column = (int(i[0]) for i in np.nonzero(~known))
         number = int(numbers[row, column])
-        where = place.where(int(rows.reshape(-1)[row]) * width + column * place.unit)
+        offset = int(rows.reshape(-1)[row]) * width + column * place.unit
+        where = place.where(offset)
         events = warp.block.gpu.events
         if number == UNWRITTEN:
             return Cause("uninitialised memory", f"{where} was not written before", line)
-        name, who, by, waits = _agent(warp, number)
-        message = f"{warp.name} reads {where}, which {who} writes ({by}), without {waits}"
-        return Cause(name, message, line, name == "race" and not events.atomic[number])
+        name, who, by, waits = _agent(warp, number, place, offset)
+        reader = _who(warp, row)
+        message = f"{reader} reads {where}, which {who} writes ({by}), without {waits}"
+        is_weak = name == "race" and not events.atomic[number]
+        return Cause(name, message, line, is_weak and warp.block.gpu.kernel.block is None)
 
     def conflict(
         self,
@@ -367,7 +440,7 @@ class Space(AddressSpace):
         row, column = (int(i[0]) for i in np.nonzero(~known.reshape(-1, known.shape[-1])))
         number = int(numbers.reshape(-1, known.shape[-1])[row, column])
         place_of = int(rows.reshape(-1)[row]) * width + column * place.unit
-        here = f"{warp.name} "
+        here = f"{_who(warp, row)} "
         here += "reads" if what == "read" else "overwrites"
         where = place.where(place_of)
         gpu = warp.block.gpu
@@ -380,19 +453,45 @@ class Space(AddressSpace):
                 warp.block.program,
             )
             return
-        name, who, by, waits = _agent(warp, number)
+        name, who, by, waits = _agent(warp, number, place, place_of, other)
         does = "writes" if other == "written" else "reads"
         message = f"{here} {where}, which {who} {does} ({by}), without {waits}"
         # The value that was read may be one that nobody uses: Triton has copies in several warps.
         is_weak = self.is_deferred and other == "read" and name == "race"
+        is_weak &= gpu.kernel.block is None
         gpu.fault("warning" if is_weak else "error", name, line, message, warp.block.program)
 
 
-def _agent(warp: Warp, number: int) -> tuple[str, str, str, str]:
+def _who(warp: Warp, row: int) -> str:
+    """Name who accesses the row of an access: the thread in CUDA C++, and in Triton the warp."""
+    if warp.block.gpu.kernel.block is None or row >= len(warp.piece):
+        return warp.name
+    return warp.thread(int(warp.piece[row]))
+
+
+def _agent(
+    warp: Warp,
+    number: int,
+    place: Allocation | None = None,
+    offset: int = 0,
+    other: str = "written",
+) -> tuple[str, str, str, str]:
     """Return the name of a race with an event, what has accessed the memory, where, and how to wait
     for it."""
     gpu, events = warp.block.gpu, warp.block.gpu.events
     block, who = int(events.blocks[number]), events.who(number)
+    if gpu.kernel.block is not None and block != EARLIER:
+        by = gpu.place_of(int(events.lines[number]))
+        if block != warp.block.number:
+            waits = "an atomic or another launch between them"
+            return "race between blocks", f"{who} of another block", by, waits
+        lanes = None
+        if place is not None:
+            lanes = place.lane_writes if other == "written" else place.lane_reads
+        lane = MANY if lanes is None or place is None else int(lanes[offset // place.unit])
+        if lane < MANY:
+            who = warp.block.warps[int(events.agents[number])].thread(lane)
+        return "race", who, by, "__syncthreads between them"
     if block == EARLIER:
         waits = "waiting for that launch, as tl.extra.cuda.gdc_wait() does"
         return "race between launches", f"{who}, launched before,", events.places[number], waits

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Parse the text of a PTX kernel into instructions whose operands are numbered registers."""
 
+import itertools
+import math
 import re
 import struct
 import traceback
 from bisect import bisect
 from collections import ChainMap
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,16 @@ REGISTERS = {"pred": "pred"} | {
 IGNORED = re.compile(r"//.*$|^\s*\.(?:loc|file|pragma|section)\b.*$", re.MULTILINE)
 # A brace, a label, or a statement, whose vectors have braces, too.
 STATEMENT = re.compile(r"\s*(?:([{}])|([\w$]+):(?!:)|([^;{}]*(?:\{[^}]*\}[^;{}]*)*);)")
-STACK = re.compile(r"(\w+)\[(\d+)\]")
-CONSTANT = re.compile(r"\.(?:global|const)[^;=]*\.b8\s+(\w+)\[(\d*)\]\s*=\s*\{([^}]*)\}")
+STACK = re.compile(r"([\w$]+)\[(\d+)\]")
+SHARED_BASE = 1024  # not 0, so that an offset that is taken for an address is noticed
+# A variable of the module, or of a function in shared memory: its space, its alignment, the type of
+# its elements, its name, how many they are, and its initial value.
+VARIABLE = re.compile(
+    r"\.(global|const|shared)\s+(?:\.attribute\([^)]*\)\s*)?(?:\.align\s+(\d+)\s+)?\.(\w+)\s+"
+    r"([\w$]+)((?:\[\d*\])*)\s*(?:=\s*(\{[^}]*\}|[^;{]+))?;"
+)
+STATIC_BASE = 2**21  # of variables in shared memory, behind all that a launch can ask for
+STATIC_GAP = 2**16  # between them, so that an index beyond one does not find the next one
 ORDERS = {"relaxed", "acquire", "release", "acq_rel"}
 # What does not change an access to memory: hints for caches, and scopes.
 HINTS = {"ca", "cg", "cs", "cv", "lu", "wb", "wt", "nc", "weak", "cta", "gpu", "sys", "noftz"}
@@ -35,6 +45,8 @@ FUNCTION = re.compile(r"\.func\s*(?:\(([^)]*)\)\s*)?([\w$]+)\s*\(([^)]*)\)[^{;]*
 SEQUENCE = re.compile(r"\{\s*// callseq.*?\}\s*// callseq", re.DOTALL)
 CALL = re.compile(r"\bcall(?:\.uni)?\s*(?:\(([\w$]+)\),\s*)?([\w$]+),\s*\(([^)]*)\);")
 BYTES = re.compile(r"\.param\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[([1248])\]")
+ARRAY = re.compile(r"\.param\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[\d+\]")
+ANY_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr[^,\n]*?\s)?([\w$]+)(?:\[(\d+)\])?\s*(?=,|$|\))", re.MULTILINE)
 PARAMETER = re.compile(r"\.param\s+\.(\w+)\s+([\w$]+)")
 STORE_PARAMETER = re.compile(r"\bst\.param\.(\w+)\s*\[([\w$]+)\],\s*([^;]+);")
 LOAD_PARAMETER = re.compile(r"\bld\.param\.(\w+)\s*([^,;]+),\s*\[([\w$]+)\];")
@@ -120,6 +132,15 @@ class Instruction:
         ]
 
 
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a kernel: its name in PTX, its type there, and its bytes."""
+
+    name: str
+    kind: str
+    size: int
+
+
 @dataclass
 class Kernel:
     text: str
@@ -129,6 +150,12 @@ class Kernel:
     instructions: list[Instruction] = field(default_factory=list)
     registers: list[str] = field(default_factory=list)  # their kinds
     constants: dict[str, bytes] = field(default_factory=dict)  # texts, in global memory
+    signature: list[Parameter] = field(default_factory=list)
+    # Of CUDA C++ the threads of a block in each dimension, whose warps may diverge in any way;
+    # None: all threads of a warp take the same way, but for short branches, as Triton's do.
+    block: tuple[int, int, int] | None = None
+    shared: dict[str, tuple[int, int]] = field(default_factory=dict)  # addresses and sizes
+    dynamic_shared: str = ""  # the name of the array whose size a launch gives
     locals: dict[str, int] = field(default_factory=dict)  # offsets in a thread's stack
     local_bytes: int = 0  # of a thread's stack
     program: Any = None  # for the core in C
@@ -150,7 +177,7 @@ def qualifiers(i: Instruction) -> tuple[list[str], str, bool]:
             continue
         elif part.partition("::")[0] == "shared":
             shared = True
-        elif part != "global":
+        elif part not in ("global", "const"):
             rest.append(part)
     return rest, order, shared
 
@@ -214,7 +241,11 @@ class Sources:
 
     def _is_of_triton(self, place: tuple[int, ...]) -> bool:
         path = self.files.get(place[0], "").replace("\\", "/")
-        return "/triton/language/" in path or "/triton/experimental/" in path
+        return (
+            "/triton/language/" in path
+            or "/triton/experimental/" in path
+            or "/site-packages/nvidia/" in path
+        )
 
     @property
     def of_head(self) -> str:
@@ -231,10 +262,19 @@ class Sources:
 def inline(text: str) -> str:
     """Replace calls of functions that the module has by their bodies; lines keep their numbers.
 
-    Parameters become registers. Limitation: those that are no numbers are left.
+    Parameters become registers, and structures lie in local memory. Limitation: a function that
+    calls itself stays a call.
     """
+    text = re.sub(r"(\b(?:st|ld)\.param\b[^;]*?\[\s*[\w$]+)\s*\+\s*0\s*\]", r"\1]", text)
     # A parameter of so many bytes, as the structures of ConSan are, is one number.
-    text = BYTES.sub(lambda match: f".param .b{8 * int(match[2])} {match[1]}", text)
+    text = BYTES.sub(
+        lambda match: (
+            match[0]
+            if f"[{match[1]}+" in text or not match[1].startswith(("param", "retval", "func_"))
+            else f".param .b{8 * int(match[2])} {match[1]}"
+        ),
+        text,
+    )
     functions: dict[str, tuple[str, str, str]] = {}
     for match in FUNCTION.finditer(text):
         depth, end = 1, match.end()
@@ -245,19 +285,36 @@ def inline(text: str) -> str:
         body = IGNORED.sub("", text[match.end() : end - 1]).replace("\n", " ")
         functions[name] = result, parameters, body
 
-    def expand(sequence: re.Match[str]) -> str:
+    count = itertools.count()
+
+    def expand(sequence: re.Match[str], callers: tuple[str, ...] = ()) -> str:
         code = sequence[0]
         call = CALL.search(code)
-        if call is None or call[2] not in functions or re.search(r"\.param[^;]*\[\d+\]\s*;", code):
+        if call is None or call[2] not in functions or call[2] in callers:
             return code
         result, parameters, body = functions[call[2]]
-        declared = PARAMETER.findall(result) + PARAMETER.findall(parameters)
-        given = [one.strip() for one in call[3].split(",")]
+        body = SEQUENCE.sub(lambda inner: expand(inner, (*callers, call[2])), body)
+        # Structures: the caller's variable is that of the function, too.
+        arrays = ARRAY.findall(code)
+        given = [one.strip() for one in call[3].split(",") if one.strip()]
+        own = [one[2] for one in ANY_PARAMETER.findall(parameters)]
+        own_result = [one[2] for one in ANY_PARAMETER.findall(result)]
+        pairs = [*zip(own, given, strict=True), *((one, call[1]) for one in own_result)]
+        for mine, theirs in pairs:
+            if theirs in arrays:
+                name = f"{theirs}$in_memory{next(count)}"
+                body = _in_memory(body, mine, name)
+                code = _in_memory(code, theirs, name)
+                result, parameters = (ARRAY.sub("", one) for one in (result, parameters))
+        call = CALL.search(code)
+        assert call is not None
         moves = [
-            f"mov.{kind} {name}, {value};"
-            for (kind, name), value in zip(PARAMETER.findall(parameters), given, strict=True)
+            f"mov.{kind} {mine}, {theirs};"
+            for kind, mine in PARAMETER.findall(parameters)
+            for theirs in (dict(pairs)[mine],)
         ]
-        body = re.sub(r"\bret(?:\.uni)?;", "bra $L_returned;", _moved(SEQUENCE.sub(expand, body)))
+        declared = PARAMETER.findall(result) + PARAMETER.findall(parameters)
+        body = re.sub(r"\bret(?:\.uni)?;", "bra $L_returned;", _moved(body))
         last = [f"mov.{kind} {call[1]}, {name};" for kind, name in PARAMETER.findall(result)]
         registers = [f".reg .{kind} {name};" for kind, name in declared]
         inner = " ".join(["{", *registers, *moves, body, "$L_returned:", *last, "}"])
@@ -266,37 +323,122 @@ def inline(text: str) -> str:
     return SEQUENCE.sub(expand, text) if functions else text
 
 
+def _in_memory(code: str, name: str, new: str) -> str:
+    """Let a parameter be a variable in local memory with another name."""
+    code = re.sub(rf"\b(st|ld)\.param(\.[^;\[]*\[)\s*{re.escape(name)}(?![\w$])", rf"\1.local\2{new}".replace("$", "$"), code)
+    code = re.sub(rf"\.param(\s+\.align\s+\d+\s+\.b8\s+){re.escape(name)}(?=\[)", lambda m: f".local{m[1]}{new}", code)
+    return code
+
+
 def _moved(code: str) -> str:
     """Let parameters be registers."""
     code = STORE_PARAMETER.sub(r"mov.\1 \2, \3;", code)
     return LOAD_PARAMETER.sub(r"mov.\1 \2, \3;", code)
 
 
-def parse(text: str) -> Kernel:  # noqa: C901, PLR0912  # a case for each kind of statement
-    """The one kernel of ``text``.
+def _numbers(kind: str, given: str) -> bytes:
+    """Return the bytes of a variable's initial value.
+
+    Raises:
+        ValueError: it has an address of another variable.
+    """
+    size = max(int(re.sub(r"\D", "", kind) or 8) // 8, 1)
+    found = b""
+    for one in given.strip("{} \n\t").split(","):
+        text = one.strip()
+        if not text:
+            continue
+        if re.match(r"0[fFdD][0-9A-Fa-f]+$", text):
+            number: int | None = int(text[2:], 16)
+        else:
+            number = integer(text)
+        if number is None:
+            raise ValueError(text)
+        found += (number % 2 ** (8 * size)).to_bytes(size, "little")
+    return found
+
+
+def _take_variables(kernel: Kernel, text: str, used: str) -> None:
+    """Note the variables that ``used`` names: their contents, or their places in shared memory."""
+    end = STATIC_BASE
+    for space, align, kind, name, sizes, given in VARIABLE.findall(text):
+        if not re.search(rf"(?<![\w$]){re.escape(name)}(?![\w$])", used):
+            continue
+        counts = [int(one or 0) for one in re.findall(r"\[(\d*)\]", sizes)]
+        size = max(int(re.sub(r"\D", "", kind) or 8) // 8, 1) * math.prod(counts)
+        if space == "shared":
+            if name == "global_smem" or name in kernel.shared:
+                continue
+            if not size:
+                kernel.dynamic_shared = name
+                continue
+            end = -(-end // max(int(align or 1), 128)) * max(int(align or 1), 128)
+            kernel.shared[name] = end, size
+            end += size + STATIC_GAP
+            continue
+        if not (given or kernel.block):
+            continue
+        try:  # zeros at the end are left out, as in C
+            kernel.constants[name] = _numbers(kind, given).ljust(size, b"\0")
+        except ValueError:
+            continue  # the executor does not know the operand, if it is executed
+
+
+def source_name(name: str) -> str:
+    """Return the name that a variable of PTX has in CUDA C++, as far as its mangled name tells it."""
+    found = re.search(r"E(\d+)([A-Za-z_]\w*)$", name)
+    while found is not None and name.startswith("_Z"):
+        length = int(found[1])
+        if len(found[2]) >= length:
+            return found[2][:length]
+        break
+    return name
+
+
+def entries(text: str) -> list[str]:
+    """Return the names of the kernels of a module."""
+    return re.findall(r"^\s*(?:\.\w+\s+)*\.entry\s+([\w$]+)", text, re.MULTILINE)
+
+
+def parse(  # noqa: C901, PLR0912  # a case for each kind of statement
+    text: str, entry: str = "", block: tuple[int, int, int] | None = None
+) -> Kernel:
+    """The kernel ``entry`` of ``text``, by default the first one.
+
+    ``block``: the threads of a block of CUDA C++; by default the text has their number.
 
     Registers and labels of inner blocks ``{ … }``, which inline assembly has, hide those of outer
     ones. Calls of other functions of ``text`` are replaced by their bodies, in the calls' lines.
     """
     whole, text = text, inline(text)
-    head = re.search(r"\.entry\s+\w+\(([^)]*)\)\s*(?:\.\w+(?:\s+[\d, ]+)?\s*)*", text)
+    name_of_it = re.escape(entry) if entry else r"[\w$]+"
+    head = re.search(
+        rf"\.entry\s+{name_of_it}\s*\(([^)]*)\)\s*(?:\.\w+(?:\s+[\d, ]+)?\s*)*", text
+    )
     assert head is not None
     threads = re.search(r"\.reqntid\s+(\d+)", head[0])
     kernel = Kernel(
         whole,
         int(threads[1]) if threads else 0,
-        re.findall(r"(\w+)(?:\[\d+\])?\s*(?:,|$)", head[1]),
+        re.findall(r"([\w$]+)(?:\[\d+\])?\s*(?:,|$)", head[1]),
         _cluster(head[0]),
     )
-    for name, size, numbers in CONSTANT.findall(text):
-        content = bytes(int(one) % 256 for one in numbers.split(",") if one.strip())
-        # Zeros at the end are left out, as in C.
-        kernel.constants[name] = content.ljust(int(size or 0), b"\0")
+    kernel.signature = [
+        Parameter(name, kind, int(re.sub(r"\D", "", kind) or 8) // 8 * int(count or 1))
+        for _, kind, name, count in ANY_PARAMETER.findall(head[1])
+    ]
+    if block is not None:
+        kernel.block, kernel.threads = block, -(-math.prod(block) // 32) * 32
+    _take_variables(kernel, text, text[head.end() : _end_of_body(text, head.end())])
     code = IGNORED.sub(lambda match: " " * len(match[0]), text)
     ends = [match.start() for match in re.finditer("\n", text)]
     sources = Sources(text)
     kernel.file = sources.of_head
     scope: ChainMap[str, Any] = ChainMap()
+    for name, (address, _) in kernel.shared.items():
+        scope[name] = Constant(address)
+    if kernel.dynamic_shared:
+        scope[kernel.dynamic_shared] = Constant(SHARED_BASE)
     branches: list[tuple[Instruction, ChainMap[str, Any]]] = []
     for match in STATEMENT.finditer(code, head.end()):
         brace, label, statement = match.groups("")
@@ -312,8 +454,11 @@ def parse(text: str) -> Kernel:  # noqa: C901, PLR0912  # a case for each kind o
             _declare(statement, kernel, scope, bisect(ends, match.start(3)) + 1)
         elif statement.startswith(".local"):
             name, size = STACK.findall(statement)[0]
-            kernel.locals[name] = kernel.local_bytes
-            kernel.local_bytes += -(-int(size) // 16) * 16
+            if name not in kernel.locals:  # or a function is called several times
+                kernel.locals[name] = kernel.local_bytes
+                kernel.local_bytes += -(-int(size) // 16) * 16
+        elif statement.startswith(".shared"):
+            continue
         elif statement:
             line = bisect(ends, match.start(3)) + 1
             try:
@@ -321,6 +466,9 @@ def parse(text: str) -> Kernel:  # noqa: C901, PLR0912  # a case for each kind o
             except AssertionError as e:
                 raise PtxError(line, f"the executor cannot parse {statement!r}", UNKNOWN) from e
             instruction.source = sources.at(match.start(3))
+            if instruction.opcode.startswith("ld.param.v"):
+                kernel.instructions += _loads_of_parameter(instruction)
+                continue
             kernel.instructions.append(instruction)
             if instruction.parts[0] in ("bra", "brx"):
                 branches.append((instruction, scope))
@@ -331,6 +479,28 @@ def parse(text: str) -> Kernel:  # noqa: C901, PLR0912  # a case for each kind o
         table = kernel.instructions[scope[branch.operands[1].name]]
         branch.table = [scope[label.name] for label in table.operands]
     return kernel
+
+
+def _end_of_body(text: str, start: int) -> int:
+    """Return where the braces end that begin behind ``start``."""
+    depth = 0
+    for match in re.compile(r"[{}]").finditer(text, start):
+        depth += 1 if match[0] == "{" else -1
+        if depth == 0:
+            return match.end()
+    return len(text)
+
+
+def _loads_of_parameter(i: Instruction) -> list[Instruction]:
+    """Return a load of a parameter's vector as those of its elements."""
+    to, source = i.operands
+    kind, made = i.parts[-1], []
+    for n, one in enumerate(to):
+        address = source.base.name.partition("+")
+        offset = int(address[2] or 0) + n * int(re.sub(r"\D", "", kind)) // 8
+        place = Address(Symbol(f"{address[0]}+{offset}"), 0, [])
+        made.append(replace(i, opcode=f"ld.param.{kind}", operands=[one, place]))
+    return made
 
 
 def _cluster(head: str) -> tuple[int, int, int]:
@@ -368,7 +538,7 @@ def _instruction(statement: str, scope: ChainMap[str, Any], line: int) -> Instru
             base, _, coordinates = text[1:-1].partition(",")
             base, _, offset = base.partition("+")
             return Address(operand(base), _offset(offset, line), operand(coordinates or "{}"))
-        if isinstance(scope.get(text), Register):
+        if isinstance(scope.get(text), Register | Constant):
             return scope[text]
         if re.match(r"0[fFdD][0-9A-Fa-f]+$", text):
             return Constant(int(text[2:], 16))
@@ -379,12 +549,17 @@ def _instruction(statement: str, scope: ChainMap[str, Any], line: int) -> Instru
             raw = struct.pack("<f" if is_short else "<d", float(text))
             return Constant(int.from_bytes(raw, "little"))
         name, _, offset = text.partition("+")
+        if isinstance(scope.get(name.strip()), Constant):  # in shared memory
+            return Constant(scope[name.strip()].bits + _offset(offset, line))
         return Symbol(name.strip(), _offset(offset, line))
 
     match = re.match(r"(?:@(!?)([\w%]+)\s+)?([\w.:]+)\s*(.*)", statement, re.DOTALL)
     assert match is not None, f"cannot parse {statement!r}"
     negated, guard, opcode, operands = match.groups("")
     found = [operand(one) for one in OPERAND.findall(operands)]
+    if opcode.startswith("ld.param") and found[1].offset:  # of a structure
+        place = Symbol(f"{found[1].base.name}+{found[1].offset}")
+        found[1] = Address(place, 0, [])
     if "cache_hint" in opcode:  # the last operand, a policy of caches, changes no result
         found.pop()
     return Instruction(line, opcode, found, operand(guard) if guard else None, negated == "!")

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from nogpu.machine.parse import SHARED_BASE as SHARED_BASE
 from nogpu.machine.parse import Address, Constant, Register, Symbol
 
 LANES = np.arange(32)
 ALL = np.ones(32, np.bool_)  # the mask of a warp whose threads all execute an instruction
-SHARED_BASE = 1024  # not 0, so that an offset that is taken for an address is noticed
 WINDOW_BITS = 24  # of the addresses of a block's shared memory; above them is its rank
 
 DTYPES = {
@@ -178,7 +178,8 @@ def reader(operand: object, kind: str = "u32") -> Read:  # noqa: PLR0911  # a ca
     """A function that gives the operand's value in each thread of a warp; of an address that,
     int64."""
     if isinstance(operand, Address):
-        base = reader(operand.base, getattr(operand.base, "kind", "u32"))
+        is_wide = isinstance(operand.base, Symbol) and operand.base.name != "global_smem"
+        base = reader(operand.base, getattr(operand.base, "kind", "u64" if is_wide else "u32"))
         return lambda warp: base(warp).astype(np.int64) + operand.offset
     if kind in HALVES:
         bits = reader(operand, HALVES[kind])
