@@ -43,6 +43,9 @@ class Launch:
         executed: programs of a sample, whose counts were scaled; None: all were executed.
         is_dependent: by programmatic dependent launch it may begin before the one before has ended.
         ended: the fault or the exception that has ended the launch, or a program of it, early.
+        entry: the kernel's name in the PTX, if that has several kernels.
+        block: of CUDA C++ the threads of a block in each dimension; None: Triton has compiled it.
+        static_shared: bytes of shared memory for the kernel's own variables.
     """
 
     kernel: str
@@ -65,11 +68,14 @@ class Launch:
     executed: int | None = None
     is_dependent: bool = False
     ended: str = ""
+    entry: str = ""
+    block: tuple[int, int, int] | None = None
+    static_shared: int = 0
 
     @property
     def key(self) -> tuple[str, str]:
         """What launches of one kind have in common: the kernel and the PTX."""
-        return self.kernel, self.ptx
+        return self.kernel, self.ptx if self.block is None else f"{self.block} {self.ptx}"
 
     @cached_property
     def counters(self) -> Counters:
@@ -81,7 +87,7 @@ class Launch:
     def resources(self) -> Resources | None:
         """Registers and spills; None if there is no ptxas."""
         try:
-            return resources(self.ptx, self.arch)
+            return resources(self.ptx, self.arch, self.entry)
         except (OSError, RuntimeError):
             return None
 

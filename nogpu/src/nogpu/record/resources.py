@@ -69,8 +69,11 @@ def assemble(ptx: str, arch: str) -> tuple[int, str]:
 
 
 @lru_cache(256)
-def resources(ptx: str, arch: str) -> Resources:
+def resources(ptx: str, arch: str, entry: str = "") -> Resources:
     """Assemble PTX for ``arch``, such as "sm_90", and return what the kernel takes.
+
+    Args:
+        entry: the kernel's name, if the text has several.
 
     Raises:
         OSError: there is no ptxas.
@@ -79,6 +82,8 @@ def resources(ptx: str, arch: str) -> Resources:
     status, said = assemble(ptx, arch)
     if status:
         raise RuntimeError(f"ptxas refuses the kernel: {said.strip().splitlines()[0]}")
+    if entry:
+        said = said.partition(f"entry function '{entry}'")[2].partition("Compiling entry")[0]
     registers = re.search(r"Used (\d+) registers", said)
     spilled = re.search(r"(\d+) bytes spill stores", said)
     stack = re.search(r"(\d+) bytes stack frame", said)

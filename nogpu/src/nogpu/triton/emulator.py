@@ -346,7 +346,7 @@ class Emulator(gpu.Gpu):
         is_first: bool,
     ) -> None:
         self.schedule, self.printed = schedule, []
-        is_new = (launch.kernel, launch.ptx) not in self._counted_before
+        is_new = launch.key not in self._counted_before
         self.trace = Trace() if is_first and self.traces and is_new else None
         launch.trace = launch.trace or self.trace
         self.host_memory.restore()
@@ -354,7 +354,8 @@ class Emulator(gpu.Gpu):
         values = parameters()
         try:
             x, y, z = launch.grid
-            self.launch(launch.ptx, values, (x * launch.ctas, y, z), launch.shared)
+            grid, dynamic = (x * launch.ctas, y, z), launch.shared - launch.static_shared
+            self.launch(launch.ptx, values, grid, dynamic, launch.entry, launch.block)
         except PtxError as e:
             self._ended = e.name
             self._note("error", e.name, e.line, e.reason, e.program)
@@ -377,7 +378,7 @@ class Emulator(gpu.Gpu):
             return
         launch.seconds = time.perf_counter() - started
         # Launches that do the same share what was counted, so that many need little memory.
-        kind = launch.kernel, launch.ptx
+        kind = launch.key
         before = self._counted_before.setdefault(kind, launch.counts)
         if before is not launch.counts and before.equals(launch.counts):
             launch.counts = before

@@ -1,0 +1,3 @@
+# SPDX-License-Identifier: MIT
+"""CUDA C++ without a GPU: `nvrtc` compiles a file, `declarations` reads its kernels' parameters,
+`launching` executes them, and `summary` says how to launch them."""

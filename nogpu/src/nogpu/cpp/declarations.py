@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: MIT
+"""Declarations of kernels in CUDA C++: the names and the types of their parameters.
+
+PTX has the sizes of parameters, and no names. What is read here makes messages better, and refuses
+an array of another type than that of a pointer. Limitation: macros are not expanded.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+ATTRIBUTE = re.compile(r"__launch_bounds__\s*\([^)]*\)|__attribute__\s*\(\([^)]*\)\)")
+QUALIFIERS = ("const", "volatile", "__restrict__", "__restrict", "struct", "__grid_constant__")
+# Types of NumPy, by those of C++
+DTYPES = {
+    "float": "float32",
+    "double": "float64",
+    "int": "int32",
+    "signed": "int32",
+    "unsigned": "uint32",
+    "unsigned int": "uint32",
+    "uint": "uint32",
+    "short": "int16",
+    "unsigned short": "uint16",
+    "long long": "int64",
+    "long long int": "int64",
+    "unsigned long long": "uint64",
+    "unsigned long long int": "uint64",
+    "long": "int64",
+    "unsigned long": "uint64",
+    "size_t": "uint64",
+    "char": "int8",
+    "signed char": "int8",
+    "unsigned char": "uint8",
+    "bool": "bool",
+    "half": "float16",
+    "__half": "float16",
+    "__nv_bfloat16": "bfloat16",
+    "nv_bfloat16": "bfloat16",
+    **{f"{kind}{bits}_t": f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)},
+}
+
+
+class Declared(NamedTuple):
+    """A parameter as the source has it.
+
+    Attributes:
+        name: "" if the source gives none.
+        type: in C++ without qualifiers, such as "float*".
+    """
+
+    name: str
+    type: str
+
+    @property
+    def is_pointer(self) -> bool:
+        return self.type.endswith("*")
+
+    @property
+    def dtype(self) -> str:
+        """The elements' type in NumPy, or that of a number; "" if it is not known."""
+        return DTYPES.get(self.type.rstrip("* "), "")
+
+
+class Declaration(NamedTuple):
+    """A kernel as the source has it.
+
+    Attributes:
+        template: its template parameters as text, "" if it is none.
+    """
+
+    name: str
+    parameters: list[Declared]
+    line: int
+    template: str
+
+
+def declarations(source: str) -> list[Declaration]:
+    """Return the kernels of a source, in its order."""
+    text = COMMENT.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), source)
+    text = ATTRIBUTE.sub(lambda m: " " * len(m[0]), text)
+    found = []
+    for match in re.finditer(r"__global__[^;{}()]*?\b(\w+)\s*\(", text):
+        inside, end = [""], match.end()
+        depth = 1
+        while depth and end < len(text):
+            sign = text[end]
+            depth += {"(": 1, "<": 1, "[": 1, ")": -1, ">": -1, "]": -1}.get(sign, 0)
+            if sign == "," and depth == 1:
+                inside.append("")
+            elif depth:
+                inside[-1] += sign
+            end += 1
+        parameters = [_declared(one) for one in inside if one.strip() not in ("", "void")]
+        before = text[: match.start()].rstrip()
+        template = re.search(r"template\s*<([^;{}]*)>\s*(?:static\s*|inline\s*)*$", before)
+        line = text.count("\n", 0, match.start(1)) + 1
+        found.append(
+            Declaration(match[1], parameters, line, " ".join(template[1].split()) if template else "")
+        )
+    return found
+
+
+def _declared(text: str) -> Declared:
+    text = text.partition("=")[0]
+    arrays = text.count("[")
+    text = re.sub(r"\[[^\]]*\]", "", text).replace("*", " * ")
+    words = [one for one in text.split() if one not in QUALIFIERS]
+    name = ""
+    is_name = len(words) > 1 and re.match(r"[A-Za-z_]\w*$", words[-1])
+    if is_name and words[-1] not in ("int", "char", "long", "short", "double", "float"):
+        name = words.pop()
+    stars = words.count("*") + arrays
+    return Declared(name, " ".join(one for one in words if one != "*") + "*" * stars)

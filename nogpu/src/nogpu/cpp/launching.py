@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: MIT
+"""Kernels of a file of CUDA C++, launched from Python on this CPU.
+
+    kernels = nogpu.cuda.load("gemm.cu")
+    with nogpu.emulate("sm_90") as gpu:
+        kernels["gemm"][grid, block](x, y, n)
+"""
+
+from __future__ import annotations
+
+import linecache
+import math
+import numbers
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nogpu.cpp.declarations import Declaration, Declared, declarations
+from nogpu.cpp.nvrtc import compiled
+from nogpu.machine.parse import Kernel, Parameter, entries, parse
+from nogpu.record.launch import Launch
+from nogpu.record.source import program_line
+from nogpu.triton.driver import emulations, present
+from nogpu.triton.emulator import SHARED_BYTES, Emulator
+
+MOST_THREADS = 1024  # of a block
+MOST_OF_AXIS = (1024, 1024, 64)
+MOST_BLOCKS = (2**31 - 1, 65_535, 65_535)
+WITHOUT_ASKING = 48 * 1024  # bytes of shared memory that a kernel's variables may have
+FLOATS = {"f32": np.float32, "f64": np.float64, "f16": np.float16}
+DEFAULT_ARCH = "sm_90"
+
+
+class Module:
+    """The kernels of a source, by their names.
+
+    Args:
+        source: CUDA C++.
+        path: of its file, which messages name.
+        options: further ones of NVRTC, such as "-DN=16".
+
+    Raises:
+        CompileError: NVRTC refuses the source.
+    """
+
+    def __init__(self, source: str, path: str, options: Sequence[str] = ()):
+        self.source, self.path, self.options = source, path, tuple(options)
+        self._variables: dict[str, dict[str, Tensor]] = {}
+        self.ptx(DEFAULT_ARCH)
+
+    def ptx(self, arch: str, names: tuple[str, ...] = ()) -> str:
+        """Return the module's PTX for an architecture."""
+        return compiled(self.source, self.path, arch, names, self.options)[0]
+
+    @cached_property
+    def declared(self) -> dict[str, Declaration]:
+        """The kernels as the source declares them, by name."""
+        return {one.name: one for one in declarations(self.source)}
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the kernels; those of templates without their arguments."""
+        return list(self.declared)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __getitem__(self, name: str) -> CppKernel:
+        base = re.split(r"[<(]", name)[0].split("::")[-1].strip()
+        declared = self.declared.get(base)
+        if declared is None:
+            known = ", ".join(self.names) or "none"
+            raise KeyError(f"{Path(self.path).name} has no kernel {name!r}; its kernels: {known}")
+        if declared.template and "<" not in name:
+            example = f"{base}<{declared.template}>"
+            raise KeyError(f"{base} is a template; give its arguments: kernels[{example!r}]")
+        return CppKernel(self, name, declared)
+
+    def entry(self, name: str, arch: str) -> tuple[str, str]:
+        """Return the PTX that has a kernel, and the kernel's name in it."""
+        text = self.ptx(arch)
+        found = [
+            one
+            for one in entries(text)
+            if one == name or re.match(rf"_Z{len(name)}{re.escape(name)}(?!\w*::)", one)
+        ]
+        if len(found) == 1:
+            return text, found[0]
+        text, lowered = compiled(self.source, self.path, arch, (name,), self.options)
+        return text, lowered[name]
+
+    def variables(self, kernel: Kernel) -> dict[str, Tensor]:
+        """Return the module's variables in global memory, which launches share."""
+        held = self._variables.setdefault(kernel.text, {})
+        for name, content in kernel.constants.items():
+            if name not in held:
+                held[name] = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8)
+        return held
+
+
+class Size(NamedTuple):
+    """The grid and the block of a launch, and the bytes of dynamic shared memory."""
+
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+
+
+class CppKernel:
+    """A kernel: ``kernel[grid, block, shared_bytes](*arguments)``.
+
+    ``grid`` and ``block`` are an integer or up to three; ``shared_bytes`` are 0 by default.
+    """
+
+    def __init__(self, module: Module, name: str, declared: Declaration):
+        self.module, self.name, self.declared = module, name, declared
+
+    def __getitem__(self, size: Any) -> BoundKernel:
+        if not isinstance(size, tuple) or len(size) not in (2, 3, 4):
+            raise TypeError(f"{self.name}[{size!r}]: expected [grid, block] or [grid, block, bytes]")
+        grid, block = (_three(one, what) for one, what in zip(size, ("grid", "block"), strict=False))
+        return BoundKernel(self, Size(grid, block, int(size[2]) if len(size) > 2 else 0))
+
+    def __call__(self, *arguments: object) -> None:
+        raise TypeError(f"say how to launch {self.name}: kernels[{self.name!r}][grid, block](…)")
+
+
+def _three(given: Any, what: str) -> tuple[int, int, int]:
+    sizes = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+    is_right = 1 <= len(sizes) <= 3
+    if not is_right or not all(isinstance(n, numbers.Integral) for n in sizes):
+        raise TypeError(f"the {what} is {given!r}, expected an integer or up to three")
+    x, y, z = (*(int(n) for n in sizes), 1, 1, 1)[:3]
+    return x, y, z
+
+
+@lru_cache(64)
+def _parsed(text: str, entry: str, block: tuple[int, int, int]) -> Kernel:
+    return parse(text, entry, block)
+
+
+class BoundKernel:
+    """A kernel with the size of its launch."""
+
+    def __init__(self, kernel: CppKernel, size: Size):
+        self.kernel, self.size = kernel, size
+
+    def __call__(self, *arguments: Any) -> None:
+        """Execute the launch.
+
+        Raises:
+            RuntimeError: nothing is emulated.
+            TypeError: an argument has another type than its parameter, or their number differs.
+            ValueError: a GPU cannot launch that size.
+        """
+        if not emulations:
+            raise RuntimeError(
+                f"{self.kernel.name} is executed within nogpu.emulate(), or by python -m nogpu "
+                "SCRIPT; no emulator is there"
+            )
+        emulator, module, declared = present(), self.kernel.module, self.kernel.declared
+        text, entry = module.entry(self.kernel.name, emulator.arch)
+        kernel = _parsed(text, entry, self.size.block)
+        launch_kernel(
+            emulator,
+            PtxKernel(self.kernel.name, text, entry, kernel, module.variables(kernel)),
+            self.size,
+            convert(self.kernel.name, kernel.signature, declared.parameters, arguments),
+        )
+
+
+class PtxKernel(NamedTuple):
+    """A kernel that a compiler of threads has made.
+
+    Attributes:
+        name: for messages.
+        text: the module's PTX.
+        entry: the kernel's name in it.
+        parsed: for the launch's block.
+        variables: the memory of the module's variables, by their names in PTX.
+    """
+
+    name: str
+    text: str
+    entry: str
+    parsed: Kernel
+    variables: dict[str, Tensor]
+
+
+class Argument(NamedTuple):
+    """An argument: its parameter's bits, or an array and its name."""
+
+    name: str
+    value: int | Tensor
+
+
+def launch_kernel(
+    emulator: Emulator, kernel: PtxKernel, size: Size, arguments: Sequence[Argument]
+) -> None:
+    """Execute a launch of a kernel whose block has the size of the launch.
+
+    Raises:
+        ValueError: a GPU cannot launch that size.
+    """
+    static = sum(size for _, size in kernel.parsed.shared.values())
+    check_size(emulator, kernel.name, size, static)
+    if not math.prod(size.grid):
+        emulator.empty.append(f"the grid of {kernel.name} is {size.grid}, without a block")
+        return
+    launch = Launch(
+        kernel.name,
+        emulator.arch,
+        size.grid,
+        kernel.parsed.threads // 32,
+        static + size.shared,
+        ptx=kernel.text,
+        launched=program_line(),
+        entry=kernel.entry,
+        block=size.block,
+        static_shared=static,
+    )
+
+    def execute(given: Sequence[Argument]) -> None:
+        def parameters() -> list[int]:
+            emulator.variables = {
+                name: _placed(emulator, name, one) for name, one in kernel.variables.items()
+            }
+            return [
+                one.value if isinstance(one.value, int) else _placed(emulator, one.name, one.value)
+                for one in given
+            ]
+
+        try:
+            emulator.run(launch, parameters, "")
+        finally:
+            emulator.variables = {}
+
+    execute(arguments)
+
+
+def _placed(emulator: Emulator, name: str, t: Tensor) -> int:
+    if t.untyped_storage().nbytes():
+        emulator.host_memory.place(t, name)
+    return int(t.data_ptr()) % 2**64
+
+
+def check_size(emulator: Emulator, name: str, size: Size, static: int) -> None:
+    """Refuse a launch that no GPU of the architecture can do.
+
+    Raises:
+        ValueError: the size is too large, or below 0.
+    """
+    threads, most = math.prod(size.block), SHARED_BYTES[emulator.capability]
+    if min(size.block) < 1 or threads > MOST_THREADS:
+        raise ValueError(
+            f"the block of {name} is {size.block}, {threads:,} threads; expected 1 to "
+            f"{MOST_THREADS:,} threads"
+        )
+    if any(n > limit for n, limit in zip(size.block, MOST_OF_AXIS, strict=True)):
+        raise ValueError(f"the block of {name} is {size.block}, expected at most {MOST_OF_AXIS}")
+    if min(size.grid) < 0 or any(n > m for n, m in zip(size.grid, MOST_BLOCKS, strict=True)):
+        raise ValueError(f"the grid of {name} is {size.grid}, expected at most {MOST_BLOCKS}")
+    if size.shared < 0 or static + size.shared > most:
+        raise ValueError(
+            f"{name} takes {static + size.shared:,} bytes of shared memory, {static:,} of them "
+            f"for its variables; a block of {emulator.arch} has at most {most:,}"
+        )
+    if static > WITHOUT_ASKING:
+        raise ValueError(
+            f"the variables of {name} in shared memory take {static:,} bytes, at most "
+            f"{WITHOUT_ASKING:,} are compiled; more must be extern __shared__"
+        )
+
+
+# Arguments
+
+
+def convert(
+    kernel: str,
+    signature: Sequence[Parameter],
+    declared: Sequence[Declared],
+    arguments: Sequence[Any],
+) -> list[Argument]:
+    """Return arguments as a kernel's parameters.
+
+    Args:
+        declared: the parameters as the source has them; fewer or none if they are not known.
+
+    Raises:
+        TypeError: the number of arguments, or the type of one, is not that of the parameters.
+    """
+    known = list(declared) if len(declared) == len(signature) else []
+    names = [
+        (known[n].name if known else "") or f"argument {n + 1}" for n in range(len(signature))
+    ]
+    if len(arguments) != len(signature):
+        raise TypeError(
+            f"{kernel} takes {len(signature)} arguments ({', '.join(names)}), and got "
+            f"{len(arguments)}"
+        )
+    found = []
+    for n, (parameter, value) in enumerate(zip(signature, arguments, strict=True)):
+        one = known[n] if known else None
+        found.append(Argument(names[n], _converted(kernel, names[n], parameter, one, value)))
+    return found
+
+
+def _converted(
+    kernel: str, name: str, parameter: Parameter, declared: Declared | None, value: Any
+) -> int | Tensor:
+    what = f"{name} of {kernel}"
+    if isinstance(value, (np.ndarray, Tensor)) and (value.ndim or declared_pointer(declared)):
+        return _array(what, parameter, declared, value)
+    if value is None and parameter.size == 8:
+        return 0
+    if isinstance(value, (bytes, np.void)):
+        raw = bytes(value) if isinstance(value, bytes) else value.tobytes()
+        if len(raw) != parameter.size:
+            raise TypeError(f"{what} has {parameter.size} bytes, and got {len(raw)}")
+        return int.from_bytes(raw, "little")
+    if declared_pointer(declared):
+        raise TypeError(f"{what} is {declared.type}, and got {_kind(value)}; pass an array")  # type: ignore[union-attr]
+    value = value.item() if isinstance(value, (np.generic, np.ndarray, Tensor)) else value
+    return _number(what, parameter, declared, value)
+
+
+def declared_pointer(declared: Declared | None) -> bool:
+    return declared is not None and declared.is_pointer
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, (np.ndarray, Tensor)):
+        return f"an array of {str(value.dtype).removeprefix('torch.')}"
+    return f"{value!r}" if isinstance(value, (int, float, bool)) else type(value).__name__
+
+
+def _array(
+    what: str, parameter: Parameter, declared: Declared | None, value: np.ndarray[Any, Any] | Tensor
+) -> Tensor:
+    if parameter.size != 8 or (declared is not None and not declared.is_pointer and declared.dtype):
+        kind = declared.type if declared is not None else parameter.kind
+        raise TypeError(f"{what} is {kind}, and got {_kind(value)}; pass a number")
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu":
+            raise TypeError(f"{what} is on {value.device}, expected a tensor on the CPU")
+        t = value
+    else:
+        if not value.flags.writeable or any(n < 0 for n in value.strides):
+            raise TypeError(f"{what} is a NumPy array that cannot be shared; pass its copy()")
+        t = torch.from_numpy(value)
+    expected, got = declared.dtype if declared else "", str(t.dtype).removeprefix("torch.")
+    is_same = expected in ("", got) or (expected[:1] in "ui" and expected.lstrip("u") == got.lstrip("u"))
+    is_same |= {expected, got} <= {"int8", "uint8", "bool"}
+    if declared is not None and declared.type.endswith("**"):
+        is_same = True
+    if not is_same:
+        raise TypeError(
+            f"{what} is {declared.type if declared else ''}, and got an array of {got}; expected "
+            f"{expected}"
+        )
+    return t
+
+
+def _number(what: str, parameter: Parameter, declared: Declared | None, value: Any) -> int:
+    kind = parameter.kind
+    shown = declared.type if declared is not None and declared.type else kind
+    if kind in FLOATS:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{what} is {shown}, and got {_kind(value)}; pass a number")
+        with np.errstate(over="ignore"):
+            raw = FLOATS[kind](value).tobytes()
+        return int.from_bytes(raw, "little")
+    if kind == "b8" or parameter.size not in (1, 2, 4, 8):
+        return _structure(what, parameter, declared, value)
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
+        raise TypeError(f"{what} is {shown}, and got {_kind(value)}; pass an integer")
+    if not isinstance(value, numbers.Integral):
+        raise TypeError(f"{what} is {shown}, and got {_kind(value)}")
+    bits, number = 8 * parameter.size, int(value)
+    if not -(2 ** (bits - 1)) <= number < 2**bits:
+        raise TypeError(f"{what} is {shown}, and {number} does not fit into {bits} bits")
+    return number % 2**bits
+
+
+def _structure(what: str, parameter: Parameter, declared: Declared | None, value: Any) -> int:
+    """Return the bits of a half, which PTX takes for a structure of two bytes."""
+    dtype = declared.dtype if declared is not None else ""
+    if dtype in ("float16", "bfloat16") and isinstance(value, numbers.Real):
+        one = torch.tensor(float(value), dtype=getattr(torch, dtype)).view(torch.int16)
+        return int(one) % 2**16
+    raise TypeError(f"{what} is a structure of {parameter.size} bytes; pass its bytes")
+
+
+def compile_source(source: str, path: str = "", options: Sequence[str] = ()) -> Module:
+    """Return the kernels of CUDA C++; ``path`` is the file that messages name."""
+    if not path:
+        path = f"cuda_source_{abs(hash(source)) % 10**6}.cu"
+        lines = source.splitlines(keepends=True)
+        linecache.cache[path] = len(source), None, lines, path
+    return Module(source, path, options)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: MIT
+"""Compile CUDA C++ to PTX by NVRTC, which comes with PyTorch's wheel."""
+
+from __future__ import annotations
+
+import linecache
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+# Headers of the C library that files include for their host code, or for names that NVRTC knows.
+INTEGERS = "\n".join(
+    f"typedef signed {kind} int{bits}_t;\ntypedef unsigned {kind} uint{bits}_t;"
+    for bits, kind in ((8, "char"), (16, "short"), (32, "int"), (64, "long long"))
+)
+LIMITS = """
+#define CHAR_BIT 8
+#define INT_MAX 2147483647
+#define INT_MIN (-INT_MAX - 1)
+#define UINT_MAX 4294967295u
+#define LLONG_MAX 9223372036854775807ll
+#define LLONG_MIN (-LLONG_MAX - 1)
+"""
+FLOATS = """
+#define FLT_MAX 3.402823466e+38f
+#define FLT_MIN 1.175494351e-38f
+#define FLT_EPSILON 1.192092896e-07f
+#define DBL_MAX 1.7976931348623158e+308
+#define DBL_MIN 2.2250738585072014e-308
+#define DBL_EPSILON 2.2204460492503131e-016
+"""
+NOTHING = ("stdio", "stdlib", "math", "assert", "string", "time")
+HEADERS = {
+    **{f"{name}.h": "" for name in NOTHING},
+    **{f"c{name}": "" for name in NOTHING},
+    **dict.fromkeys(("iostream", "cuda.h"), ""),
+    "limits.h": LIMITS,
+    "climits": LIMITS,
+    "float.h": FLOATS,
+    "cfloat": FLOATS,
+    "stdint.h": INTEGERS,
+    "cstdint": f"{INTEGERS}\nnamespace std {{ using ::uint32_t; using ::int32_t; }}",
+}
+
+
+class CompileError(Exception):
+    """NVRTC refuses a file; each line of the message has a file and a line."""
+
+
+def _nvrtc() -> Any:
+    """Return NVRTC's Python module.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        from cuda.bindings import nvrtc
+    except ModuleNotFoundError:
+        message = (
+            "CUDA C++ is compiled by NVRTC, which is not installed: pip install cuda-bindings "
+            "nvidia-cuda-nvrtc (PyTorch's wheel for CUDA brings both)"
+        )
+        raise ModuleNotFoundError(message) from None
+    return nvrtc
+
+
+@lru_cache(1)
+def include_folders() -> list[str]:
+    """Return where wheels have CUDA's headers, such as cuda_fp16.h and mma.h."""
+    found = []
+    spec = find_spec("nvidia")
+    for root in spec.submodule_search_locations or [] if spec else []:
+        found += [str(one.parent) for one in sorted(Path(root).glob("*/include/cuda_fp16.h"))]
+    if not found and (spec := find_spec("triton")) and spec.origin:
+        folder = Path(spec.origin).parent / "backends" / "nvidia" / "include"
+        found += [str(folder)] if (folder / "cuda_fp16.h").exists() else []
+    return found
+
+
+@lru_cache(64)
+def compiled(
+    source: str, path: str, arch: str, names: tuple[str, ...], options: tuple[str, ...]
+) -> tuple[str, dict[str, str]]:
+    """Return the PTX of a source, and the names in it of name expressions.
+
+    Args:
+        path: of the file, for lines in messages.
+        arch: such as "sm_90".
+        names: instances of templates, such as "gemm<float, 16>".
+
+    Raises:
+        CompileError: the source has an error.
+    """
+    nvrtc = _nvrtc()
+    headers = [one for one in HEADERS.items() if f"<{one[0]}>" in source or f'"{one[0]}"' in source]
+    status, program = nvrtc.nvrtcCreateProgram(
+        source.encode(),
+        path.encode(),
+        len(headers),
+        [text.encode() for _, text in headers],
+        [name.encode() for name, _ in headers],
+    )
+    _check(nvrtc, status)
+    try:
+        for name in names:
+            _check(nvrtc, *nvrtc.nvrtcAddNameExpression(program, name.encode()))
+        folders = [str(Path(path).parent), *include_folders()]
+        given = [
+            "-lineinfo",
+            f"--gpu-architecture={arch.replace('sm_', 'compute_')}",
+            "--std=c++17",
+            *(f"--include-path={folder}" for folder in folders),
+            *options,
+        ]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(given), [one.encode() for one in given])
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise CompileError(_message(_text(nvrtc, program, "ProgramLog"), path))
+        ptx = _text(nvrtc, program, "PTX")
+        lowered = {}
+        for name in names:
+            status, found = nvrtc.nvrtcGetLoweredName(program, name.encode())
+            _check(nvrtc, status)
+            lowered[name] = found.decode()
+        return ptx, lowered
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _check(nvrtc: Any, status: Any) -> None:
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise CompileError(f"NVRTC ends with {status.name}")
+
+
+def _text(nvrtc: Any, program: Any, what: str) -> str:
+    _, size = getattr(nvrtc, f"nvrtcGet{what}Size")(program)
+    text = b" " * size
+    getattr(nvrtc, f"nvrtcGet{what}")(program, text)
+    return text.decode(errors="replace").rstrip("\0")
+
+
+def _message(log: str, path: str) -> str:
+    """Return NVRTC's errors, one in a line, each with its file and line."""
+    found = re.findall(r"^(.+?)\((\d+)\): (?:catastrophic )?error: (.*)$", log, re.MULTILINE)
+    lines = [f"{Path(file).name}:{line}: {what}" for file, line, what in found]
+    if any("<<<" in linecache.getline(path, int(line)) for _, line, _ in found):
+        lines.append("host code is not compiled: launch the kernel from Python")
+    return "\n".join(lines or [log.strip() or f"NVRTC refuses {path}"])
