@@ -209,7 +209,8 @@ def reader(operand: object, kind: str = "u32") -> Read:  # noqa: PLR0911  # a ca
     if operand.name == "global_smem":
         value = np.full(32, SHARED_BASE + operand.offset, dtype)
         return lambda warp: value | dtype.type(warp.block.window) if warp.block.rank else value
-    return lambda warp: warp.special(operand.name).astype(dtype)
+    bits_of_it = DTYPES[f"u{8 * dtype.itemsize}"] if dtype.kind == "f" else dtype
+    return lambda warp: warp.special(operand.name).astype(bits_of_it).view(dtype)
 
 
 def writer(

@@ -124,7 +124,7 @@ static void change(Warp *w, const Instruction *i, const Access *at, int n, uint8
         keep(w, at->place, where, width);
         memcpy(where, result, (size_t)width);
     }
-    w->stores += i->space == 0 ? has_changed : 0;
+    w->stores += space_of(w, i) == 0 ? has_changed : 0;
 }
 
 /* `Block.spin`: whether an atomic has found what it found before. */
@@ -159,7 +159,7 @@ static int atomic(Warp *w, const Instruction *i, uint32_t mask)
 {
     uint8_t old[MOST_ELEMENTS][LANES * 8] = {{0}};
     Access at;
-    const int width = i->width, is_global = i->space == 0;
+    const int width = i->width, is_global = space_of(w, i) == 0;
     if (w->events->count + i->count > w->events->capacity)
         return GROW;
     if (!locate(w, i, mask, width, LANES, &at))
@@ -173,7 +173,7 @@ static int atomic(Warp *w, const Instruction *i, uint32_t mask)
     count_access(w, i, &at, width * i->count);
     Access first = at;
     for (int n = 0; n < i->count; n++) {
-        if (n && !locate_at(w, i->from[0], i->offset + n * width, w->spaces[i->space], mask, width,
+        if (n && !locate_at(w, i->from[0], i->offset + n * width, w->spaces[space_of(w, i)], mask, width,
                             LANES, &at))
             return PYTHON;
         if (!may_change(w, &at, width, i->mode, i->is_atomic))

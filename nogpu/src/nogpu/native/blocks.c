@@ -134,17 +134,50 @@ static void share(Runner *r, const int32_t *warps, int32_t count)
     }
 }
 
+/* `control._reduce_at_barrier`: give each warp the result of all votes. */
+static void end_votes(Runner *r, const Instruction *i, int32_t number, int32_t expected)
+{
+    uint32_t counts[LANES];
+    uint8_t results[LANES];
+    const int32_t votes = r->votes[number];
+    for (int n = 0; n < LANES; n++) {
+        counts[n] = (uint32_t)votes;
+        results[n] = i->count == 2 ? votes == r->voters[number] : votes != 0;
+    }
+    for (int n = 0; n < expected; n++) {
+        Warp *one = &r->warps[r->arrivals[number][n]];
+        put(one, i->to[0], i->count == 1 ? (void *)counts : (void *)results, one->alive);
+    }
+    r->votes[number] = r->voters[number] = 0;
+}
+
 static int arrive(Warp *w, const Instruction *i)
 {
     Runner *r = w->runner;
     const int32_t number = i->mode, expected = i->offset ? (int32_t)i->offset : r->warp_count;
     if (number >= BARRIERS)
         return PYTHON;
+    if (w->of_threads) {
+        if (w->alive != w->first_alive)
+            return PYTHON; /* threads have ended before */
+        for (int n = 0; n < r->warp_count && !i->offset; n++)
+            if (r->states[n].done)
+                return PYTHON;
+        if (r->arrived[number] && !i->offset &&
+            r->warps[r->arrivals[number][0]].pc != w->pc + 1)
+            return PYTHON; /* in a branch that not all threads take */
+        if (i->count) {
+            r->votes[number] += __builtin_popcount(bits_of(row(w, i->from[0])) & w->alive);
+            r->voters[number] += __builtin_popcount(w->alive);
+        }
+    }
     r->arrivals[number][r->arrived[number]++] = w->index;
     r->states[w->index].waiting = 1;
     if (r->arrived[number] < expected)
         return STOPPED;
     share(r, r->arrivals[number], expected);
+    if (i->count)
+        end_votes(r, i, number, expected);
     for (int n = 0; n < expected; n++)
         r->states[r->arrivals[number][n]].waiting = 0;
     r->arrived[number] = 0;
@@ -319,7 +352,12 @@ static int of_block(Warp *w, const Instruction *i, uint32_t mask)
     Runner *r = w->runner;
     State *s = &r->states[w->index];
     switch (i->kind) {
-    case RETURN: s->done = 1; return STOPPED;
+    case RETURN:
+        for (int n = 0; w->of_threads && n < BARRIERS; n++)
+            if (r->arrived[n])
+                return PYTHON; /* others wait for its threads */
+        s->done = 1;
+        return STOPPED;
     case BARRIER: return arrive(w, i);
     case COMMIT:
         commit(&s->families[i->mode]);
@@ -354,6 +392,19 @@ static int of_block(Warp *w, const Instruction *i, uint32_t mask)
 
 /* Blocks. */
 
+/* Let nobody have written memory of a block. */
+static void forget(Allocation *place)
+{
+    const int64_t bytes = (int64_t)(place->end - place->base + 127) / 128 * 128;
+    if (!bytes)
+        return;
+    memset(place->data, 0xFF, (size_t)bytes); /* memory.POISON */
+    for (int64_t n = 0; n < bytes / place->unit; n++)
+        place->writes[n] = UNWRITTEN;
+    memset(place->reads, 0, (size_t)(bytes / place->unit) * 4);
+    memset(place->others, 0, (size_t)(bytes / place->unit) * 4);
+}
+
 static void begin_block(Runner *r, const int32_t *position, int32_t number)
 {
     r->agents = r->warp_count;
@@ -375,14 +426,13 @@ static void begin_block(Runner *r, const int32_t *position, int32_t number)
     tidy_releases(&r->releases);
     begin_atomics(r);
     begin_tensors(r);
-    Allocation *shared = r->shared;
-    const int64_t bytes = (int64_t)(shared->end - shared->base + 127) / 128 * 128;
-    if (bytes) {
-        memset(shared->data, 0xFF, (size_t)bytes); /* memory.POISON */
-        for (int64_t n = 0; n < bytes / shared->unit; n++)
-            shared->writes[n] = UNWRITTEN;
-        memset(shared->reads, 0, (size_t)(bytes / shared->unit) * 4);
-        memset(shared->others, 0, (size_t)(bytes / shared->unit) * 4);
+    r->undo.first_event = r->events->count;
+    memset(r->votes, 0, sizeof r->votes);
+    memset(r->voters, 0, sizeof r->voters);
+    for (int k = 1; k < 3; k++) { /* shared memory, and stacks of threads */
+        const Space *space = r->warps[0].spaces[k];
+        for (int64_t n = 0; n < space->count; n++)
+            forget(space->allocations[n]);
     }
     for (int n = 0; n < r->warp_count; n++) {
         Warp *w = &r->warps[n];
@@ -397,7 +447,9 @@ static void begin_block(Runner *r, const int32_t *position, int32_t number)
         }
         w->pc = w->count = w->stores = 0;
         w->block = number;
-        w->active = ALL;
+        w->active = w->alive = w->first_alive;
+        w->group_count = w->held = 0;
+        w->patience = PATIENCE;
         w->copies = 0;
         w->fence = 0;
         w->foreign = 0;
@@ -432,7 +484,9 @@ static int run_block(Runner *r)
         }
         r->states[next->index].waiting = 0;
         r->states[next->index].mbarrier = -1;
-        const int why = run(next, r->limit - next->count, INT32_MAX);
+        const int64_t budget = r->limit - next->count;
+        const int why =
+            next->of_threads ? run_threads(next, budget) : run(next, budget, INT32_MAX);
         r->fault_pc = next->pc;
         if (why == GROW)
             return GROW;

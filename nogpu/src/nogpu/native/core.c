@@ -26,6 +26,9 @@
 #define GIVEN 0
 #define UNWRITTEN 1
 #define PAGE 4096 /* bytes */
+#define GENERIC 3 /* the space of an address that tells it */
+#define MOST_GROUPS 40
+#define MANY 32 /* `allocation.MANY` */
 
 /* Why `run` returns. */
 enum { BUDGET, PYTHON, GROW, REACHED, STOPPED, REFINE };
@@ -33,6 +36,8 @@ enum { BUDGET, PYTHON, GROW, REACHED, STOPPED, REFINE };
 enum {
     LEFT, ELEMENTWISE, BRANCH, LOAD, STORE, SHUFFLE, PACK, LOAD_MATRIX, PRODUCT, NOTHING, COPY,
     ELECT, STORE_MATRIX, REDUCE,
+    /* Of threads that diverge: simt.c. */
+    VOTE, MATCH, ACTIVE, SYNC_WARP, BRANCH_INDEX,
     /* Where a block is executed as a whole: blocks.c, atomics.c, and tma.c. */
     RETURN, BARRIER, COMMIT, WAIT, PROXY_FENCE, PRODUCT_FENCE, ASYNC_PRODUCT, ATOMIC,
     MBARRIER_INIT, MBARRIER_INVAL, MBARRIER_ARRIVE, MBARRIER_WAIT, LOAD_BOX, STORE_BOX,
@@ -58,6 +63,7 @@ typedef struct {
     uint8_t count, is_atomic, releases, acquires; /* of an atomic: of how many elements */
     int32_t slot;         /* of the sectors that it touches, or -1 */
     const int32_t *table; /* the registers of a wgmma: its sums, and those of A if it has some */
+    int32_t members;      /* the register that has the mask of the threads that go together, or -1 */
 } Instruction;
 
 /* An allocation, as in `allocation.Allocation`. */
@@ -75,6 +81,7 @@ typedef struct {
     int64_t unwritten_first, unwritten_end;
     uint8_t pattern[8]; /* that these hold until they are written */
     int32_t unit, barrier_count;
+    uint8_t *lane_writes, *lane_reads; /* `allocation.Allocation.lane_writes`; or null */
 } Allocation;
 
 typedef struct {
@@ -95,7 +102,15 @@ typedef struct {
 typedef struct {
     uint8_t *bytes;
     int64_t used, capacity;
+    int64_t first_event; /* of the block: older ones are kept */
 } Undo;
+
+/* Threads that are at one place of the program, and perhaps wait there for others. */
+typedef struct {
+    int32_t pc;
+    uint32_t mask;
+    int32_t waits;
+} Group;
 
 /* The times of a block's agents, of which others have learnt. They never change; `moved` is where
    they lie now, or null. */
@@ -140,6 +155,13 @@ typedef struct Warp {
     struct Runner *runner; /* of the block, if it is executed as a whole */
     Undo *undo;            /* of the runner */
     Known *foreign;        /* what it has learnt of other blocks, or null */
+    uint32_t alive;        /* the threads that have not ended */
+    uint32_t first_alive;  /* those that the block has */
+    int32_t of_threads;    /* whether they may diverge */
+    int32_t generic;       /* the space that the instruction accesses */
+    int32_t local_bytes;   /* of a thread's stack */
+    int32_t patience, held, group_count;
+    Group groups[MOST_GROUPS]; /* the threads that are not active */
 } Warp;
 
 static int of_block(Warp *w, const Instruction *i, uint32_t mask);
@@ -760,7 +782,7 @@ static void pack(Warp *w, const Instruction *i, uint32_t mask)
             put(w, i->to[n], values[n], mask);
 }
 
-static void shuffle(Warp *w, const Instruction *i)
+static int shuffle(Warp *w, const Instruction *i, uint32_t mask)
 {
     uint32_t result[LANES];
     uint8_t valid[LANES];
@@ -776,11 +798,14 @@ static void shuffle(Warp *w, const Instruction *i)
         default: taken = least | (bits & ~segment);
         }
         valid[n] = i->mode == 0 ? taken >= most : taken <= most;
+        if (valid[n] && mask >> n & 1 && !(mask >> taken & 1))
+            return PYTHON; /* of a thread that is not here */
         result[n] = value[valid[n] ? taken : n];
     }
-    put(w, i->to[0], result, ALL);
+    put(w, i->to[0], result, mask);
     if (i->results > 1)
-        put(w, i->to[1], valid, ALL);
+        put(w, i->to[1], valid, mask);
+    return BUDGET;
 }
 
 /* Memory. */
@@ -872,9 +897,22 @@ static int locate_at(Warp *w, int32_t base, int64_t added, Space *space, uint32_
     return at->place != 0;
 }
 
+static inline int space_of(const Warp *w, const Instruction *i)
+{
+    return i->space == GENERIC ? w->generic : i->space;
+}
+
 static int locate(Warp *w, const Instruction *i, uint32_t mask, int width, int limit, Access *at)
 {
-    return locate_at(w, i->from[0], i->offset, w->spaces[i->space], mask, width, limit, at);
+    const int space = space_of(w, i);
+    if (!locate_at(w, i->from[0], i->offset, w->spaces[space], mask, width, limit, at))
+        return 0;
+    for (int n = 0; space == 2 && w->local_bytes && n < at->count; n++) {
+        const int64_t own = (int64_t)(w->index * LANES + at->lanes[n]) * w->local_bytes;
+        if (at->offsets[n] < own || at->offsets[n] + width > own + w->local_bytes)
+            return 0; /* the stack of another thread */
+    }
+    return 1;
 }
 
 static int32_t add_event(Warp *w, int32_t line, int32_t what, int32_t agent, int32_t time)
@@ -1011,7 +1049,11 @@ static void note_read_units(const Warp *w, const Allocation *place, int64_t firs
             if (!knows(w, place->reads[k]) && knows(w, place->others[k]))
                 place->others[k] = place->reads[k];
     }
-    keep(w, place, place->reads + first, 4 * (end - first));
+    int is_kept = w->undo != 0; /* what this block has read before */
+    for (int64_t k = first; k < end && is_kept; k++)
+        is_kept = place->reads[k] >= w->undo->first_event;
+    if (!is_kept)
+        keep(w, place, place->reads + first, 4 * (end - first));
     for (int64_t k = first; k < end; k++)
         place->reads[k] = event;
 }
@@ -1090,6 +1132,53 @@ static void note_write(const Warp *w, const Access *at, int width, int32_t event
         n = end_of_run(at->offsets, n, at->count, width);
         note_write_units(w, place, first, (at->offsets[n - 1] + width) / place->unit, event);
     }
+}
+
+/* `memory.Space._note_lanes`: whether other threads of the warp have accessed what these threads
+   access, since the last barrier of the warp; and note who accesses it. */
+static inline int is_recent(const Warp *w, int32_t event)
+{
+    const Events *events = w->events;
+    return event > UNWRITTEN && events->blocks[event] == w->block &&
+           events->agents[event] == w->index && events->times[event] == w->times[w->index] &&
+           !events->atomic[event];
+}
+
+static int note_lanes(const Warp *w, const Access *at, int width, int is_write)
+{
+    const Allocation *place = at->place;
+    const int units = width / place->unit;
+    if (!place->lane_writes)
+        return 1;
+    for (int n = 0; n < at->count; n++)
+        for (int64_t k = at->offsets[n] / place->unit, m = 0; m < units; m++, k++) {
+            const int lane = at->lanes[n];
+            if (place->lane_writes[k] != lane && is_recent(w, place->writes[k]))
+                return 0;
+            if (is_write && place->lane_reads[k] != lane && is_recent(w, place->reads[k]))
+                return 0;
+        }
+    for (int n = 0; n < at->count; n++)
+        for (int64_t k = at->offsets[n] / place->unit, m = 0; m < units; m++, k++) {
+            const uint8_t lane = (uint8_t)at->lanes[n];
+            if (is_write)
+                place->lane_writes[k] = lane;
+            else if (place->lane_reads[k] != lane &&
+                     is_recent(w, place->reads[k]))
+                place->lane_reads[k] = MANY;
+            else
+                place->lane_reads[k] = lane;
+        }
+    if (!is_write && at->least != at->most) /* several of these threads read one element */
+        for (int n = 1; n < at->count; n++)
+            for (int k = 0; k < n; k++)
+                if (at->offsets[n] == at->offsets[k]) {
+                    place->lane_reads[at->offsets[n] / place->unit] = MANY;
+                    break;
+                }
+    if (!is_write && at->least == at->most && at->count > 1)
+        place->lane_reads[at->least / place->unit] = MANY;
+    return 1;
 }
 
 /* memcpy with a size that the compiler knows. */
@@ -1202,9 +1291,10 @@ static void count_shared(const Warp *w, const Instruction *i, const Access *at, 
 
 static void count_access(const Warp *w, const Instruction *i, const Access *at, int width)
 {
-    if (i->space == 0)
+    const int space = space_of(w, i);
+    if (space == 0)
         count_global(w, i, at, width);
-    else if (i->space == 1)
+    else if (space == 1)
         count_shared(w, i, at, width);
 }
 
@@ -1213,10 +1303,12 @@ static int load(Warp *w, const Instruction *i, uint32_t mask)
     _Alignas(64) uint8_t values[LANES * 8];
     Access at;
     const int width = i->width * i->results;
-    if (!locate(w, i, mask, width, LANES, &at) ||
-        !may_read(w, at.place, at.offsets, at.count, width, 0))
+    if (!locate(w, i, mask, width, LANES, &at))
         return PYTHON;
-    note_read(w, at.place, at.offsets, at.count, width, load_event(w, i));
+    const int together = at.least == at.most ? 1 : at.count; /* all read one element */
+    if (!may_read(w, at.place, at.offsets, together, width, 0) || !note_lanes(w, &at, width, 0))
+        return PYTHON;
+    note_read(w, at.place, at.offsets, together, width, load_event(w, i));
     count_access(w, i, &at, width);
     for (int n = 0; n < i->results; n++) {
         if (i->to[n] < 0)
@@ -1253,7 +1345,7 @@ static int store_values(Warp *w, const Instruction *i, const Access *at,
             if (at->offsets[n] == at->offsets[k] && memcmp(values[n], values[k], (size_t)width))
                 return PYTHON;
     }
-    if (!may_write(w, at, width))
+    if (!may_write(w, at, width) || !note_lanes(w, at, width, 1))
         return PYTHON;
     note_write(w, at, width,
                add_event(w, i->line, w->store_name, w->index, w->times[w->index]));
@@ -1265,7 +1357,7 @@ static int store_values(Warp *w, const Instruction *i, const Access *at,
     for (int k = 0; k < at->count; k++)
         memcpy(at->place->data + at->offsets[k], values[k], (size_t)width);
     count_access(w, i, at, width);
-    w->stores += i->space == 0;
+    w->stores += space_of(w, i) == 0;
     return BUDGET;
 }
 
@@ -1328,20 +1420,23 @@ static int store_matrix(Warp *w, const Instruction *i)
 }
 
 /* redux.sync: the integers of all threads together. */
-static void reduce(Warp *w, const Instruction *i)
+static void reduce(Warp *w, const Instruction *i, uint32_t mask)
 {
     _Alignas(64) uint32_t result[LANES];
     uint8_t each[ROW];
     const uint32_t *from = (void *)row(w, i->from[0]);
-    uint32_t total[LANES] = {from[0]}, next[LANES] = {0};
-    for (int n = 1; n < LANES; n++) {
+    const int first = __builtin_ctz(mask);
+    uint32_t total[LANES] = {from[first]}, next[LANES] = {0};
+    for (int n = first + 1; n < LANES; n++) {
+        if (!(mask >> n & 1))
+            continue;
         next[0] = from[n];
         i->function(each, total, next, 0);
         memcpy(total, each, 4);
     }
     for (int n = 0; n < LANES; n++)
         result[n] = total[0];
-    put(w, i->to[0], result, ALL);
+    put(w, i->to[0], result, mask);
 }
 
 /* elect.sync: a thread is chosen, the same one each time. */
@@ -1630,13 +1725,13 @@ int run(Warp *w, int64_t budget, int32_t limit)
             switch (i->kind) {
             case ELEMENTWISE: elementwise(w, i, mask); break;
             case PACK: pack(w, i, mask); break;
-            case SHUFFLE: shuffle(w, i); break;
+            case SHUFFLE: left = shuffle(w, i, ALL); break;
             case LOAD: left = load(w, i, mask); break;
             case STORE: left = store(w, i, mask); break;
             case LOAD_MATRIX: left = load_matrix(w, i); break;
             case STORE_MATRIX: left = store_matrix(w, i); break;
             case ELECT: elect(w, i); break;
-            case REDUCE: reduce(w, i); break;
+            case REDUCE: reduce(w, i, ALL); break;
             case PRODUCT: product(w, i); break;
             case COPY: left = copy(w, i, mask); break;
             case NOTHING: break;

@@ -24,7 +24,7 @@ from nogpu.native.layout import CopiesStruct, check, table
 
 SOURCES = tuple(
     Path(__file__).with_name(f"{name}.c")
-    for name in ("blocks", "tma", "atomics", "knowledge", "core")
+    for name in ("blocks", "tma", "atomics", "knowledge", "simt", "core")
 )
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 
@@ -44,6 +44,7 @@ def library() -> ctypes.CDLL | None:
         return None
     check(core)
     core.run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
+    core.run_threads.argtypes = (ctypes.c_void_p, ctypes.c_int64)
     core.function_of.restype = core.atomic_of.restype = ctypes.c_void_p
     core.read_copies.argtypes = core.write_copies.argtypes = (ctypes.c_void_p,)
     core.free_copies.argtypes = (ctypes.POINTER(CopiesStruct),)

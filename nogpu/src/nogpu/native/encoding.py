@@ -21,10 +21,12 @@ from nogpu.machine.parse import (
 )
 from nogpu.machine.registers import DTYPES, HALVES, SHARED_BASE
 from nogpu.native.layout import (
+    ACTIVE,
     ASYNC_PRODUCT,
     ATOMIC,
     BARRIER,
     BRANCH,
+    BRANCH_INDEX,
     BULK_COMMIT,
     BULK_WAIT,
     COMMIT,
@@ -35,6 +37,7 @@ from nogpu.native.layout import (
     GRID_WAIT,
     IN_LIST,
     IN_ROW,
+    GENERIC,
     LEFT,
     LOAD,
     LOAD_BOX,
@@ -42,6 +45,7 @@ from nogpu.native.layout import (
     MAP_ACQUIRE,
     MAP_PUBLISH,
     MAP_REPLACE,
+    MATCH,
     MBARRIER_ARRIVE,
     MBARRIER_INIT,
     MBARRIER_INVAL,
@@ -62,6 +66,8 @@ from nogpu.native.layout import (
     STORE,
     STORE_BOX,
     STORE_MATRIX,
+    SYNC_WARP,
+    VOTE,
     WAIT,
     InstructionStruct,
 )
@@ -125,7 +131,8 @@ class Program:
         self.places: dict[tuple[int, int], int] = {}  # likewise, in a block's shared memory
         self.specials: dict[tuple[str, int], int] = {}  # rows by name and width
         self.instructions = (InstructionStruct * len(kernel.instructions))()
-        self.is_for_blocks = not kernel.local_bytes  # for blocks.c, as far as is known
+        # For blocks.c, as far as is known
+        self.is_for_blocks = not kernel.local_bytes or kernel.block is not None
         self.is_for_workers = True  # for workers.py, as far as is known
         self.atomics = 0  # instructions of blocks.c, which are numbered
         self.controls_grids = False  # by griddepcontrol
@@ -148,6 +155,12 @@ class Program:
             default=LARGEST_UNIT,
         )
         self.shared_unit = min(self.shared_unit, LARGEST_UNIT)
+        self.local_unit = LARGEST_UNIT
+        if kernel.block is not None:  # an address may be in any memory
+            widths = [
+                _thread_bytes(code) for code in self.instructions if code.kind in (*SHARED_KINDS,)
+            ]
+            self.shared_unit = self.local_unit = min([LARGEST_UNIT, *widths])
         self.width_array = np.array(self.widths, np.uint8)
         self.rows = np.zeros((len(self.widths), ROW), np.uint8)
         for (bits, width), row in (*self.constants.items(), *self.places.items()):
@@ -156,7 +169,8 @@ class Program:
             )
         count = len(kernel.registers)
         self.states = np.full(len(self.widths), IN_ROW, np.uint8)
-        self.states[:count] = IN_LIST
+        if kernel.block is None:
+            self.states[:count] = IN_LIST
         self.addresses = (
             ctypes.addressof(self.instructions),
             self.width_array.ctypes.data,
@@ -182,7 +196,8 @@ class Program:
             raise LookupError
         if operand.name == "global_smem":
             return self._new(self.places, (SHARED_BASE + operand.offset, width), width)
-        is_known = operand.name in (*self.kernel.parameters, *self.kernel.constants)
+        name = operand.name.partition("+")[0]
+        is_known = name in self.kernel.parameters or operand.name in self.kernel.constants
         is_known |= operand.name in self.kernel.locals
         is_known |= operand.name.startswith(("%tid", "%ctaid", "%ntid", "%nctaid", "%laneid"))
         if not is_known or operand.offset:
@@ -200,6 +215,7 @@ class Program:
     def _encode(self, code: InstructionStruct, i: Instruction) -> None:
         """Fill in ``code``; what the core does not know is left to Python."""
         code.kind, code.line, code.target, code.whole = LEFT, i.line, i.target, i.whole
+        code.members = -1
         code.guard, code.negated = (-1 if i.guard is None else i.guard.index), i.negated
         encode = self.ENCODERS.get(i.parts[0], Program._elementwise)
         try:
@@ -259,6 +275,44 @@ class Program:
         self._operands(code, results, sources)
         return PACK
 
+    def _members(self, code: InstructionStruct, operand: object) -> None:
+        """Note the threads that execute an instruction together."""
+        if self.kernel.block is not None:
+            code.members = self._row(operand, 4)
+        elif operand not in EVERY_THREAD:
+            raise LookupError
+
+    def _branch_by_index(self, code: InstructionStruct, i: Instruction) -> int:
+        self._operands(code, [], [self._row(i.operands[0], 4)])
+        self._tables.append((ctypes.c_int32 * len(i.table))(*i.table))
+        code.table = ctypes.addressof(self._tables[-1])
+        code.second_offset = len(i.table)
+        return BRANCH_INDEX if self.kernel.block is not None else LEFT
+
+    def _vote(self, code: InstructionStruct, i: Instruction) -> int:
+        if self.kernel.block is None:
+            raise LookupError
+        to, source, members = i.operands
+        code.mode = ("all", "any", "uni", "ballot").index(i.parts[2])
+        self._members(code, members)
+        self._operands(code, [self._row(to, 4 if code.mode == 3 else 1)], [self._row(source, 1)])
+        return VOTE
+
+    def _match(self, code: InstructionStruct, i: Instruction) -> int:
+        if self.kernel.block is None or i.parts[1] != "any":
+            raise LookupError
+        to, source, members = i.operands
+        self._members(code, members)
+        width = DTYPES[i.parts[-1]].itemsize
+        self._operands(code, [self._row(to, 4)], [self._row(source, width)])
+        return MATCH
+
+    def _active(self, code: InstructionStruct, i: Instruction) -> int:
+        if self.kernel.block is None:
+            raise LookupError
+        self._operands(code, [self._row(i.operands[0], 4)], [])
+        return ACTIVE
+
     def _branch(self, code: InstructionStruct, i: Instruction) -> int:
         if i.target < 0:
             raise LookupError
@@ -302,6 +356,13 @@ class Program:
             raise LookupError
         code.space = SPACES["shared" if in_shared else "local" if in_local else "global"]
         code.width, code.is_signed = dtype.itemsize, dtype.kind == "i"
+        if self._is_generic(code, i):
+            code.space = GENERIC
+
+    def _is_generic(self, code: InstructionStruct, i: Instruction) -> bool:
+        """Whether the address tells the memory that it is in."""
+        named = {"global", "const"} & set(i.parts)
+        return self.kernel.block is not None and code.space == SPACES["global"] and not named
 
     def _base(self, code: InstructionStruct, address: object) -> int:
         if not isinstance(address, Address) or address.coordinates:
@@ -315,8 +376,9 @@ class Program:
         source, lane, clamp, members = i.operands[-4:]
         targets = [one for operand in i.operands[:-4] for one in flat(operand)]
         modes = ("up", "down", "bfly", "idx")
-        if members not in EVERY_THREAD or i.parts[2] not in modes or i.parts[3] != "b32":
+        if i.parts[2] not in modes or i.parts[3] != "b32":
             raise LookupError
+        self._members(code, members)
         code.mode = modes.index(i.parts[2])
         results = [self._row(one, width) for one, width in zip(targets, (4, 1), strict=False)]
         self._operands(code, results, [self._row(one, 4) for one in (source, lane, clamp)])
@@ -346,8 +408,9 @@ class Program:
     def _reduce(self, code: InstructionStruct, i: Instruction) -> int:
         name, kind = i.parts[2:]
         to, source, members = i.operands
-        if members not in EVERY_THREAD or kind not in ("s32", "u32", "b32"):
+        if kind not in ("s32", "u32", "b32"):
             raise LookupError
+        self._members(code, members)
         entry = self.library.entry_of(f"{name}.{kind}".encode(), (ctypes.c_uint8 * 4)())
         if entry < 0:
             raise LookupError
@@ -368,12 +431,27 @@ class Program:
     # What blocks.c executes
 
     def _barrier(self, code: InstructionStruct, i: Instruction) -> int:
-        if i.opcode == "bar.warp.sync":
+        if i.opcode == "bar.warp.sync" and self.kernel.block is None:
             return NOTHING
-        if i.parts[1] != "sync" or not all(isinstance(one, Constant) for one in i.operands):
+        if i.opcode == "bar.warp.sync":
+            self._members(code, i.operands[0])
+            return SYNC_WARP
+        if self.kernel.block is not None and "red" in i.parts:
+            return self._reduction(code, i)
+        if "sync" not in i.parts[1:3] or not all(isinstance(one, Constant) for one in i.operands):
             raise LookupError
         numbers = [one.bits for one in i.operands]
-        code.mode, code.offset = numbers[0], numbers[1] // 32 if len(numbers) > 1 else 0
+        code.mode, code.offset = numbers[0], -(-numbers[1] // 32) if len(numbers) > 1 else 0
+        return BARRIER
+
+    def _reduction(self, code: InstructionStruct, i: Instruction) -> int:
+        """``bar.red``: a barrier that counts votes."""
+        to, number, *count, source = i.operands
+        kinds = [part for part in i.parts if part in ("popc", "and", "or")]
+        if count or not isinstance(number, Constant):
+            raise LookupError
+        code.mode, code.count = number.bits, 1 + ("popc", "and", "or").index(kinds[0])
+        self._operands(code, [self._row(to, 4 if code.count == 1 else 1)], [self._row(source, 1)])
         return BARRIER
 
     def _return(self, code: InstructionStruct, i: Instruction) -> int:
@@ -391,6 +469,8 @@ class Program:
         return WAIT
 
     def _fence(self, code: InstructionStruct, i: Instruction) -> int:
+        if self.kernel.block is not None and i.parts[0] in ("membar", "fence") and "proxy" not in i.opcode:
+            raise LookupError
         if i.opcode.startswith("fence.mbarrier_init") and self.kernel.cluster == (1, 1, 1):
             return NOTHING
         if i.opcode == "fence.proxy.async.shared::cta":
@@ -494,6 +574,8 @@ class Program:
             raise LookupError
         code.width, code.count = DTYPES[HALVES.get(kind, kind)].itemsize, count
         code.space = SPACES["shared" if in_shared else "global"]
+        if self._is_generic(code, i):
+            code.space = GENERIC
         code.function, code.mode = function, name != "exch"  # which does not read
         # Of the scope of a program, it is no atomic for other programs.
         code.is_atomic = in_shared or "cta" not in i.parts
@@ -556,6 +638,10 @@ class Program:
     ENCODERS: ClassVar[dict[str, Callable[["Program", InstructionStruct, Instruction], int]]] = {
         "mov": _move,
         "bra": _branch,
+        "brx": _branch_by_index,
+        "vote": _vote,
+        "match": _match,
+        "activemask": _active,
         "ld": _load,
         "st": _store,
         "shfl": _shuffle,
@@ -565,6 +651,7 @@ class Program:
         "barrier": _barrier,
         "cp": _copy,
         "ret": _return,
+        "exit": _return,
         "atom": _atomic,
         "red": _atomic,
         "fence": _fence,

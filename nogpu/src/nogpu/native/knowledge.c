@@ -4,7 +4,7 @@
  * blocks, by what those have released at an address (`atomics`).
  */
 
-#include "core.c"
+#include "simt.c"
 
 enum { BARRIERS = 16, MOST_WARPS = 64, MOST_ELEMENTS = 4, SPINS = 4, MOST_MBARRIERS = 64 };
 enum { MOST_BOX_BYTES = 232448 }; /* what a block may have of shared memory */
@@ -121,6 +121,7 @@ typedef struct Runner {
     int64_t executed, stores; /* by the blocks that have ended */
     int32_t fault_pc;         /* where the last block was left to Python */
     int32_t spins, finer;
+    int32_t votes[BARRIERS], voters[BARRIERS]; /* of `bar.red` */
     Allocation *coarse; /* of global memory, whose shadow must be finer for the last block */
     Found *found; /* by warp and atomic */
     Releases releases;

@@ -24,6 +24,11 @@ BUDGET, PYTHON, GROW, REACHED, STOPPED, REFINE = range(6)  # why `run` returns
     ELECT,
     STORE_MATRIX,
     REDUCE,
+    VOTE,
+    MATCH,
+    ACTIVE,
+    SYNC_WARP,
+    BRANCH_INDEX,
     RETURN,
     BARRIER,
     COMMIT,
@@ -45,8 +50,9 @@ BUDGET, PYTHON, GROW, REACHED, STOPPED, REFINE = range(6)  # why `run` returns
     MAP_ACQUIRE,
     GRID_WAIT,
     GRID_TRIGGER,
-) = range(35)
+) = range(40)
 ROW, OPERANDS = 256, 16
+GENERIC, MOST_GROUPS, MANY = 3, 40, 32
 OF_COPIES, OF_PRODUCTS = range(2)  # families of groups
 MOST_ELEMENTS = 4  # of an atomic
 IN_ROW, IN_LIST = 1, 2
@@ -72,6 +78,7 @@ class InstructionStruct(ctypes.Structure):
         *((name, ctypes.c_uint8) for name in ("count", "is_atomic", "releases", "acquires")),
         ("slot", ctypes.c_int32),
         ("table", ctypes.c_void_p),
+        ("members", ctypes.c_int32),
     )
 
 
@@ -86,6 +93,7 @@ class AllocationStruct(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("unwritten_first", "unwritten_end")),
         ("pattern", ctypes.c_uint8 * 8),
         *((name, ctypes.c_int32) for name in ("unit", "barrier_count")),
+        *((name, ctypes.c_void_p) for name in ("lane_writes", "lane_reads")),
     )
 
 
@@ -105,6 +113,10 @@ class EventsStruct(ctypes.Structure):
     )
 
 
+class GroupStruct(ctypes.Structure):
+    _fields_ = (("pc", ctypes.c_int32), ("mask", ctypes.c_uint32), ("waits", ctypes.c_int32))
+
+
 class WarpStruct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("program", "rows", "states", "versions", "widths")),
@@ -120,13 +132,17 @@ class WarpStruct(ctypes.Structure):
         ("coarse", ctypes.c_void_p),
         ("active", ctypes.c_uint32),
         *((name, ctypes.c_void_p) for name in ("fence", "runner", "undo", "foreign")),
+        *((name, ctypes.c_uint32) for name in ("alive", "first_alive")),
+        *((name, ctypes.c_int32) for name in ("of_threads", "generic", "local_bytes")),
+        *((name, ctypes.c_int32) for name in ("patience", "held", "group_count")),
+        ("groups", GroupStruct * MOST_GROUPS),
     )
 
 
 class UndoStruct(ctypes.Structure):
     _fields_ = (
         ("bytes", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("used", "capacity")),
+        *((name, ctypes.c_int64) for name in ("used", "capacity", "first_event")),
     )
 
 
@@ -223,6 +239,7 @@ class RunnerStruct(ctypes.Structure):
         ("undo", UndoStruct),
         *((name, ctypes.c_int64) for name in ("executed", "stores")),
         *((name, ctypes.c_int32) for name in ("fault_pc", "spins", "finer")),
+        *((name, ctypes.c_int32 * BARRIERS) for name in ("votes", "voters")),
         *((name, ctypes.c_void_p) for name in ("coarse", "found")),
         ("releases", ReleasesStruct),
         *((name, ctypes.c_void_p) for name in ("maps", "maps_before")),
@@ -240,6 +257,7 @@ STRUCTURES = (
     AllocationStruct,
     SpaceStruct,
     EventsStruct,
+    GroupStruct,
     WarpStruct,
     UndoStruct,
     CopiesStruct,

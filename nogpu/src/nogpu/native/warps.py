@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nogpu.machine.registers import DTYPES, UNWRITTEN, DType, Values, content
+from nogpu.machine.registers import ALL, DTYPES, UNWRITTEN, DType, Values, content
 from nogpu.native.encoding import KIND_BYTES, KINDS, Program
 from nogpu.native.layout import (
     GROW,
@@ -40,6 +40,16 @@ def elected_lane(completion: str, warp: int) -> int:
     The PTX ISA leaves the choice open; a schedule of an emulator makes it.
     """
     return {"early": 0, "late": 31}.get(completion, 7 * warp % 32)
+
+
+def _bits_of(mask: Values) -> int:
+    return int(np.packbits(mask, bitorder="little").view(np.uint32)[0])
+
+
+def _mask_of(bits: int) -> Values:
+    return np.unpackbits(np.array([bits], np.uint32).view(np.uint8), bitorder="little").view(
+        np.bool_
+    )
 
 
 class NativeRegisters:
@@ -147,6 +157,9 @@ class LaunchState:
             struct.store_box_name = self.events.events.name(f"a bulk store of warp {n}")
             struct.fence_name = self.events.events.name(f"the fence of warp {n}")
             struct.elected = elected_lane(block.gpu.schedule.completion, n)
+            struct.alive = struct.first_alive = _bits_of(block.warps[n].alive)
+            struct.of_threads = program.kernel.block is not None
+            struct.local_bytes = program.kernel.local_bytes if struct.of_threads else 0
 
 
 class EventsView:
@@ -192,6 +205,9 @@ class AllocationView:
             struct.unwritten_end = one.unwritten.end
             struct.pattern[:] = one.unwritten.pattern
         struct.unit, struct.barrier_count = one.unit, len(one.barriers)
+        if one.lane_writes is not None and one.lane_reads is not None:
+            struct.lane_writes = one.lane_writes.ctypes.data
+            struct.lane_reads = one.lane_reads.ctypes.data
         self.barriers = np.array(list(one.barriers), np.int64)
         struct.barriers = self.barriers.ctypes.data
 
@@ -263,6 +279,8 @@ class WarpState:
 
     def run(self, warp: Warp, budget: int) -> int:
         """Execute instructions of the core, at most ``budget``, and return how many."""
+        if self.struct.of_threads:
+            return self._run_threads(warp, budget)
         struct, events = self.struct, self.launch.events
         struct.pc, struct.active = warp.pc, warp.active_bits()
         self._tell_clocks(warp)
@@ -279,6 +297,38 @@ class WarpState:
             warp.block.gpu.changes += struct.stores
             struct.stores = 0
         warp.pc, done = struct.pc, int(struct.count)
+        warp.count += done
+        return done
+
+    def _run_threads(self, warp: Warp, budget: int) -> int:
+        """Execute instructions of threads that may diverge, and return how many."""
+        struct, events = self.struct, self.launch.events
+        struct.pc, struct.active = warp.pc, warp.active_bits()
+        struct.alive, struct.patience, struct.held = _bits_of(warp.alive), warp.patience, warp.held
+        groups = [(pc, mask, 0) for pc, mask in warp.parked.items()]
+        groups += [(pc, mask, 1) for pc, mask in warp.gathered.items()]
+        struct.group_count = len(groups)
+        for one, (pc, mask, waits) in zip(struct.groups, groups, strict=False):
+            one.pc, one.mask, one.waits = pc, _bits_of(mask), waits
+        self._tell_clocks(warp)
+        events.struct.count = events.events.count
+        struct.count = 0
+        why = self.library.run_threads(self.pointer, budget)
+        events.events.count = events.struct.count
+        while why == GROW:
+            events.events.grow()
+            why = self.library.run_threads(self.pointer, budget - struct.count)
+            events.events.count = events.struct.count
+        warp.block.gpu.changes += struct.stores
+        struct.stores = 0
+        warp.pc, done, warp.active = struct.pc, int(struct.count), _mask_of(struct.active)
+        if struct.active == 2**32 - 1:
+            warp.active = ALL
+        warp.patience, warp.held = struct.patience, struct.held
+        warp.parked, warp.gathered = {}, {}
+        for n in range(struct.group_count):
+            one = struct.groups[n]
+            (warp.gathered if one.waits else warp.parked)[one.pc] = _mask_of(one.mask)
         warp.count += done
         return done
 
