@@ -107,6 +107,8 @@ def decode(kernel: Kernel) -> Kernel:
     """Note which instructions of a kernel whole warps execute, and whether it controls grids."""
     for i in kernel.instructions:
         _, _, i.whole = builder_of(i.opcode)
+        if kernel.block is not None and i.parts[0] in ("ret", "exit"):  # a thread ends by itself
+            i.whole = False
         kernel.controls_grids |= i.opcode.startswith("griddepcontrol")
     return kernel
 

@@ -139,6 +139,43 @@ static int generic_space(const Warp *w, const Instruction *i, uint32_t mask)
     return found;
 }
 
+/* A load or a store. Threads may access several allocations: where a block is executed as a whole,
+   they do so one after the other. */
+static int access_memory(Warp *w, const Instruction *i, uint32_t mask)
+{
+    int (*const function)(Warp *, const Instruction *, uint32_t) = i->kind == LOAD ? load : store;
+    w->generic = i->space == GENERIC ? generic_space(w, i, mask) : i->space;
+    if (w->generic != GENERIC) {
+        const int whole = function(w, i, mask);
+        if (whole != PYTHON || !w->runner || w->coarse)
+            return whole;
+    } else if (!w->runner)
+        return PYTHON;
+    if (w->widths[i->from[0]] != 8)
+        return PYTHON;
+    if (w->events->count + LANES > w->events->capacity)
+        return GROW;
+    const uint64_t *held = (void *)row(w, i->from[0]);
+    for (uint32_t left = mask; left;) {
+        const uint32_t first = left & -left;
+        w->generic = i->space == GENERIC ? generic_space(w, i, first) : i->space;
+        const Allocation *place =
+            find(w->spaces[w->generic], held[__builtin_ctz(left)] + (uint64_t)i->offset);
+        uint32_t here = 0;
+        for (int n = 0; place && n < LANES; n++) {
+            const uint64_t address = held[n] + (uint64_t)i->offset;
+            here |= (uint32_t)(left >> n & 1 && place->start <= address && address < place->end)
+                    << n;
+        }
+        if (!here || here == mask || function(w, i, here) != BUDGET)
+            return PYTHON;
+        if (w->generic == 0 && here != mask && left != mask)
+            w->counts[COLUMNS * w->pc + REQUESTS]--; /* one request */
+        left &= ~here;
+    }
+    return BUDGET;
+}
+
 static void vote(Warp *w, const Instruction *i, uint32_t mask)
 {
     const uint32_t votes = bits_of(row(w, i->from[0])) & mask;
@@ -274,9 +311,7 @@ int run_threads(Warp *w, int64_t budget)
         case SHUFFLE: left = shuffle(w, i, mask); break;
         case LOAD:
         case STORE:
-            if (i->space == GENERIC && (w->generic = (uint8_t)generic_space(w, i, mask)) == GENERIC)
-                return PYTHON;
-            left = i->kind == LOAD ? load(w, i, mask) : store(w, i, mask);
+            left = access_memory(w, i, mask);
             break;
         case LOAD_MATRIX: left = load_matrix(w, i); break;
         case STORE_MATRIX: left = store_matrix(w, i); break;
