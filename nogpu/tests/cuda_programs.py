@@ -140,7 +140,7 @@ def lock(k: Any) -> Pairs:
 def greeting(k: Any) -> Pairs:
     x, y = floats(8, 4), np.zeros((8, 4), np.float32)
     k["greeting"][2, 4](x, y)
-    return [(y[:4], x[:4, ::-1])]
+    return [(y, x[:, ::-1])]
 
 
 def missing_barrier(k: Any) -> Pairs:
@@ -195,6 +195,11 @@ def lock_step(k: Any) -> Pairs:
 
 def shuffle_in_branch(k: Any) -> Pairs:
     k["shuffled"][1, 32](np.zeros(32, np.int32))
+    return []
+
+
+def masks_apart(k: Any) -> Pairs:
+    k["apart"][1, 32](np.zeros(32, np.int32))
     return []
 
 

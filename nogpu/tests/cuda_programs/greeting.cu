@@ -3,8 +3,9 @@
 extern "C" __global__ void greeting(const float4* x, float4* y)
 {
     long long start = clock64();
-    float4 v = x[threadIdx.x];
-    y[threadIdx.x] = make_float4(v.w, v.z, v.y, v.x);
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    float4 v = x[i];
+    y[i] = make_float4(v.w, v.z, v.y, v.x);
     if (threadIdx.x < 2)
         printf("block %d, thread %d: %.1f\n", blockIdx.x, threadIdx.x, v.x);
     if (clock64() < start)

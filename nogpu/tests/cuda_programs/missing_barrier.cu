@@ -2,6 +2,6 @@
 extern "C" __global__ void reversed(const float* x, float* y)
 {
     __shared__ float held[128];
-    held[threadIdx.x] = x[threadIdx.x];
+    held[threadIdx.x] = x[threadIdx.x];  // NAMED
     y[threadIdx.x] = held[127 - threadIdx.x];  // NAMED
 }

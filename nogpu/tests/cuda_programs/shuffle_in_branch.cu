@@ -1,4 +1,4 @@
-// wrong: wrong mask: a shuffle names all threads of a warp, and a half executes it
+// wrong: undefined value: a shuffle takes the number of a thread that does not execute it
 extern "C" __global__ void shuffled(int* x)
 {
     int t = threadIdx.x;

@@ -42,7 +42,9 @@ from nogpu.machine.trace import Trace
 from nogpu.machine.vector_clocks import Events, VectorClocks, merged
 from nogpu.native.warps import BlockState, WarpState
 
-LOCAL_BASE = 2**57  # of the threads' stacks, which is no address of a process
+LOCAL_BASE = 2**20  # of the threads' stacks; Triton has addresses of 32 bits there
+# The same of CUDA C++, whose addresses tell which memory they are in: it is none of a process.
+GENERIC_BASE = 2**57
 
 
 LANE_MASKS = {
@@ -88,6 +90,7 @@ class Warp:
         # Of CUDA C++: how long a group may go on in a loop, and others after that; and where a group
         # has found all threads that it waits for.
         self.patience, self.held, self.converged = simt.PATIENCE, 0, -1
+        self.early: Values = ~ALL  # threads that a branch has led to their end
         self.parked: dict[int, Values] = {}  # the others, by their program counters
         # Of the others those that wait for the whole warp, by their program counters.
         self.gathered: dict[int, Values] = {}
@@ -158,7 +161,8 @@ class Warp:
             return np.full(32, block.gpu.symbols[name], np.uint64)
         if name in block.gpu.kernel.locals:
             offset = block.gpu.kernel.locals[name]
-            stacks = LOCAL_BASE + (LANES + self.first_thread) * block.gpu.kernel.local_bytes
+            base = LOCAL_BASE if block.gpu.kernel.block is None else GENERIC_BASE
+            stacks = base + (LANES + self.first_thread) * block.gpu.kernel.local_bytes
             return (stacks + offset).astype(np.uint64)
         if name in LANE_MASKS:
             return LANE_MASKS[name]
@@ -217,10 +221,8 @@ class Warp:
     def threads_of(self, mask: Values) -> str:
         """Name the threads of a mask by the first and the last one."""
         lanes = LANES[mask]
-        first = self.thread(int(lanes[0]))
-        if len(lanes) == 1:
-            return first
-        return f"{len(lanes)} threads from {first[7:]} to {self.thread(int(lanes[-1]))[7:]}"
+        first, last = (self.thread(int(lanes[n])).removeprefix("thread ") for n in (0, -1))
+        return f"thread {first}" if len(lanes) == 1 else f"{len(lanes)} threads from {first} to {last}"
 
     def active_bits(self) -> int:
         """Return the threads at the program counter as bits."""
@@ -332,7 +334,8 @@ class Block:
         self.local = Space("local memory")
         if gpu.kernel.local_bytes:
             size = gpu.kernel.local_bytes * gpu.kernel.threads
-            stacks = Allocation("local memory", LOCAL_BASE, size)
+            base = LOCAL_BASE if gpu.kernel.block is None else GENERIC_BASE
+            stacks = Allocation("local memory", base, size)
             if launch is not None and gpu.kernel.block is not None:
                 stacks.refine(launch.program.local_unit)
                 stacks.others = np.zeros_like(stacks.reads)
@@ -344,6 +347,8 @@ class Block:
         self.expected: dict[int, int | None] = {}  # warps at each barrier; None: all that have not ended
         # By barrier what is done when all have arrived: `bar.red` gives each warp a result.
         self.results: dict[int, list[Callable[[], None]]] = {}
+        # Reads of shared memory that nobody has written, by what and where.
+        self.unwritten: dict[tuple[str, int], str] = {}
         self.votes: dict[int, list[Values]] = {}  # of `bar.red`, by barrier
         self.tensor_memory: Any = None  # of sm_100
         self.bulk: list[tuple[int, int, str]] = []  # bulk copies: agent, line, what must have ended
@@ -367,6 +372,19 @@ class Block:
                     self.trace.wait(one, latest)
                 one.waited = latest - one.count
                 one.waiting = None
+
+    def note_unwritten(self, warp: Warp, place: Allocation, line: int, message: str) -> None:
+        """Note a read of shared memory that nobody has written so far.
+
+        If another thread writes it before a barrier, then that is a race; otherwise `tell_unwritten`
+        reports it.
+        """
+        self.unwritten.setdefault((place.name, line), message)
+
+    def tell_unwritten(self) -> None:
+        for (_, line), message in self.unwritten.items():
+            self.gpu.fault("error", "uninitialised memory", line, message, self.program)
+        self.unwritten.clear()
 
     def arrive_threads(self, warp: Warp, i: Instruction, barrier: int, count: int | None) -> None:
         """A barrier of CUDA C++, at which threads that have ended are not waited for.
@@ -415,6 +433,19 @@ class Block:
         if not ended:
             return
         i = self.gpu.kernel.instructions[warp.pc - 1]
+        passed = [
+            w.thread(lane)
+            for w in self.warps
+            for lane in range(max(0, min(32, count - w.first_thread)))
+            if not w.alive[lane] and not w.early[lane]
+        ]
+        if passed:
+            message = (
+                "__syncthreads is in a branch that not all threads take: "
+                f"{warp.threads_of(warp.alive)} wait here, and {len(passed)} others, such as "
+                f"{passed[0]}, have gone past it and ended"
+            )
+            raise PtxError(i.line, message, simt.DIVERGED)
         gone = next(
             w.thread(lane)
             for w in self.warps
@@ -497,6 +528,7 @@ class Block:
             else:
                 simt.advance(warp, budget)
         except (PtxError, MemoryError):
+            self.tell_unwritten()
             raise
         except Exception as e:
             line = self.gpu.kernel.instructions[max(warp.pc - 1, 0)].line
@@ -505,6 +537,7 @@ class Block:
     def end(self) -> None:
         """Complete the asynchronous stores to global memory."""
         self.gpu.executed_instructions += sum(warp.count for warp in self.warps)
+        self.tell_unwritten()
         warp = self.warps[0]
         for address, barrier in self.memory.barriers.items():
             if barrier.transactions:

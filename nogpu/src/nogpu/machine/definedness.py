@@ -96,9 +96,15 @@ def _taint_results(
     registers = warp.registers
     for index in i.writes:
         value = registers[index]
-        if not isinstance(value, np.ndarray):  # of an asynchronous product, or a load's
-            continue
         mask, cause = masks.get(index, (None, None))
+        if isinstance(value, Tainted):  # such as a load's, or of a thread that is not there
+            value, mask, cause = (
+                value.values,
+                value.mask if mask is None else mask | value.mask,
+                cause or value.cause,
+            )
+        if not isinstance(value, np.ndarray):  # of an asynchronous product
+            continue
         if mask is not None:
             mask = np.where(warp.mask, mask, mask.dtype.type(0))
         kept = found.get(index)
@@ -299,6 +305,8 @@ def _move(warp: Warp, i: Instruction, read: dict[int, Tainted]) -> dict[int, Val
     found = {}
     for index in i.writes:
         result = registers[index]
+        if isinstance(result, Tainted):
+            result = result.values.view(result.mask.dtype) | result.mask
         if kinds[index] == "pred":
             found[index] = np.zeros(32, np.bool_)
         else:

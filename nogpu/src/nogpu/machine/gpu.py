@@ -57,7 +57,7 @@ def _blocks(gpu: GpuState, position: tuple[int, ...]) -> Blocks:
 
 
 @lru_cache(32)
-def _decoded(text: str, entry: str, block: tuple[int, int, int] | None) -> Kernel:
+def _decoded(text: str, entry: str = "", block: tuple[int, int, int] | None = None) -> Kernel:
     return decode(parse(text, entry, block))
 
 

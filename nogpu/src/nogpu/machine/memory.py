@@ -24,6 +24,7 @@ from nogpu.machine.vector_clocks import EARLIER, GIVEN, UNWRITTEN, Events
 
 if TYPE_CHECKING:
     from nogpu.machine.block import Warp
+    from nogpu.machine.gpu_state import GpuState
 
 
 class Space(AddressSpace):
@@ -417,7 +418,10 @@ class Space(AddressSpace):
         where = place.where(offset)
         events = warp.block.gpu.events
         if number == UNWRITTEN:
-            return Cause("uninitialised memory", f"{where} was not written before", line)
+            what = f"{where} was not written before"
+            if warp.block.gpu.kernel.block is not None:
+                what = f"{_who(warp, row)} reads {where}, which was not written before"
+            return Cause("uninitialised memory", what, line)
         name, who, by, waits = _agent(warp, number, place, offset)
         reader = _who(warp, row)
         message = f"{reader} reads {where}, which {who} writes ({by}), without {waits}"
@@ -444,6 +448,10 @@ class Space(AddressSpace):
         here += "reads" if what == "read" else "overwrites"
         where = place.where(place_of)
         gpu = warp.block.gpu
+        if number == UNWRITTEN and gpu.kernel.block is not None:
+            message = f"{here} {where}, which was not written before"
+            warp.block.note_unwritten(warp, place, line, message)
+            return
         if number == UNWRITTEN:
             gpu.fault(
                 "error",
@@ -455,6 +463,7 @@ class Space(AddressSpace):
             return
         name, who, by, waits = _agent(warp, number, place, place_of, other)
         does = "writes" if other == "written" else "reads"
+        warp.block.unwritten.pop((place.name, int(gpu.events.lines[number])), None)
         message = f"{here} {where}, which {who} {does} ({by}), without {waits}"
         # The value that was read may be one that nobody uses: Triton has copies in several warps.
         is_weak = self.is_deferred and other == "read" and name == "race"
@@ -484,7 +493,7 @@ def _agent(
         by = gpu.place_of(int(events.lines[number]))
         if block != warp.block.number:
             waits = "an atomic or another launch between them"
-            return "race between blocks", f"{who} of another block", by, waits
+            return "race between blocks", f"{who} of {_other_block(gpu, block)}", by, waits
         lanes = None
         if place is not None:
             lanes = place.lane_writes if other == "written" else place.lane_reads
@@ -499,6 +508,14 @@ def _agent(
     if block == warp.block.number:
         return "race", who, by, "waiting for it"
     return "race between programs", f"{who} of another program", by, "waiting for it"
+
+
+def _other_block(gpu: GpuState, number: int) -> str:
+    """Name a block by its position where its number tells that."""
+    if gpu.schedule.order != "forward" or getattr(gpu, "sample", None) is not None:
+        return "another block"
+    x, y, _ = gpu.grid
+    return f"block ({number % x}, {number // x % y}, {number // (x * y)})"
 
 
 def _are_close(a: Values, b: Values) -> bool:

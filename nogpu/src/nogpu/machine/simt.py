@@ -144,6 +144,8 @@ def _branch(warp: Warp, target: int, mask: Values) -> None:
     if target < warp.pc and (warp.parked or warp.gathered):
         warp.patience -= 1
     warp.pc, warp.active = target, mask
+    if warp.block.gpu.kernel.instructions[target].parts[0] in ("ret", "exit"):
+        warp.early = warp.early | mask
 
 
 def _branch_by_index(warp: Warp, i: Instruction, mask: Values) -> None:

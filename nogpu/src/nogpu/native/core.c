@@ -160,6 +160,7 @@ typedef struct Warp {
     int32_t of_threads;    /* whether they may diverge */
     int32_t generic;       /* the space that the instruction accesses */
     int32_t local_bytes;   /* of a thread's stack */
+    uint32_t early; /* threads that a branch has led to their end */
     int32_t patience, held, group_count;
     Group groups[MOST_GROUPS]; /* the threads that are not active */
 } Warp;

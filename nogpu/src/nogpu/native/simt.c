@@ -221,6 +221,8 @@ static void branch(Warp *w, const Instruction *i, uint32_t mask)
         w->patience--;
     w->pc = i->target;
     w->active = mask;
+    if (w->program[i->target].kind == RETURN)
+        w->early |= mask;
 }
 
 static int branch_by_index(Warp *w, const Instruction *i, uint32_t mask)

@@ -307,7 +307,7 @@ class WarpState:
         struct.alive, struct.patience, struct.held = _bits_of(warp.alive), warp.patience, warp.held
         groups = [(pc, mask, 0) for pc, mask in warp.parked.items()]
         groups += [(pc, mask, 1) for pc, mask in warp.gathered.items()]
-        struct.group_count = len(groups)
+        struct.group_count, struct.early = len(groups), 0
         for one, (pc, mask, waits) in zip(struct.groups, groups, strict=False):
             one.pc, one.mask, one.waits = pc, _bits_of(mask), waits
         self._tell_clocks(warp)
@@ -325,6 +325,8 @@ class WarpState:
         if struct.active == 2**32 - 1:
             warp.active = ALL
         warp.patience, warp.held = struct.patience, struct.held
+        if struct.early:
+            warp.early = warp.early | _mask_of(struct.early)
         warp.parked, warp.gathered = {}, {}
         for n in range(struct.group_count):
             one = struct.groups[n]

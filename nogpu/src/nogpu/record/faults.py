@@ -29,6 +29,7 @@ class Fault:
         configuration: that of an autotuned kernel, in the first case.
         other_configurations: those of the other cases.
         launch: the number of that launch among all launches, from 1 on.
+        what: "program" of Triton, or "block" of CUDA C++.
     """
 
     kind: Kind
@@ -42,6 +43,7 @@ class Fault:
     launched: tuple[str, int] | None = None
     configuration: str = ""
     launch: int = 1
+    what: str = "program"
     other_configurations: list[str] = field(default_factory=list)
 
     def count_again(self, case: "Fault") -> None:
@@ -78,7 +80,7 @@ class Fault:
             *([f"        {code}"] if code else []),
             *([f"    configuration {self.configuration}"] if self.configuration else []),
             *(f"    and configuration {one}" for one in self.other_configurations),
-            f"    program {self.program}: {self.message}"
+            f"    {self.what} {self.program}: {self.message}"
             if self.program
             else f"    {self.message}",
         ]

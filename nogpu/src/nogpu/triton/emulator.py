@@ -223,6 +223,7 @@ class Emulator(gpu.Gpu):
             launched=self._launched,
             configuration=tuning.configuration(),
             launch=len(self.launches) + 1,
+            what="program" if self._present is None or self._present.block is None else "block",
         )
         self.note(fault, key)
 
