@@ -74,7 +74,7 @@ def include_folders() -> list[str]:
     spec = find_spec("nvidia")
     for root in spec.submodule_search_locations or [] if spec else []:
         found += [str(one.parent) for one in sorted(Path(root).glob("*/include/cuda_fp16.h"))]
-    if not found and (spec := find_spec("triton")) and spec.origin:
+    if (spec := find_spec("triton")) and spec.origin:  # which has crt/mma.h, too
         folder = Path(spec.origin).parent / "backends" / "nvidia" / "include"
         found += [str(folder)] if (folder / "cuda_fp16.h").exists() else []
     return found
