@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import linecache
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -80,8 +79,47 @@ def include_folders() -> list[str]:
     return found
 
 
+HOST = "considered a host function"  # an error of NVRTC, at the line where a function begins
+
+
 @lru_cache(64)
 def compiled(
+    source: str, path: str, arch: str, names: tuple[str, ...], options: tuple[str, ...]
+) -> tuple[str, dict[str, str]]:
+    """Return what `_compiled` does, of a source that may have functions for the CPU, such as main.
+
+    Those are left out; lines keep their numbers.
+    """
+    for _ in range(100):
+        try:
+            return _compiled(source, path, arch, names, options)
+        except CompileError as e:
+            rest = _without_host_functions(source, path, str(e))
+            if rest == source:
+                raise
+            source = rest
+    raise CompileError(f"{Path(path).name} has too many functions for the CPU")
+
+
+def _without_host_functions(source: str, path: str, said: str) -> str:
+    """Return a source without the functions that errors call those of the host."""
+    name = re.escape(Path(path).name)
+    lines = [int(n) for n in re.findall(rf"^{name}:(\d+): .*{HOST}", said, re.MULTILINE)]
+    starts = [0, *(one.end() for one in re.finditer("\n", source))]
+    for line in sorted(lines, reverse=True):
+        start, end = starts[line - 1], source.find("{", starts[line - 1])
+        if end < 0:
+            continue
+        depth, end = 1, end + 1
+        while depth and end < len(source):
+            depth += {"{": 1, "}": -1}.get(source[end], 0)
+            end += 1
+        code = source[start:end]
+        source = source[:start] + re.sub(r"[^\n]", " ", code) + source[end:]
+    return source
+
+
+def _compiled(
     source: str, path: str, arch: str, names: tuple[str, ...], options: tuple[str, ...]
 ) -> tuple[str, dict[str, str]]:
     """Return the PTX of a source, and the names in it of name expressions.
@@ -145,6 +183,4 @@ def _message(log: str, path: str) -> str:
     """Return NVRTC's errors, one in a line, each with its file and line."""
     found = re.findall(r"^(.+?)\((\d+)\): (?:catastrophic )?error: (.*)$", log, re.MULTILINE)
     lines = [f"{Path(file).name}:{line}: {what}" for file, line, what in found]
-    if any("<<<" in linecache.getline(path, int(line)) for _, line, _ in found):
-        lines.append("host code is not compiled: launch the kernel from Python")
     return "\n".join(lines or [log.strip() or f"NVRTC refuses {path}"])

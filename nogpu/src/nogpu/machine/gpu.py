@@ -26,6 +26,7 @@ from nogpu.instructions import (  # noqa: F401
     tensor_cores,
     tensor_memory,
     tma,
+    wmma,
 )
 from nogpu.machine import dependents
 from nogpu.machine.allocation import Allocation

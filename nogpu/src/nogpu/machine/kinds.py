@@ -62,6 +62,8 @@ BY_NAME = {
 def kind_of(i: Instruction) -> str:
     """Return what an instruction works with, one of `KINDS`."""
     name, where = i.parts[0], spaces(i)
+    if name == "wmma":
+        return "tensor cores" if i.parts[1] == "mma" else "moves"
     if name in ("wgmma", "tcgen05"):
         return "tensor cores" if i.parts[1] in ("mma_async", "mma") else "synchronization"
     if where:
@@ -90,6 +92,8 @@ def tensor_flops(i: Instruction) -> tuple[str, float]:
     m, n, k = (int(one) for one in shape[1:].replace("n", " ").replace("k", " ").split())
     kinds = [part for part in i.parts if part in RATES]
     # The formats are those of D, A, B and perhaps C.
+    if name == "wmma" and len(kinds) < 2:  # those of D and C alone: products are of f16
+        return "f16", 2.0 * m * n * k
     operand = kinds[0] if name == "wgmma" or len(kinds) == 2 else kinds[1]
     return RATES[operand], 2.0 * m * n * k / (4 if name == "wgmma" else 1)
 

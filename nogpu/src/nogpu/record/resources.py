@@ -61,11 +61,20 @@ def assemble(ptx: str, arch: str) -> tuple[int, str]:
     target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "kernel.ptx"
-        text.write_text(ptx, "utf-8")
         name = target[1] if target else arch
         command = [tool, "-v", f"--gpu-name={name}", str(text), "-o", str(text.with_suffix(".o"))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.returncode, done.stderr
+
+        def run(code: str) -> tuple[int, str]:
+            text.write_text(code, "utf-8")
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            return done.returncode, done.stderr
+
+        status, said = run(ptx)
+        # NVRTC may be newer than this ptxas, and writes its own version of PTX.
+        own = re.search(r"Unsupported \.version [\d.]+; current version is '([\d.]+)'", said)
+        if own is not None:
+            status, said = run(re.sub(r"^\.version .*", f".version {own[1]}", ptx, flags=re.M))
+    return status, said
 
 
 @lru_cache(256)
