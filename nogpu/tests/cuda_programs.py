@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import nogpu.cuda
 import numpy as np
 import torch
+
+import nogpu.cuda
 
 FOLDER = Path(__file__).with_name("cuda_programs")
 Pairs = Sequence[tuple[Any, Any]]  # what a launch computed, and what is right
@@ -235,7 +236,7 @@ PROGRAMS: dict[str, Callable[[Any], Pairs]] = {
 
 
 def said_of(name: str) -> tuple[str, str, list[int]]:
-    """Return whether a program is "right", "wrong" or gets a "warning", its fault, and its lines."""
+    """Return whether a program is "right", "wrong" or a "warning", its fault, and its lines."""
     lines = (FOLDER / f"{name}.cu").read_text("utf-8").splitlines()
     kind, fault, *_ = [part.strip() for part in lines[0].removeprefix("//").split(":")]
     return kind, fault, [n for n, line in enumerate(lines, 1) if "// NAMED" in line]

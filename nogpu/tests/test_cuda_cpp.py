@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Kernels of CUDA C++: a corpus, right and wrong, and what a launch refuses."""
 
-import nogpu.cuda
 import numpy as np
 import pytest
 from cuda_programs import PROGRAMS, launched, said_of
@@ -23,4 +22,5 @@ def test_program_of_the_corpus(name):
     first = gpu.faults[0]
     assert first.name == fault, report
     assert first.kind == ("warning" if kind == "warning" else "error"), report
-    assert first.source is not None and first.source[1] in lines, report
+    assert first.source is not None, report
+    assert first.source[1] in lines, report

@@ -8,6 +8,7 @@ an array of another type than that of a pointer. Limitation: macros are not expa
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
@@ -98,7 +99,9 @@ def declarations(source: str) -> list[Declaration]:
         template = re.search(r"template\s*<([^;{}]*)>\s*(?:static\s*|inline\s*)*$", before)
         line = text.count("\n", 0, match.start(1)) + 1
         found.append(
-            Declaration(match[1], parameters, line, " ".join(template[1].split()) if template else "")
+            Declaration(
+                match[1], parameters, line, " ".join(template[1].split()) if template else ""
+            )
         )
     return found
 
@@ -114,3 +117,34 @@ def _declared(text: str) -> Declared:
         name = words.pop()
     stars = words.count("*") + arrays
     return Declared(name, " ".join(one for one in words if one != "*") + "*" * stars)
+
+
+SIZES = {"bool": 1, "bfloat16": 2}  # bytes, of types that NumPy's names do not tell
+
+
+def _bytes(dtype: str) -> int:
+    return SIZES.get(dtype) or int(re.sub(r"\D", "", dtype)) // 8
+
+
+@lru_cache(64)
+def shared_arrays(source: str) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Return of arrays in shared memory, by name, the bytes of an element and the sizes.
+
+    Those with sizes that are no numbers are left out, and names that stand for several.
+    """
+    found: dict[str, tuple[int, tuple[int, ...]]] = {}
+    several = set()
+    for match in re.finditer(r"\b__shared__\s+([^;=]*);", COMMENT.sub("", source)):
+        words = re.match(r"((?:[A-Za-z_]\w*\s+)+)(.*)$", " ".join(match[1].split()))
+        if words is None:
+            continue
+        kind = " ".join(one for one in words[1].split() if one not in QUALIFIERS)
+        for one in re.split(r",(?![^\[]*\])", words[2]):
+            name = re.match(r"\s*(\w+)\s*((?:\[[^\]]*\]\s*)*)$", one)
+            if name is None or kind not in DTYPES:
+                continue
+            sizes = re.findall(r"\[\s*([^\]]*?)\s*\]", name[2])
+            several |= {name[1]} & set(found)
+            if all(size.isdecimal() for size in sizes):
+                found[name[1]] = _bytes(DTYPES[kind]), tuple(int(size) for size in sizes)
+    return {name: one for name, one in found.items() if name not in several}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Kernels of a file of CUDA C++, launched from Python on this CPU.
 
-    kernels = nogpu.cuda.load("gemm.cu")
-    with nogpu.emulate("sm_90") as gpu:
-        kernels["gemm"][grid, block](x, y, n)
+kernels = nogpu.cuda.load("gemm.cu")
+with nogpu.emulate("sm_90") as gpu:
+    kernels["gemm"][grid, block](x, y, n)
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import linecache
 import math
 import numbers
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nogpu.cpp.declarations import Declaration, Declared, declarations
+from nogpu.cpp.declarations import Declaration, Declared, declarations, shared_arrays
 from nogpu.cpp.nvrtc import compiled
 from nogpu.machine.parse import Kernel, Parameter, entries, parse
 from nogpu.record.launch import Launch
@@ -123,8 +124,12 @@ class CppKernel:
 
     def __getitem__(self, size: Any) -> BoundKernel:
         if not isinstance(size, tuple) or len(size) not in (2, 3, 4):
-            raise TypeError(f"{self.name}[{size!r}]: expected [grid, block] or [grid, block, bytes]")
-        grid, block = (_three(one, what) for one, what in zip(size, ("grid", "block"), strict=False))
+            raise TypeError(
+                f"{self.name}[{size!r}]: expected [grid, block] or [grid, block, bytes]"
+            )
+        grid, block = (
+            _three(one, what) for one, what in zip(size, ("grid", "block"), strict=False)
+        )
         return BoundKernel(self, Size(grid, block, int(size[2]) if len(size) > 2 else 0))
 
     def __call__(self, *arguments: object) -> None:
@@ -169,7 +174,14 @@ class BoundKernel:
         kernel = _parsed(text, entry, self.size.block)
         launch_kernel(
             emulator,
-            PtxKernel(self.kernel.name, text, entry, kernel, module.variables(kernel)),
+            PtxKernel(
+                self.kernel.name,
+                text,
+                entry,
+                kernel,
+                module.variables(kernel),
+                shared_arrays(module.source),
+            ),
             self.size,
             convert(self.kernel.name, kernel.signature, declared.parameters, arguments),
         )
@@ -184,6 +196,7 @@ class PtxKernel(NamedTuple):
         entry: the kernel's name in it.
         parsed: for the launch's block.
         variables: the memory of the module's variables, by their names in PTX.
+        shared_types: of arrays in shared memory the bytes of an element, and the sizes.
     """
 
     name: str
@@ -191,6 +204,7 @@ class PtxKernel(NamedTuple):
     entry: str
     parsed: Kernel
     variables: dict[str, Tensor]
+    shared_types: Mapping[str, tuple[int, tuple[int, ...]]] = MappingProxyType({})
 
 
 class Argument(NamedTuple):
@@ -226,22 +240,37 @@ def launch_kernel(
         static_shared=static,
     )
 
-    def execute(given: Sequence[Argument]) -> None:
+    names = [one.name for one in arguments]
+
+    def execute(values: Sequence[object]) -> None:
         def parameters() -> list[int]:
             emulator.variables = {
                 name: _placed(emulator, name, one) for name, one in kernel.variables.items()
             }
+            emulator.shared_types = kernel.shared_types
             return [
-                one.value if isinstance(one.value, int) else _placed(emulator, one.name, one.value)
-                for one in given
+                _placed(emulator, name, one) if isinstance(one, Tensor) else int(one)  # type: ignore[call-overload]
+                for name, one in zip(names, values, strict=True)
             ]
 
         try:
             emulator.run(launch, parameters, "")
         finally:
-            emulator.variables = {}
+            emulator.variables, emulator.shared_types = {}, {}
 
-    execute(arguments)
+    given = [one.value for one in arguments]
+    if emulator.watcher is None:
+        execute(given)
+        return
+    try:  # it refuses arrays of the host
+        emulator.watcher.launch(execute, given)
+    except ValueError as e:
+        if (found := re.search(r"Pointer argument \(at (\d+)\)", str(e))) is None:
+            raise
+        raise ValueError(
+            f"{names[int(found[1])]} of {kernel.name} is an array of the host, and the kernel runs "
+            "on the device; pass a tensor on cuda, such as torch.as_tensor(array).cuda()"
+        ) from None
 
 
 def _placed(emulator: Emulator, name: str, t: Tensor) -> int:
@@ -296,9 +325,7 @@ def convert(
         TypeError: the number of arguments, or the type of one, is not that of the parameters.
     """
     known = list(declared) if len(declared) == len(signature) else []
-    names = [
-        (known[n].name if known else "") or f"argument {n + 1}" for n in range(len(signature))
-    ]
+    names = [(known[n].name if known else "") or f"argument {n + 1}" for n in range(len(signature))]
     if len(arguments) != len(signature):
         raise TypeError(
             f"{kernel} takes {len(signature)} arguments ({', '.join(names)}), and got "
@@ -355,7 +382,9 @@ def _array(
             raise TypeError(f"{what} is a NumPy array that cannot be shared; pass its copy()")
         t = torch.from_numpy(value)
     expected, got = declared.dtype if declared else "", str(t.dtype).removeprefix("torch.")
-    is_same = expected in ("", got) or (expected[:1] in "ui" and expected.lstrip("u") == got.lstrip("u"))
+    is_same = expected in ("", got) or (
+        expected[:1] in "ui" and expected.lstrip("u") == got.lstrip("u")
+    )
     is_same |= {expected, got} <= {"int8", "uint8", "bool"}
     if declared is not None and declared.type.endswith("**"):
         is_same = True

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from nogpu.console import in_columns
 from nogpu.cpp.declarations import Declaration, Declared
 from nogpu.cpp.launching import DEFAULT_ARCH, Module, compile_source
 from nogpu.cpp.nvrtc import CompileError
+from nogpu.data_sheets import ARCHITECTURES
 from nogpu.machine.parse import entries, parse
 from nogpu.record.resources import resources
 
@@ -37,9 +41,23 @@ def print_summary(path: str | Path, arch: str = DEFAULT_ARCH) -> int:
     try:
         print(summary(path, arch))
     except CompileError as e:
-        print(e)
+        print(e, file=sys.stderr)
         return 1
+    except (OSError, UnicodeDecodeError) as e:
+        print(f"python -m nogpu: error: {path} cannot be read: {e}", file=sys.stderr)
+        return 2
     return 0
+
+
+def command_line(arguments: Sequence[str]) -> int:
+    """Print the summary of the file that a command names; return the exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m nogpu", description="Say how to launch a file of CUDA C++, and what it takes."
+    )
+    parser.add_argument("--arch", choices=tuple(ARCHITECTURES), default=DEFAULT_ARCH)
+    parser.add_argument("file", type=Path, help="a file of CUDA C++")
+    options = parser.parse_args(arguments)
+    return print_summary(options.file, options.arch)
 
 
 def _example(module: Module, name: str) -> list[str]:
@@ -80,7 +98,9 @@ def _table(module: Module, arch: str) -> list[str]:
     for one in module.declared.values():
         found = [entry for entry in names if _is_of(one, entry)]
         if not found:
-            others.append(f"{one.name}, line {one.line}: a template, whose instances ptxas does not see")
+            others.append(
+                f"{one.name}, line {one.line}: a template, whose instances ptxas does not see"
+            )
             continue
         kernel = parse(text, found[0], (1, 1, 1))
         static = sum(size for _, size in kernel.shared.values())

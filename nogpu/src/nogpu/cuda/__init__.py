@@ -34,7 +34,7 @@ def load(path: str | os.PathLike[str], options: Sequence[str] = ()) -> Module:
     return compile_source(file.read_text("utf-8"), str(file), options)
 
 
-def compile(source: str, options: Sequence[str] = ()) -> Module:  # noqa: A001  # nogpu.cuda.compile
+def compile(source: str, options: Sequence[str] = ()) -> Module:  # nogpu.cuda.compile
     """Return the kernels of CUDA C++ that is given as text, as `load` does for a file."""
     from nogpu.cpp.launching import compile_source
 

@@ -7,6 +7,7 @@ exact ones by most of what their sections allow, so that nothing relies on their
 depends on the operands alone: all schedules give the same.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -503,10 +504,11 @@ def _mark_absent(warp: Warp, i: Instruction, to: object, taken: Values) -> None:
     if not len(absent) or not isinstance(to, Register):
         return
     lane = int(absent[0])
-    message = (
-        f"{warp.thread(lane)} takes by {i.parts[0]}.{i.parts[1]} the value of "
-        f"{warp.thread(int(taken[lane]))}, which does not execute it or does not exist"
-    )
+    other, block = int(taken[lane]), warp.block.gpu.kernel.block
+    whose = f"{warp.thread(other)}, which does not execute it"
+    if block is not None and warp.first_thread + other >= math.prod(block):
+        whose = "a thread that the block does not have"
+    message = f"{warp.thread(lane)} takes by a shuffle the value of {whose}"
     cause = Cause("undefined value", message, i.line)
     definedness.mark(warp, to.index, absent, np.ones((len(absent), 4), np.bool_), cause)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from nogpu.machine import simt
 from nogpu.machine.allocation import Allocation
 from nogpu.machine.cluster import Cluster, Phase
-from nogpu.machine import simt
 from nogpu.machine.execute import advance
 from nogpu.machine.gpu_state import GpuState
 from nogpu.machine.memory import Space
@@ -40,7 +41,7 @@ from nogpu.machine.registers import (
 )
 from nogpu.machine.trace import Trace
 from nogpu.machine.vector_clocks import Events, VectorClocks, merged
-from nogpu.native.warps import BlockState, WarpState
+from nogpu.native.warps import BlockState, LaunchState, WarpState
 
 LOCAL_BASE = 2**20  # of the threads' stacks; Triton has addresses of 32 bits there
 # The same of CUDA C++, whose addresses tell which memory they are in: it is none of a process.
@@ -87,8 +88,8 @@ class Warp:
             count = math.prod(block.gpu.kernel.block) - self.first_thread
             if count < 32:
                 self.active = self.alive = count > LANES
-        # Of CUDA C++: how long a group may go on in a loop, and others after that; and where a group
-        # has found all threads that it waits for.
+        # Of CUDA C++: how long a group may go on in a loop, and others after that; and where a
+        # group has found all threads that it waits for.
         self.patience, self.held, self.converged = simt.PATIENCE, 0, -1
         self.early: Values = ~ALL  # threads that a branch has led to their end
         self.parked: dict[int, Values] = {}  # the others, by their program counters
@@ -151,12 +152,8 @@ class Warp:
 
     def special(self, name: str) -> Values:  # noqa: PLR0911  # a case for each kind of symbol
         block = self.block
-        parameter, _, added = name.partition("+")
-        if parameter in block.gpu.parameters:
-            bits = block.gpu.parameters[parameter] >> 8 * int(added or 0)
-            return np.full(32, bits % 2**64, np.uint64)
-        if (parameter, int(added or 0)) in self.arguments:  # what a call has returned
-            return np.asarray(self.arguments[parameter, int(added or 0)]).astype(np.uint64)
+        if (given := self._given(name)) is not None:
+            return given
         if name in block.gpu.symbols:
             return np.full(32, block.gpu.symbols[name], np.uint64)
         if name in block.gpu.kernel.locals:
@@ -222,7 +219,20 @@ class Warp:
         """Name the threads of a mask by the first and the last one."""
         lanes = LANES[mask]
         first, last = (self.thread(int(lanes[n])).removeprefix("thread ") for n in (0, -1))
-        return f"thread {first}" if len(lanes) == 1 else f"{len(lanes)} threads from {first} to {last}"
+        return (
+            f"thread {first}" if len(lanes) == 1 else f"{len(lanes)} threads from {first} to {last}"
+        )
+
+    def _given(self, name: str) -> Values | None:
+        """Return a parameter, or what a call has returned, from an offset on; None for others."""
+        parameter, _, added = name.partition("+")
+        offset = int(added or 0)
+        if parameter in self.block.gpu.parameters:
+            bits = self.block.gpu.parameters[parameter] >> 8 * offset
+            return np.full(32, bits % 2**64, np.uint64)
+        if (parameter, offset) in self.arguments:
+            return np.asarray(self.arguments[parameter, offset]).astype(np.uint64)
+        return None
 
     def active_bits(self) -> int:
         """Return the threads at the program counter as bits."""
@@ -319,18 +329,7 @@ class Block:
             self.memory.refine(launch.program.shared_unit)
             self.memory.others = np.zeros_like(self.memory.reads)
         self.shared.add(self.memory)
-        self.variables = [  # in shared memory, as CUDA C++ declares them
-            Allocation(source_name(one), address, size)
-            for one, (address, size) in gpu.kernel.shared.items()
-        ]
-        for one in self.variables:
-            if launch is not None:
-                one.refine(min(launch.program.shared_unit, one.unit))
-                one.others = np.zeros_like(one.reads)
-            self.shared.add(one)
-        if gpu.kernel.block is not None:
-            for one in (self.memory, *self.variables):
-                one.follow_lanes()
+        self.variables = self._variables(launch)
         self.local = Space("local memory")
         if gpu.kernel.local_bytes:
             size = gpu.kernel.local_bytes * gpu.kernel.threads
@@ -344,7 +343,9 @@ class Block:
         self.native = None if launch is None else BlockState(launch, self)
         # By barrier the warps that have arrived, and whether they wait.
         self.at_barrier: dict[int, list[tuple[Warp, bool]]] = {}
-        self.expected: dict[int, int | None] = {}  # warps at each barrier; None: all that have not ended
+        self.expected: dict[
+            int, int | None
+        ] = {}  # warps at each barrier; None: all that have not ended
         # By barrier what is done when all have arrived: `bar.red` gives each warp a result.
         self.results: dict[int, list[Callable[[], None]]] = {}
         # Reads of shared memory that nobody has written, by what and where.
@@ -353,6 +354,25 @@ class Block:
         self.tensor_memory: Any = None  # of sm_100
         self.bulk: list[tuple[int, int, str]] = []  # bulk copies: agent, line, what must have ended
         self.loads: set[Any] = set()  # mbarriers whose boxes nobody has waited for
+
+    def _variables(self, launch: LaunchState | None) -> list[Allocation]:
+        """Make the variables in shared memory that CUDA C++ declares."""
+        gpu = self.gpu
+        variables = [
+            Allocation(source_name(one), address, size)
+            for one, (address, size) in gpu.kernel.shared.items()
+        ]
+        for one in variables:
+            if one.name in gpu.shared_types:
+                one.index = partial(_element, one.name, *gpu.shared_types[one.name])
+            if launch is not None:
+                one.refine(min(launch.program.shared_unit, one.unit))
+                one.others = np.zeros_like(one.reads)
+            self.shared.add(one)
+        if gpu.kernel.block is not None:
+            for one in (self.memory, *variables):
+                one.follow_lanes()
+        return variables
 
     def arrive(self, warp: Warp, barrier: int, count: int, waits: bool = True) -> None:
         """``bar.sync`` and ``bar.arrive``: ``count`` warps meet."""
@@ -376,8 +396,8 @@ class Block:
     def note_unwritten(self, warp: Warp, place: Allocation, line: int, message: str) -> None:
         """Note a read of shared memory that nobody has written so far.
 
-        If another thread writes it before a barrier, then that is a race; otherwise `tell_unwritten`
-        reports it.
+        If another thread writes it before a barrier, then that is a race; otherwise
+        `tell_unwritten` reports it.
         """
         self.unwritten.setdefault((place.name, line), message)
 
@@ -429,7 +449,9 @@ class Block:
         """Say that threads have ended without a barrier that the others have reached."""
         assert self.gpu.kernel.block is not None
         count = math.prod(self.gpu.kernel.block)
-        ended = sum(max(0, min(32, count - w.first_thread)) - int(w.alive.sum()) for w in self.warps)
+        ended = sum(
+            max(0, min(32, count - w.first_thread)) - int(w.alive.sum()) for w in self.warps
+        )
         if not ended:
             return
         i = self.gpu.kernel.instructions[warp.pc - 1]
@@ -561,6 +583,15 @@ class Block:
     def _note_unfinished(self, line: int, what: str) -> None:
         message = f"the program may end before {what}"
         self.gpu.fault("error", "unfinished copy", line, message, self.program)
+
+
+def _element(name: str, width: int, sizes: tuple[int, ...], offset: int) -> str:
+    """Name the element of an array at an offset in bytes."""
+    number, found = offset // width, list[int]()
+    for size in sizes[:0:-1]:
+        number, rest = divmod(number, size)
+        found.append(rest)
+    return name + "".join(f"[{n}]" for n in ([number] if sizes else []) + found[::-1])
 
 
 def _missing(warp: Warp) -> str:

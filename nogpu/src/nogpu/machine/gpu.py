@@ -156,14 +156,7 @@ class Gpu(GpuState):
         text = text if self.change is None else self.change(text)
         self.kernel, self.grid = _decoded(text, entry, block), grid
         self.shared_bytes = shared
-        self.symbols = dict(self.variables)
-        for name, content in self.kernel.constants.items():
-            if name in self.symbols:
-                continue
-            place = self.allocate(name, len(content))
-            place.content()[:] = np.frombuffer(content, np.uint8)
-            place.give()
-            self.symbols[name] = place.base
+        self._place_constants()
         self.prepare(self.kernel)
         self.parameters = dict(zip(self.kernel.parameters, parameters, strict=True))
         self.executed_instructions = 0
@@ -199,6 +192,17 @@ class Gpu(GpuState):
         if self.keeps_allocations:
             for allocation in self.space.allocations:
                 allocation.end_launch()
+
+    def _place_constants(self) -> None:
+        """Give the kernel's constants, and variables that nobody keeps, memory of the launch."""
+        self.symbols = dict(self.variables)
+        for name, content in self.kernel.constants.items():
+            if name in self.symbols:
+                continue
+            place = self.allocate(name, len(content))
+            place.content()[:] = np.frombuffer(content, np.uint8)
+            place.give()
+            self.symbols[name] = place.base
 
     def _begin_dependents(self) -> None:
         """Note what blocks do to control grids, and what earlier grids may still do."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -43,6 +44,7 @@ class GpuState:
         parameters: the bits of the kernel's parameters, by their names.
         symbols: addresses of the kernel's constants.
         variables: addresses of those that the module keeps from one launch to the next.
+        shared_types: of arrays in shared memory the bytes of an element, and the sizes.
         released: what blocks have released, by address.
         changes: stores, and atomics that changed a value.
         printed: by the program that is executed.
@@ -68,6 +70,7 @@ class GpuState:
         self.space = Space("global memory")
         self.symbols: dict[str, int] = {}
         self.variables: dict[str, int] = {}
+        self.shared_types: Mapping[str, tuple[int, tuple[int, ...]]] = {}
         self.released: dict[int, dict[int, Values]] = {}
         self.changes = self.executed_instructions = 0
         self.printed: list[str] = []

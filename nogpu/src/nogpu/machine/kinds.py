@@ -62,10 +62,9 @@ BY_NAME = {
 def kind_of(i: Instruction) -> str:
     """Return what an instruction works with, one of `KINDS`."""
     name, where = i.parts[0], spaces(i)
-    if name == "wmma":
-        return "tensor cores" if i.parts[1] == "mma" else "moves"
-    if name in ("wgmma", "tcgen05"):
-        return "tensor cores" if i.parts[1] in ("mma_async", "mma") else "synchronization"
+    if name in ("wgmma", "tcgen05", "wmma"):
+        others = "moves" if name == "wmma" else "synchronization"
+        return "tensor cores" if i.parts[1] in ("mma_async", "mma") else others
     if where:
         return f"{where[0]} memory" if where[0] in ("global", "shared") else "moves"
     if name == "cp":

@@ -48,6 +48,7 @@ class Space(AddressSpace):
         for place, rows, lanes in self.pieces(warp, addresses, width, line, "load"):
             warp.count_place(place, rows * width)
             warp.piece = warp.lanes()[lanes]
+            self._check_stack(warp, rows * width, width, line, "loads")
             self._note_lanes(warp, place, rows, width, line, False)
             bad = self._read(warp, place, rows, width, event, line, atomic)
             found = place.data.reshape(-1, width)[rows]
@@ -74,6 +75,7 @@ class Space(AddressSpace):
             warp.count_place(place, rows * width)
             mine = values[lanes]
             warp.piece = warp.lanes()[lanes]
+            self._check_stack(warp, rows * width, width, line, "stores")
             self._note_lanes(warp, place, rows, width, line, True)
             self._write(warp, place, rows, width, event, line, mine, atomic)
             data = place.data.reshape(-1, width)
@@ -99,6 +101,21 @@ class Space(AddressSpace):
             "once; one of them is lost"
         )
         warp.block.gpu.fault("error", "race", line, message, warp.block.program)
+
+    def _check_stack(self, warp: Warp, offsets: Values, width: int, line: int, does: str) -> None:
+        """Report an access to the local memory of another thread."""
+        kernel = warp.block.gpu.kernel
+        if self is not warp.block.local or kernel.block is None:
+            return
+        own = offsets - (warp.first_thread + warp.piece) * kernel.local_bytes
+        bad = np.flatnonzero((own < 0) | (own + width > kernel.local_bytes))
+        if len(bad):
+            n = int(bad[0])
+            message = (
+                f"{warp.thread(int(warp.piece[n]))} {does} byte {int(own[n])} of its local memory, "
+                f"which has {kernel.local_bytes}: an index is outside of an array of its own"
+            )
+            warp.block.gpu.fault("error", "out of bounds", line, message, warp.block.program)
 
     def _note_lanes(
         self, warp: Warp, place: Allocation, rows: Rows, width: int, line: int, is_write: bool

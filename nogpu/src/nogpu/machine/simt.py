@@ -3,8 +3,8 @@
 
 Each group of threads that is at one place of the program has a mask. The group with the smallest
 program counter runs first, so that groups meet again behind a branch. Instructions that end in
-".sync" wait for the threads that their mask names, and barriers for all threads of the warp; threads
-that have ended are not waited for (9.7.9.6 and 9.7.13 of the PTX ISA).
+".sync" wait for the threads that their mask names, and barriers for all threads of the warp. Nobody
+waits for threads that have ended (9.7.9.6 and 9.7.13 of the PTX ISA).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 
 from nogpu.machine import definedness
 from nogpu.machine.decode import prepare
-from nogpu.machine.parse import Instruction, PtxError, flat
-from nogpu.machine.registers import ALL, LANES, Tainted, Values, reader
+from nogpu.machine.parse import Instruction, PtxError
+from nogpu.machine.registers import ALL, Tainted, Values, reader
 
 if TYPE_CHECKING:
     from nogpu.machine.block import Warp
@@ -93,21 +93,13 @@ def _choose(warp: Warp) -> bool:
     raise _apart(warp)
 
 
-def step(warp: Warp, i: Instruction) -> bool:  # noqa: PLR0911  # a case for each kind of branch
+def step(warp: Warp, i: Instruction) -> bool:
     """Execute an instruction. Return whether another warp may run first."""
     execute = i.run or prepare(i)
-    name, registers, mask = i.parts[0], warp.registers, warp.active
-    if i.guard is not None:
-        guard = registers[i.guard.index]
-        if isinstance(guard, Tainted):
-            raise TypeError
-        mask = mask & (~guard if i.negated else guard)
-        if not mask.any():
-            warp.pc += 1
-            return False
-        if i.whole and not np.array_equal(mask, warp.active):
-            _park(warp, warp.pc + 1, warp.active & ~mask)
-            warp.active = mask
+    name, registers, mask = i.parts[0], warp.registers, _guarded(warp, i)
+    if not mask.any():
+        warp.pc += 1
+        return False
     if i.whole:
         if warp.converged != warp.pc and not converge(warp, i):
             return False
@@ -131,6 +123,20 @@ def step(warp: Warp, i: Instruction) -> bool:  # noqa: PLR0911  # a case for eac
     if warp.block.trace is not None:
         warp.block.trace.execute(warp, pc)
     return stop
+
+
+def _guarded(warp: Warp, i: Instruction) -> Values:
+    """Return the active threads whose predicate lets them execute an instruction."""
+    if i.guard is None:
+        return warp.active
+    guard = warp.registers[i.guard.index]
+    if isinstance(guard, Tainted):
+        raise TypeError
+    mask = warp.active & (~guard if i.negated else guard)
+    if i.whole and mask.any() and not np.array_equal(mask, warp.active):
+        _park(warp, warp.pc + 1, warp.active & ~mask)
+        warp.active = mask
+    return mask
 
 
 def _park(warp: Warp, pc: int, mask: Values) -> None:
@@ -240,8 +246,8 @@ def _apart(warp: Warp) -> PtxError:
     first = instructions[min(warp.gathered)]
     is_barrier = any(_is_barrier(instructions[pc]) for pc in warp.gathered)
     places = [
-        f"{warp.threads_of(mask)} at {gpu.place_of(instructions[pc].line)} ({_call(instructions[pc])})"
-        for pc, mask in sorted(warp.gathered.items())
+        f"{warp.threads_of(mask)} at {gpu.place_of(one.line)} ({_call(one)})"
+        for one, mask in ((instructions[pc], mask) for pc, mask in sorted(warp.gathered.items()))
     ]
     if is_barrier:
         reason = "__syncthreads is in a branch that not all threads take: "
@@ -256,12 +262,3 @@ def _is_barrier(i: Instruction) -> bool:
 
 def _call(i: Instruction) -> str:
     return "__syncthreads" if _is_barrier(i) else i.opcode
-
-
-def used_registers(i: Instruction) -> list[int]:
-    return [one.index for operand in i.operands for one in flat(operand) if hasattr(one, "index")]
-
-
-def lanes_of(mask: Values) -> list[int]:
-    found: list[int] = LANES[mask].tolist()
-    return found

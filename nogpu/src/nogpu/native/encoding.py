@@ -33,11 +33,11 @@ from nogpu.native.layout import (
     COPY,
     ELECT,
     ELEMENTWISE,
+    GENERIC,
     GRID_TRIGGER,
     GRID_WAIT,
     IN_LIST,
     IN_ROW,
-    GENERIC,
     LEFT,
     LOAD,
     LOAD_BOX,
@@ -469,7 +469,11 @@ class Program:
         return WAIT
 
     def _fence(self, code: InstructionStruct, i: Instruction) -> int:
-        if self.kernel.block is not None and i.parts[0] in ("membar", "fence") and "proxy" not in i.opcode:
+        if (
+            self.kernel.block is not None
+            and i.parts[0] in ("membar", "fence")
+            and "proxy" not in i.opcode
+        ):
             raise LookupError
         if i.opcode.startswith("fence.mbarrier_init") and self.kernel.cluster == (1, 1, 1):
             return NOTHING
