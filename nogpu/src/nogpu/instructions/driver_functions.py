@@ -61,9 +61,7 @@ def _print(warp: Warp, i: Instruction) -> None:
     for lane in warp.lanes():
         address = int(warp.arguments["param1", 0][lane])
         values: list[int | float] = []
-        for _, length, letter in CONVERSION.findall(form):
-            if letter == "%":
-                continue
+        for _, length, letter in _conversions(form):
             is_wide = length in ("l", "ll") or letter in "fFeEgGaAps"
             size = 8 if is_wide else 4
             address = -(-address // size) * size
@@ -71,14 +69,26 @@ def _print(warp: Warp, i: Instruction) -> None:
             kind = "f8" if letter in "fFeEgGaA" else f"i{size}" if letter in "di" else f"u{size}"
             values.append(raw.view(kind)[0].item())
             address += size
-        given = iter(values)
+        given = iter(
+            _text(warp, int(value), i.line) if found[2] == "s" else value
+            for value, found in zip(values, _conversions(form), strict=True)
+        )
         text = CONVERSION.sub(lambda m: "%" if m[3] == "%" else _converted(m, next(given)), form)  # noqa: B023  # used at once
         warp.block.gpu.printed.append(text.rstrip("\n"))
     warp.arguments["retval0", 0] = np.zeros(32, np.uint32)
 
 
-def _converted(match: re.Match[str], value: int | float) -> str:
+def _conversions(form: str) -> list[tuple[str, str, str]]:
+    """Return the conversions of a format that take an argument."""
+    return [one for one in CONVERSION.findall(form) if one[2] != "%"]
+
+
+def _converted(match: re.Match[str], value: float | str) -> str:
     flags, letter = match[1], match[3]
+    if isinstance(value, str):
+        return f"%{flags}s" % value
+    if letter == "c":
+        return chr(int(value) % 256)
     if letter in "aA":
         return float(value).hex()
     if letter == "p":

@@ -109,6 +109,9 @@ def decode(kernel: Kernel) -> Kernel:
         _, _, i.whole = builder_of(i.opcode)
         if kernel.block is not None and i.parts[0] in ("ret", "exit"):  # a thread ends by itself
             i.whole = False
+        kernel.swaps |= (
+            kernel.block is not None and i.opcode.startswith("atom") and "cas" in i.parts
+        )
         kernel.controls_grids |= i.opcode.startswith("griddepcontrol")
     return kernel
 

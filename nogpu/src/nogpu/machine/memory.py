@@ -266,7 +266,7 @@ class Space(AddressSpace):
         undefined = None
         if writers.any():
             known = warp.clocks.knows(warp.index, writers)
-            if atomic:
+            if atomic or warp.block.gpu.kernel.swaps:
                 known |= warp.block.gpu.events.atomic[writers]
             if not all_true(known):
                 if not self.is_deferred:
@@ -352,7 +352,7 @@ class Space(AddressSpace):
                 continue
             known = warp.clocks.knows(warp.index, readers)
             if atomic:
-                known |= warp.block.gpu.events.atomic[readers]
+                known |= warp.block.gpu.events.atomic[readers] | warp.block.gpu.kernel.swaps
             if not all_true(known):
                 self.conflict(warp, place, rows, width, readers, known, line, "overwritten", "read")
             place.shadow(array, width)[rows] = GIVEN

@@ -158,6 +158,8 @@ class Kernel:
     # None: all threads of a warp take the same way, but for short branches, as Triton's do.
     block: tuple[int, int, int] | None = None
     shared: dict[str, tuple[int, int]] = field(default_factory=dict)  # addresses and sizes
+    # It has atomicCAS, whose loops begin with a plain load of what others change by atomics.
+    swaps: bool = False
     dynamic_shared: str = ""  # the name of the array whose size a launch gives
     locals: dict[str, int] = field(default_factory=dict)  # offsets in a thread's stack
     local_bytes: int = 0  # of a thread's stack

@@ -97,6 +97,8 @@ static int may_change(const Warp *w, const Access *at, int width, int reads, int
             if ((reads || writer != UNWRITTEN) && knows(w, writer) != 1 &&
                 !(is_atomic && atomic[writer]))
                 return 0;
+            if (w->swaps)
+                continue; /* the readers' atomicCAS notices a change */
             if (knows(w, reader) != 1 && !(is_atomic && atomic[reader]))
                 return 0;
             if (knows(w, other) != 1 && !(is_atomic && atomic[other]))

@@ -160,6 +160,7 @@ typedef struct Warp {
     int32_t of_threads;    /* whether they may diverge */
     int32_t generic;       /* the space that the instruction accesses */
     int32_t local_bytes;   /* of a thread's stack */
+    int32_t swaps;  /* the kernel has a loop of atomicCAS, which begins with a plain load */
     uint32_t early; /* threads that a branch has led to their end */
     int32_t patience, held, group_count;
     Group groups[MOST_GROUPS]; /* the threads that are not active */
@@ -998,7 +999,7 @@ static int knows_writers(const Warp *w, const Allocation *place, int64_t first, 
         const int32_t writer = place->writes[k];
         if (writer == GIVEN)
             continue;
-        if (knows(w, writer) != 1)
+        if (knows(w, writer) != 1 && !(w->swaps && events->atomic[writer]))
             return 0;
         if (fenced && events->blocks[writer] == w->block &&
             events->times[writer] > fenced[events->agents[writer]])

@@ -134,6 +134,7 @@ class WarpStruct(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("fence", "runner", "undo", "foreign")),
         *((name, ctypes.c_uint32) for name in ("alive", "first_alive")),
         *((name, ctypes.c_int32) for name in ("of_threads", "generic", "local_bytes")),
+        ("swaps", ctypes.c_int32),
         ("early", ctypes.c_uint32),
         *((name, ctypes.c_int32) for name in ("patience", "held", "group_count")),
         ("groups", GroupStruct * MOST_GROUPS),

@@ -159,6 +159,7 @@ class LaunchState:
             struct.elected = elected_lane(block.gpu.schedule.completion, n)
             struct.alive = struct.first_alive = _bits_of(block.warps[n].alive)
             struct.of_threads = program.kernel.block is not None
+            struct.swaps = program.kernel.swaps
             struct.local_bytes = program.kernel.local_bytes if struct.of_threads else 0
 
 
