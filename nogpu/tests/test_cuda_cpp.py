@@ -1,15 +1,37 @@
 # SPDX-License-Identifier: MIT
 """Kernels of CUDA C++: a corpus, right and wrong, and what a launch refuses."""
 
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
 import numpy as np
 import pytest
-from cuda_programs import PROGRAMS, launched, said_of
+import torch
+from cuda_programs import FOLDER, PROGRAMS, launched, said_of
+
+import nogpu
+import nogpu.cuda
+from nogpu.cpp.declarations import declarations, shared_arrays
+from nogpu.cpp.nvrtc import CompileError
+from nogpu.cpp.summary import summary
+from nogpu.native import core
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
 
+SCALE = """
+extern "C" __global__ void scale(const float* x, float* y, float factor, int n, unsigned char flag)
+{
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n)
+        y[i] = flag ? factor * x[i] : 0;
+}
+"""
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_program_of_the_corpus(name):
+
+def check(name: str) -> None:
+    """Launch a program of the corpus, and compare what is said with its first comment."""
     kind, fault, lines = said_of(name)
     gpu, pairs = launched(name)
     report = str(gpu.report())
@@ -24,3 +46,148 @@ def test_program_of_the_corpus(name):
     assert first.kind == ("warning" if kind == "warning" else "error"), report
     assert first.source is not None, report
     assert first.source[1] in lines, report
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program_of_the_corpus(name):
+    check(name)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program_without_the_core(name):
+    with patch.object(core, "library", lambda: None):
+        check(name)
+
+
+def test_a_right_program_that_is_made_wrong_has_a_fault():
+    source = (FOLDER / "product_tiled.cu").read_text("utf-8")
+    a, c = np.ones((32, 32), np.float32), np.zeros((32, 32), np.float32)
+    before, after = "        __syncthreads();\n        for", "[threadIdx.x];\n        __syncthreads();\n"
+    for barrier, rest in ((before, "        for"), (after, "[threadIdx.x];\n")):
+        assert source.count(barrier) == 1
+        with nogpu.emulate() as gpu:
+            kernels = nogpu.cuda.compile(source.replace(barrier, rest))
+            kernels["product<float, 16>"][(2, 2), (16, 16)](a, a, c, 32)
+        assert gpu.faults[0].name == "race"
+
+
+def refused(*arguments: object, size: object = (1, 32)) -> str:
+    """Return what a launch of `SCALE` raises."""
+    with nogpu.emulate() as gpu, pytest.raises((TypeError, ValueError)) as caught:
+        nogpu.cuda.compile(SCALE)["scale"][size](*arguments)
+    assert not gpu.launches
+    return str(caught.value)
+
+
+def test_arguments_are_those_of_the_declaration():
+    x, y = np.ones(8, np.float32), torch.zeros(8)
+    assert "scale takes 5 arguments (x, y, factor, n, flag), and got 3" in refused(x, y, 1.0)
+    assert "n of scale is int, and got 8.5; pass an integer" in refused(x, y, 1.0, 8.5, 1)
+    assert "x of scale is float*, and got 3; pass an array" in refused(3, y, 1.0, 8, 1)
+    assert "factor of scale is float, and got an array" in refused(x, y, x, 8, 1)
+    assert "got an array of float64; expected float32" in refused(x.astype(float), y, 1.0, 8, 1)
+    assert "300 does not fit into 8 bits" in refused(x, y, 1.0, 8, 300)
+    assert "that cannot be shared" in refused(x[::-1], y, 1.0, 8, 1)
+
+
+def test_sizes_are_those_of_a_gpu():
+    x, y = np.ones(8, np.float32), torch.zeros(8)
+    given = x, y, 1.0, 8, 1
+    assert "2,048 threads; expected 1 to 1,024" in refused(*given, size=(1, (64, 32)))
+    assert "expected an integer or up to three" in refused(*given, size=(1, (1, 1, 1, 1)))
+    assert "the grid is 1.5" in refused(*given, size=(1.5, 1))
+    assert "takes 300,000 bytes of shared memory" in refused(*given, size=(1, 1, 300_000))
+    with pytest.raises(RuntimeError, match=r"is executed within nogpu.emulate\(\)"):
+        nogpu.cuda.compile(SCALE)["scale"][1, 8](*given)
+
+
+def test_numbers_are_those_of_the_parameters():
+    x, y = np.arange(8, dtype=np.float32), torch.zeros(8)
+    with nogpu.emulate("sm_80") as gpu:
+        nogpu.cuda.compile(SCALE)["scale"][(1,), (4, 2, 1)](
+            x, y, np.float64(2.5), np.int64(8), True
+        )
+        nogpu.cuda.compile(SCALE)["scale"][0, 4](x, y, 2, 8, True)
+    assert torch.equal(y[:4], torch.arange(4) * 2.5)
+    assert not gpu.faults
+    assert len(gpu.launches) == 1
+    assert len(gpu.empty) == 1
+
+
+def test_errors_of_the_compiler_have_lines(tmp_path):
+    file = tmp_path / "wrong.cu"
+    file.write_text("__global__ void f(int* x)\n{\n    x[0] = y;\n    g(3)\n}\n")
+    with pytest.raises(CompileError) as caught:
+        nogpu.cuda.load(file)
+    assert str(caught.value).splitlines()[0] == 'wrong.cu:3: identifier "y" is undefined'
+    with pytest.raises(KeyError, match="has no kernel 'h'; its kernels: scale"):
+        nogpu.cuda.compile(SCALE)["h"]
+    source = "template <typename T>\n__global__ void f(T* x) { *x = 1; }"
+    with pytest.raises(KeyError, match="f is a template"):
+        nogpu.cuda.compile(source)["f"]
+
+
+def test_functions_of_the_host_are_left_out():
+    source = f"""#include <iostream>
+#include <vector>
+{SCALE}
+int main()
+{{
+    std::vector<float> x(8);
+    scale<<<1, 8>>>(x.data(), x.data(), 1, 8, 1);
+}}
+"""
+    assert nogpu.cuda.compile(source).names == ["scale"]
+
+
+def test_declarations():
+    source = """
+    template <typename T, int N = 3> __global__ void /* a comment, with ( */ f(
+        const T *__restrict__ x, unsigned long long n, float y[4], struct P p, int);
+    extern "C" __global__ __launch_bounds__(256, 2) void g() {}
+    __shared__ volatile unsigned int a[4][3], b; extern __shared__ float c[]; __shared__ T d[N];
+    """
+    first, second = declarations(source)
+    assert [(one.name, one.type) for one in first.parameters] == [
+        ("x", "T*"),
+        ("n", "unsigned long long"),
+        ("y", "float*"),
+        ("p", "P"),
+        ("", "int"),
+    ]
+    assert (first.template, second.name, second.parameters) == ("typename T, int N = 3", "g", [])
+    assert shared_arrays(source) == {"a": (4, (4, 3)), "b": (4, ())}
+
+
+def test_a_file_says_how_it_is_launched(tmp_path):
+    file = tmp_path / "scale.cu"
+    file.write_text(SCALE)
+    text = summary(file)
+    assert 'kernels["scale"][grid, block](x, y, factor, n, flag)' in text
+    assert "x: an array of float32" in text
+    done = subprocess.run(
+        [sys.executable, "-m", "nogpu", str(file)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, f"{text}\n")
+    file.write_text("__global__ void f() { y; }")
+    done = subprocess.run(
+        [sys.executable, "-m", "nogpu", str(file)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "scale.cu:1: identifier" in done.stderr
+
+
+def test_what_is_printed_is_in_the_order_of_threads():
+    gpu, _ = launched("greeting")
+    assert [line.split(":")[0] for line in gpu.launches[0].printed] == [
+        f"block {block}, thread {thread}" for block in (0, 1) for thread in (0, 1)
+    ]
+
+
+def test_importing_nogpu_needs_no_compiler():
+    code = (
+        "import sys, nogpu.cuda; sys.exit('cuda.bindings' in sys.modules or 'torch' in sys.modules)"
+    )
+    folder = Path(nogpu.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, check=False)
+    assert done.returncode == 0

@@ -34,7 +34,7 @@ MOST_THREADS = 1024  # of a block
 MOST_OF_AXIS = (1024, 1024, 64)
 MOST_BLOCKS = (2**31 - 1, 65_535, 65_535)
 WITHOUT_ASKING = 48 * 1024  # bytes of shared memory that a kernel's variables may have
-FLOATS = {"f32": np.float32, "f64": np.float64, "f16": np.float16}
+FLOATS: dict[str, Any] = {"f32": np.float32, "f64": np.float64, "f16": np.float16}
 DEFAULT_ARCH = "sm_90"
 
 
@@ -403,7 +403,7 @@ def _number(what: str, parameter: Parameter, declared: Declared | None, value: A
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{what} is {shown}, and got {_kind(value)}; pass a number")
         with np.errstate(over="ignore"):
-            raw = FLOATS[kind](value).tobytes()
+            raw = bytes(FLOATS[kind](value).tobytes())
         return int.from_bytes(raw, "little")
     if kind == "b8" or parameter.size not in (1, 2, 4, 8):
         return _structure(what, parameter, declared, value)
@@ -414,7 +414,7 @@ def _number(what: str, parameter: Parameter, declared: Declared | None, value: A
     bits, number = 8 * parameter.size, int(value)
     if not -(2 ** (bits - 1)) <= number < 2**bits:
         raise TypeError(f"{what} is {shown}, and {number} does not fit into {bits} bits")
-    return number % 2**bits
+    return int(number % 2**bits)
 
 
 def _structure(what: str, parameter: Parameter, declared: Declared | None, value: Any) -> int:

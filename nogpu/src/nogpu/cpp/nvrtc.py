@@ -31,10 +31,15 @@ FLOATS = """
 #define DBL_EPSILON 2.2204460492503131e-016
 """
 NOTHING = ("stdio", "stdlib", "math", "assert", "string", "time")
+OF_HOST = (
+    *("algorithm", "array", "chrono", "cuda.h", "exception", "fstream", "functional", "iomanip"),
+    *("iostream", "map", "memory", "numeric", "random", "set", "sstream", "stdexcept", "string"),
+    *("thread", "utility", "vector", "curand.h", "cublas_v2.h"),
+)
 HEADERS = {
     **{f"{name}.h": "" for name in NOTHING},
     **{f"c{name}": "" for name in NOTHING},
-    **dict.fromkeys(("iostream", "cuda.h"), ""),
+    **dict.fromkeys(OF_HOST, ""),
     "limits.h": LIMITS,
     "climits": LIMITS,
     "float.h": FLOATS,
@@ -55,7 +60,7 @@ def _nvrtc() -> Any:
         ModuleNotFoundError: it is not installed.
     """
     try:
-        from cuda.bindings import nvrtc
+        from cuda.bindings import nvrtc  # type: ignore[import-untyped]  # it has no types
     except ModuleNotFoundError:
         message = (
             "CUDA C++ is compiled by NVRTC, which is not installed: pip install cuda-bindings "
@@ -175,7 +180,7 @@ def _text(nvrtc: Any, program: Any, what: str) -> str:
     _, size = getattr(nvrtc, f"nvrtcGet{what}Size")(program)
     text = b" " * size
     getattr(nvrtc, f"nvrtcGet{what}")(program, text)
-    return text.decode(errors="replace").rstrip("\0")
+    return str(text.decode(errors="replace")).rstrip("\0")
 
 
 def _message(log: str, path: str) -> str:

@@ -15,7 +15,7 @@ executed once more, with the bits and without the taint; then the results are ta
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -95,14 +95,11 @@ def _taint_results(
     """Taint what the instruction has written; threads that it left out keep their taint."""
     registers = warp.registers
     for index in i.writes:
-        value = registers[index]
+        value: Any = registers[index]
         mask, cause = masks.get(index, (None, None))
         if isinstance(value, Tainted):  # such as a load's, or of a thread that is not there
-            value, mask, cause = (
-                value.values,
-                value.mask if mask is None else mask | value.mask,
-                cause or value.cause,
-            )
+            mask = value.mask if mask is None else mask | value.mask
+            value, cause = value.values, cause or value.cause
         if not isinstance(value, np.ndarray):  # of an asynchronous product
             continue
         if mask is not None:

@@ -297,8 +297,9 @@ def inline(text: str) -> str:
         call = CALL.search(code)
         if call is None or call[2] not in functions or call[2] in callers:
             return code
+        inner_callers = *callers, call[2]
         result, parameters, body = functions[call[2]]
-        body = SEQUENCE.sub(lambda inner: expand(inner, (*callers, call[2])), body)
+        body = SEQUENCE.sub(lambda inner: expand(inner, inner_callers), body)
         # Structures: the caller's variable is that of the function, too.
         arrays = ARRAY.findall(code)
         given = [one.strip() for one in call[3].split(",") if one.strip()]
