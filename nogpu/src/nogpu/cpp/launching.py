@@ -25,6 +25,7 @@ from torch import Tensor
 from nogpu.cpp.declarations import Declaration, Declared, declarations, shared_arrays
 from nogpu.cpp.nvrtc import compiled
 from nogpu.machine.parse import Kernel, Parameter, entries, parse
+from nogpu.record.faults import Fault
 from nogpu.record.launch import Launch
 from nogpu.record.source import program_line
 from nogpu.triton.driver import emulations, present
@@ -253,10 +254,12 @@ def launch_kernel(
                 for name, one in zip(names, values, strict=True)
             ]
 
+        before = len(emulator.faults)
         try:
             emulator.run(launch, parameters, "")
         finally:
             emulator.variables, emulator.shared_types = {}, {}
+            emulator.faults[before:] = condensed(emulator.faults[before:])
 
     given = [one.value for one in arguments]
     if emulator.watcher is None:
@@ -271,6 +274,37 @@ def launch_kernel(
             f"{names[int(found[1])]} of {kernel.name} is an array of the host, and the kernel runs "
             "on the device; pass a tensor on cuda, such as torch.as_tensor(array).cuda()"
         ) from None
+
+
+ACCESSED = re.compile(r"(?:reads|overwrites) (?:byte \d+ of )?(\w+)")
+AT = re.compile(r"\(([^()]+:\d+)\)")
+BY_RACES = ("race within a warp", "uninitialised memory")  # what a missing barrier also shows as
+
+
+def condensed(faults: Sequence[Fault]) -> list[Fault]:
+    """Return the faults of a launch, one for each pair of lines between which a barrier is missing.
+
+    Such a barrier also lets threads of one warp race, and threads read what nobody has written yet.
+    """
+    kept, pairs = [], set()
+    raced = {_array_of(one) for one in faults if one.name == "race"} - {""}
+    for one in faults:
+        if one.name in BY_RACES and _array_of(one) in raced:
+            continue
+        if one.name == "race" and one.source is not None:
+            here = f"{Path(one.source[0]).name}:{one.source[1]}"
+            pair = _array_of(one), frozenset({here, *AT.findall(one.message)})
+            if pair in pairs:
+                continue
+            pairs.add(pair)
+        kept.append(one)
+    return kept
+
+
+def _array_of(fault: Fault) -> str:
+    """Return the array that a fault's message names; "" if there is none."""
+    found = ACCESSED.search(fault.message)
+    return found[1] if found else ""
 
 
 def _placed(emulator: Emulator, name: str, t: Tensor) -> int:
