@@ -37,6 +37,9 @@ from nogpu.triton.host_memory import HostMemory
 # By capability; shared memory of a program at most.
 SHARED_BYTES = {sheet.capability: sheet.shared_of_program for sheet in DATA_SHEETS.values()}
 MULTIPROCESSORS = {sheet.capability: sheet.multiprocessors for sheet in DATA_SHEETS.values()}
+# Errors of a launch of CUDA C++ after which it ends: each one takes Python, and a missing barrier
+# has one for each access.
+MOST_ERRORS = 1000
 LEAST_DEPENDENT = 90  # the first capability with programmatic dependent launch
 OF_WARP = r" of warp \d+( of CTA \d+)?$"  # in the name of an access
 NUMBER = r"-?\b(0x[0-9a-f]+|\d+)\b"  # in a message
@@ -114,6 +117,7 @@ class Emulator(gpu.Gpu):
         self._name = self._file = ""
         self._launched: tuple[str, int] | None = None
         self._present: Launch | None = None
+        self._errors = 0  # of the present launch, under its schedule
         self._ended = ""  # the fault that has ended a program or the present launch
         self._asserts = False  # what a kernel assumes is executed, and not the kernel
         self._last: LastLaunch | None = None
@@ -204,6 +208,15 @@ class Emulator(gpu.Gpu):
         if name == "deadlock":  # its program has not ended
             self._ended = name
         self._note(kind, name, line, message, program)
+        self._errors += kind == "error"
+        if self._errors == MOST_ERRORS and self._present is not None and self._present.block:
+            reason = (
+                f"the launch has {MOST_ERRORS:,} errors so far, and ends here: what other threads "
+                "would write stays as it was"
+            )
+            error = PtxError(line, reason, "many errors")
+            error.program = program
+            raise error
 
     def _note(
         self, kind: str, name: str, line: int, message: str, program: tuple[int, ...]
@@ -346,7 +359,7 @@ class Emulator(gpu.Gpu):
         schedule: Schedule,
         is_first: bool,
     ) -> None:
-        self.schedule, self.printed = schedule, []
+        self.schedule, self.printed, self._errors = schedule, [], 0
         is_new = launch.key not in self._counted_before
         self.trace = Trace() if is_first and self.traces and is_new else None
         launch.trace = launch.trace or self.trace
