@@ -15,7 +15,7 @@ A launch passes these folders, one after the other:
 - `machine`: one launch on a `gpu`, whose blocks share its `gpu_state`. What is executed: `parse`
   (text to instructions), `kinds` (of instructions), `decode` (instructions to functions),
   `registers` (kinds of numbers), `block` (warps and barriers), `cluster`, `execute` (steps of a
-  warp), and `workers` (threads that divide a launch). What is watched: `allocation` (bytes, and
+  warp), `simt` (of one whose threads diverge), and `workers` (threads that divide a launch). What is watched: `allocation` (bytes, and
   who has accessed them), `address_space`, with `origins` and `overflow` of addresses outside,
   `memory` (the rules of accesses), `vector_clocks` (who knows of which access), `operation`
   (asynchronous ones), `dependents` (grids that may still run), `spins` (blocks that wait for ever),
@@ -30,6 +30,9 @@ A launch passes these folders, one after the other:
 - `report`: `groups` of launches, and `report`, as `text`, as a `page` with each `drawing`, or as
   JSON (`data`); `assembly` is what ptxas refuses, and `limits` are what a program asserts of
   counters.
+
+`cpp` stands beside `triton` for kernels in CUDA C++, which `nogpu.cuda.load` returns: `nvrtc`
+compiles, `declarations` reads parameters, `launching` launches, and `summary` says how.
 
 `cuda` stands beside `triton` for scripts that say "cuda":
 

@@ -24,7 +24,6 @@ from nogpu.machine.vector_clocks import EARLIER, GIVEN, UNWRITTEN, Events
 
 if TYPE_CHECKING:
     from nogpu.machine.block import Warp
-    from nogpu.machine.gpu_state import GpuState
 
 
 class Space(AddressSpace):
@@ -510,7 +509,7 @@ def _agent(
         by = gpu.place_of(int(events.lines[number]))
         if block != warp.block.number:
             waits = "an atomic or another launch between them"
-            return "race between blocks", f"{who} of {_other_block(gpu, block)}", by, waits
+            return "race between blocks", f"{who} of {_other_block(warp, block)}", by, waits
         lanes = None
         if place is not None:
             lanes = place.lane_writes if other == "written" else place.lane_reads
@@ -527,8 +526,9 @@ def _agent(
     return "race between programs", f"{who} of another program", by, "waiting for it"
 
 
-def _other_block(gpu: GpuState, number: int) -> str:
+def _other_block(warp: Warp, number: int) -> str:
     """Name a block by its position where its number tells that."""
+    gpu = warp.block.gpu
     if gpu.schedule.order != "forward" or getattr(gpu, "sample", None) is not None:
         return "another block"
     x, y, _ = gpu.grid

@@ -39,7 +39,7 @@ SHARED_BYTES = {sheet.capability: sheet.shared_of_program for sheet in DATA_SHEE
 MULTIPROCESSORS = {sheet.capability: sheet.multiprocessors for sheet in DATA_SHEETS.values()}
 # Errors of a launch of CUDA C++ after which it ends: each one takes Python, and a missing barrier
 # has one for each access.
-MOST_ERRORS = 1000
+MOST_ERRORS, MANY_ERRORS = 1000, "many errors"
 LEAST_DEPENDENT = 90  # the first capability with programmatic dependent launch
 OF_WARP = r" of warp \d+( of CTA \d+)?$"  # in the name of an access
 NUMBER = r"-?\b(0x[0-9a-f]+|\d+)\b"  # in a message
@@ -214,7 +214,7 @@ class Emulator(gpu.Gpu):
                 f"the launch has {MOST_ERRORS:,} errors so far, and ends here: what other threads "
                 "would write stays as it was"
             )
-            error = PtxError(line, reason, "many errors")
+            error = PtxError(line, reason, MANY_ERRORS)
             error.program = program
             raise error
 
@@ -372,7 +372,8 @@ class Emulator(gpu.Gpu):
             self.launch(launch.ptx, values, grid, dynamic, launch.entry, launch.block)
         except PtxError as e:
             self._ended = e.name
-            self._note("error", e.name, e.line, e.reason, e.program)
+            kind = "note" if e.name == MANY_ERRORS else "error"
+            self._note(kind, e.name, e.line, e.reason, e.program)
         except MemoryError:
             raise
         except Exception as e:
