@@ -15,13 +15,13 @@ A launch passes these folders, one after the other:
 - `machine`: one launch on a `gpu`, whose blocks share its `gpu_state`. What is executed: `parse`
   (text to instructions), `kinds` (of instructions), `decode` (instructions to functions),
   `registers` (kinds of numbers), `block` (warps and barriers), `cluster`, `execute` (steps of a
-  warp), `simt` (of one whose threads diverge), and `workers` (threads that divide a launch). What is watched: `allocation` (bytes, and
-  who has accessed them), `address_space`, with `origins` and `overflow` of addresses outside,
-  `memory` (the rules of accesses), `vector_clocks` (who knows of which access), `operation`
-  (asynchronous ones), `dependents` (grids that may still run), `spins` (blocks that wait for ever),
-  `definedness` (undefined bits) and `packed_definedness` (of several numbers in a register). What
-  is counted: `instruction_counts`, their sums in `counters`, `program_sample` (for the counts of
-  all programs), and `trace` (a record of one program).
+  warp), `simt` (of one whose threads diverge), and `workers` (threads that divide a launch). What
+  is watched: `allocation` (bytes, and who has accessed them), `address_space`, with `origins` and
+  `overflow` of addresses outside, `memory` (the rules of accesses), `vector_clocks` (who knows of
+  which access), `operation` (asynchronous ones), `dependents` (grids that may still run), `spins`
+  (blocks that wait for ever), `definedness` (undefined bits) and `packed_definedness` (of several
+  numbers in a register). What is counted: `instruction_counts`, their sums in `counters`,
+  `program_sample` (for the counts of all programs), and `trace` (a record of one program).
 - `instructions`: what each instruction of PTX does, in Python.
 - `native`: the common instructions, and whole blocks, in C: `layout` (what Python and C share),
   `core` (built once, and loaded, from a folder of `cache`), `encoding`, `warps`, `blocks`.
