@@ -70,10 +70,12 @@ class Gpu(gpu.Gpu):
         parameters: Sequence[Any],
         grid: tuple[int, int, int] = (1, 1, 1),
         shared: int = 0,
+        entry: str = "",
+        block: tuple[int, int, int] | None = None,
     ) -> None:
         """Execute the kernel of ``text`` with a number, or a tensor on the meta device, for each
         parameter."""
-        super().launch(text, list(map(self.value, parameters)), grid, shared)
+        super().launch(text, list(map(self.value, parameters)), grid, shared, entry, block)
 
     def value(self, argument: Any) -> int:
         if isinstance(argument, Tensor):

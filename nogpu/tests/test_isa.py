@@ -44,6 +44,28 @@ def of_simple_ones() -> set[str]:
     return executed(gpu.counts, text)
 
 
+def of_threads() -> set[str]:
+    """Of CUDA C++: a thread that ends, a barrier that counts, and tiles that a warp loads."""
+    gpu, eight = Gpu(SCHEDULES[0]), {one: ", ".join(f"{one}{n}" for n in range(8)) for one in "wvu"}
+    w, v, u = (f"{{{eight[one]}}}" for one in "wvu")
+    tile = "sync.aligned.row.m16n16k16.global"
+    text = f"""{HEAD}
+.reg .b32 w<9>, v<9>, u<9>;
+ld.param.b64 d2, [k_param_0];
+wmma.load.a.{tile}.f16 {w}, [d2]; wmma.load.b.{tile}.f16 {v}, [d2];
+wmma.mma.sync.aligned.row.row.m16n16k16.f32.f32 {u}, {w}, {v}, {u};
+bar.warp.sync -1; wmma.store.d.{tile}.f32 [d2], {u};
+bar.red.popc.u32 r1, 0, p;
+exit;
+}}"""
+    block = 32, 1, 1
+    memory = gpu.tensor(torch.zeros(256, dtype=torch.int32))
+    gpu.launch(text, [memory], block=block)
+    table = gpu.counts.table[:, Column.EXECUTIONS]
+    instructions = _decoded(text, "", block).instructions
+    return {isa.name_of(i.opcode) for i, n in zip(instructions, table, strict=False) if n}
+
+
 def of_traps() -> set[str]:
     for name in isa.TRAPS:
         gpu = Gpu(SCHEDULES[0])
@@ -76,14 +98,14 @@ KNOWN = {name for _, name, form in isa.entries() if isa.is_known(form)}
 
 
 def test_known_instructions_are_executed():
-    found = of_simple_ones() | of_traps()
+    found = of_simple_ones() | of_traps() | of_threads()
     assert {name for name in KNOWN - found if not name.startswith(isa.BY_KERNELS)} == set()
     assert found - KNOWN - {""} == set()  # "" is what declares a table of branches
 
 
 @pytest.mark.slow
 def test_known_instructions_of_kernels_are_executed():
-    found = of_simple_ones() | of_kernels()
+    found = of_simple_ones() | of_kernels() | of_threads()
     assert {name for name in KNOWN - found if name not in isa.TRAPS} == set()
     assert found - KNOWN - {""} == set()
 
