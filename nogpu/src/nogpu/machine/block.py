@@ -44,7 +44,7 @@ from nogpu.machine.vector_clocks import Events, VectorClocks, merged
 from nogpu.native.warps import BlockState, LaunchState, WarpState
 
 LOCAL_BASE = 2**20  # of the threads' stacks; Triton has addresses of 32 bits there
-TURN = 100_000  # instructions of a warp of CUDA C++, after which others have their turn
+TURN = 20_000  # instructions of a warp of CUDA C++, after which others have their turn
 # The same of CUDA C++, whose addresses tell which memory they are in: it is none of a process.
 GENERIC_BASE = 2**57
 

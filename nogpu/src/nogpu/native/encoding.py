@@ -352,6 +352,8 @@ class Program:
         (*rest, kind), order, in_shared = qualifiers(i)
         in_local = rest[:1] == ["local"]
         dtype = DTYPES.get(kind)
+        if order == "volatile" and in_shared and self.kernel.block is not None:
+            order = ""  # as in Python, whose rules for shared memory know no order
         if order or dtype is None or rest[in_local:] != [f"v{count}"] * (count > 1):
             raise LookupError
         code.space = SPACES["shared" if in_shared else "local" if in_local else "global"]
