@@ -13,6 +13,7 @@ import math
 import numbers
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from nogpu.cpp.declarations import Declaration, Declared, declarations, shared_arrays
 from nogpu.cpp.nvrtc import compiled
@@ -414,7 +416,10 @@ def _array(
     else:
         if not value.flags.writeable or any(n < 0 for n in value.strides):
             raise TypeError(f"{what} is a NumPy array that cannot be shared; pass its copy()")
-        t = torch.from_numpy(value)
+        # An emulator's mode would make PyTorch import its compiler, for seconds, and see nothing.
+        has_watcher = bool(emulations) and present().watcher is not None
+        with nullcontext() if has_watcher else _disable_current_modes():
+            t = torch.from_numpy(value)
     expected, got = declared.dtype if declared else "", str(t.dtype).removeprefix("torch.")
     is_same = expected in ("", got) or (
         expected[:1] in "ui" and expected.lstrip("u") == got.lstrip("u")
