@@ -17,6 +17,8 @@ import nogpu.cuda
 from nogpu.cpp.declarations import declarations, shared_arrays
 from nogpu.cpp.nvrtc import CompileError
 from nogpu.cpp.summary import summary
+from nogpu.machine.gpu import Gpu
+from nogpu.machine.gpu_state import SCHEDULES
 from nogpu.native import core
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
@@ -302,3 +304,34 @@ def test_products_of_tiles():
     assert not gpu.faults
     assert torch.equal(c, a.float() @ b.float().T + 1)
     assert "tensor cores" in gpu.launches[0].counted()
+
+
+BRANCHES = """.version 8.0
+.target sm_90
+.visible .entry k(.param .u64 k_param_0)
+{
+.reg .b32 r<9>; .reg .b64 d<9>; .reg .pred p;
+ld.param.u64 d1, [k_param_0];
+mov.u32 r1, %tid.x; mul.wide.u32 d2, r1, 4; add.u64 d1, d1, d2;
+and.b32 r2, r1, 3;
+$L_t: .branchtargets $L0, $L1, $L2, $L0;
+setp.lt.u32 p, r1, 30;
+@p brx.idx r2, $L_t;
+mov.u32 r3, 7; bra.uni $L_end;
+$L0: mov.u32 r3, 10; bra.uni $L_end;
+$L1: mov.u32 r3, 11; bra.uni $L_end;
+$L2: mov.u32 r3, 12;
+$L_end: st.global.u32 [d1], r3; ret;
+}
+"""
+
+
+@pytest.mark.parametrize("library", [core.library, lambda: None], ids=["core", "python"])
+def test_threads_branch_by_an_index(library):
+    gpu = Gpu(SCHEDULES[0])
+    y = gpu.allocate("y", 40 * 4)
+    with patch.object(core, "library", library):
+        gpu.launch(BRANCHES, [y.base], entry="k", block=(40, 1, 1))
+    t = np.arange(40)
+    want = np.where(t < 30, np.array([10, 11, 12, 10])[t % 4], 7)
+    np.testing.assert_array_equal(y.content().view(np.int32), want)
