@@ -55,6 +55,8 @@ DATA_SHEETS = {
     ),
 }
 """The data sheets by the GPUs' names: those of A100, H100, H200 and B200."""
+GPUS = {80: "A100", 90: "H100", 100: "B200"}  # by capability: those that are emulated
+MEMORY = {80: 80 * 2**30, 90: 80 * 2**30, 100: 180 * 2**30}  # their bytes
 ARCHITECTURES = {f"sm_{one.capability}": one.capability for one in DATA_SHEETS.values()}
 """The architectures for which kernels are compiled and executed, with their capabilities."""
 # Of a multiprocessor of each of these GPUs, and the bytes of shared memory that a program takes

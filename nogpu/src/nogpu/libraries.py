@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 
 # Their lines stand between a program's line and what it calls.
-LIBRARIES = ("torch", "triton", __name__.partition(".")[0], "contextlib", "runpy", "copy")
+LIBRARIES = ("torch", "triton", "numba", __name__.partition(".")[0], "contextlib", "runpy", "copy")
 ATTRIBUTE = "__nogpu__"
 
 

@@ -34,17 +34,16 @@ from nogpu.cuda.libraries import CublasLt, CudaKernel
 from nogpu.cuda.operations import tensors_in
 from nogpu.cuda.types import Arguments, Attributes, Device, Function, Keywords
 from nogpu.cuda.watcher import Watcher
-from nogpu.data_sheets import DATA_SHEETS, REGISTERS, WARPS
+from nogpu.data_sheets import DATA_SHEETS, GPUS, MEMORY, REGISTERS, WARPS
 from nogpu.decorating import context_manager
+from nogpu.numba.numba_stand_in import emulate_numba
 from nogpu.triton.driver import Driver
 from nogpu.triton.emulator import SHARED_BYTES, Emulator
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-GPUS = {80: "A100", 90: "H100", 100: "B200"}  # the keys of `DATA_SHEETS`
-GIB, MIB = 2**30, 2**20
-MEMORY = {80: 80 * GIB, 90: 80 * GIB, 100: 180 * GIB}  # bytes, by the same data sheets
+MIB = 2**20
 
 
 def _on_cpu(value: T) -> T | str | torch.device:
@@ -675,5 +674,6 @@ def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
                 if hasattr(place, name):  # `LACKING` says which may be missing
                     stack.enter_context(patch.object(place, name, value))
         stack.callback(optimizer.register_optimizer_step_post_hook(watcher.note_step).remove)
+        stack.enter_context(emulate_numba(emulator))
         stack.enter_context(_OnCpu(watcher))
         yield
