@@ -20,12 +20,11 @@ import torch
 from nogpu.console import breaking_silence
 from nogpu.cuda.advice import (
     NEEDS_CUDA,
-    NOT_EXECUTED,
-    SIMULATOR,
     advise,
+    advise_numba,
     fault_of_numba,
-    is_of_numba,
     says_cuda,
+    why_simulated,
 )
 from nogpu.cuda.stand_in import cuda_is_cpu
 from nogpu.data_sheets import ARCHITECTURES
@@ -36,7 +35,6 @@ from nogpu.triton.emulate import emulate, why_not_compiled
 from nogpu.triton.emulator import Emulator
 
 WITHIN = "only kernels that the script's own process launches are executed"
-SIMULATED = "kernels of numba.cuda are executed by Numba's simulator, and not checked"
 INNER = "the script's own emulate or check_kernel reports its launches"
 
 # What a file of the report is, and how its name ends; others are not overwritten.
@@ -143,11 +141,12 @@ def _end_early(
     Returns:
         The exit status, or None where the traceback of the error ends the process.
     """
-    if is_of_numba(error) and not torch.cuda.is_available():
-        fault = fault_of_numba(error)
+    of_numba = advise_numba(error, options.cuda_is_cpu)
+    if of_numba and not torch.cuda.is_available():
+        fault = fault_of_numba(error, of_numba)
         gpu.note(fault, (fault.name, fault.source))
         _show(gpu.report(), options, stdout, "")
-        print(f"python -m nogpu: error: {NOT_EXECUTED}; {SIMULATOR}", file=sys.stderr)
+        print(f"python -m nogpu: error: {of_numba}", file=sys.stderr)
         return 1
     advice = advise(error) if _lacks_cuda(error, options, gpu) else ""
     _show(gpu.report(), options, stdout, advice)
@@ -212,7 +211,7 @@ def _why_nothing(gpu: Emulator, options: argparse.Namespace) -> str:
     if gpu.has_inner:
         return INNER
     if getattr(sys.modules.get("numba.core.config"), "ENABLE_CUDASIM", False):
-        return SIMULATED
+        return why_simulated()
     return WITHIN if options.cuda_is_cpu else NEEDS_CUDA
 
 

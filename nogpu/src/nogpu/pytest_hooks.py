@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 import pytest
 import torch
 
-from nogpu.cuda.advice import advise, is_of_numba, says_cuda
+from nogpu.cuda.advice import advise, advise_numba, says_cuda
 from nogpu.cuda.stand_in import cuda_is_cpu
 from nogpu.report.report import Report
 from nogpu.triton.emulate import emulate
@@ -100,9 +100,9 @@ class Hooks:
             return result
         except Exception as e:
             is_cpu = self.options.cuda_is_cpu  # then `torch.cuda.is_available` says so
-            has_advice = is_of_numba(e) or (says_cuda(e) and not is_cpu)
+            has_advice = advise_numba(e, is_cpu) or (says_cuda(e) and not is_cpu)
             if has_advice and (is_cpu or not torch.cuda.is_available()):
-                advise(e)
+                advise(e, is_cpu)
             raise
         finally:
             rest = phase.rest()

@@ -4,10 +4,17 @@
 import traceback
 
 from nogpu.libraries import is_library
+from nogpu.numba.numba_stand_in import has_compiler, has_numba_cuda
 from nogpu.record.faults import HostFault
 
-NOT_EXECUTED = "kernels of numba.cuda are not executed here, only Triton's are"
-SIMULATOR = "with NUMBA_ENABLE_CUDASIM=1 Numba's simulator executes them on this CPU"
+INSTALL = "pip install 'numba-cuda[cu13]'"
+NO_NUMBA_CUDA = (
+    f"kernels of numba.cuda are executed here where numba-cuda is installed: {INSTALL}; with "
+    "NUMBA_ENABLE_CUDASIM=1 Numba's simulator executes them on this CPU, and checks nothing"
+)
+NO_COMPILER = f"numba-cuda lacks its compiler, NVVM: {INSTALL}"
+NEEDS_FLAG = "kernels of numba.cuda are executed here with --cuda-is-cpu"
+SIMULATED = "kernels of numba.cuda are executed by Numba's simulator, and not checked"
 NEEDS_CUDA = 'a script that launches kernels only for device="cuda" needs --cuda-is-cpu'
 
 
@@ -20,11 +27,32 @@ def says_cuda(error: BaseException) -> bool:
     return isinstance(error, AssertionError) and bool(frames) and "cuda" in (frames[-1].line or "")
 
 
-def advise(error: BaseException) -> str:
+def why_simulated() -> str:
+    """Say that Numba's simulator has executed a program's kernels, and what would check them."""
+    missing = "" if has_numba_cuda() else f"install numba-cuda ({INSTALL}), and "
+    return f"{SIMULATED}; to have them checked, {missing}unset NUMBA_ENABLE_CUDASIM"
+
+
+def advise_numba(error: BaseException, is_cpu: bool) -> str:
+    """Say why a kernel of numba.cuda is not executed, and what to do; "" for other errors.
+
+    Args:
+        is_cpu: whether a GPU is emulated for numba.cuda, too, where numba-cuda is installed.
+    """
+    if not is_of_numba(error):
+        return ""
+    if not has_numba_cuda():
+        return NO_NUMBA_CUDA
+    if not is_cpu:
+        return NEEDS_FLAG
+    return "" if has_compiler() else NO_COMPILER
+
+
+def advise(error: BaseException, is_cpu: bool = False) -> str:
     """Name the flag in an error; return the advice where nobody would see it there."""
     if isinstance(error, SystemExit):
         return NEEDS_CUDA
-    note = f"{NOT_EXECUTED}; {SIMULATOR}" if is_of_numba(error) else NEEDS_CUDA
+    note = advise_numba(error, is_cpu) or NEEDS_CUDA
     if note not in getattr(error, "__notes__", ()):  # pytest raises a fixture's error anew
         error.add_note(note)
     return ""
@@ -47,7 +75,7 @@ def is_of_numba(error: BaseException) -> bool:
     return launches or (of_numba and "cuda array interface" in str(error))
 
 
-def fault_of_numba(error: BaseException) -> HostFault:
+def fault_of_numba(error: BaseException, advice: str) -> HostFault:
     """Return the fault of a program that asks ``numba.cuda`` for a GPU."""
     frames = [
         (frame.f_code.co_filename, line)
@@ -56,4 +84,4 @@ def fault_of_numba(error: BaseException) -> HostFault:
         if name.partition(".")[0] != "numba"
     ]
     place = frames[-1] if frames else None
-    return HostFault("error", "a kernel of numba.cuda", NOT_EXECUTED, source=place)
+    return HostFault("error", "a kernel of numba.cuda", advice, source=place)

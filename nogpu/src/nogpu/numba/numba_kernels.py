@@ -35,7 +35,7 @@ class Dispatched(Protocol):
     py_func: Any
 
 
-launched: ContextVar[Dispatched | None] = ContextVar("launched", default=None)
+LAUNCHED: ContextVar[Dispatched | None] = ContextVar("launched", default=None)
 
 
 class LaunchError(ValueError):
@@ -174,7 +174,7 @@ def launch(
     Raises:
         LaunchError: no GPU can launch it.
     """
-    emulator, dispatched = present(), launched.get()
+    emulator, dispatched = present(), LAUNCHED.get()
     function = getattr(dispatched, "py_func", None)
     name = getattr(function, "__name__", kernel.name)
     grid, block = _three(config.grid), _three(config.block)

@@ -32,6 +32,13 @@ def has_numba_cuda() -> bool:
     return importlib.util.find_spec("numba_cuda") is not None
 
 
+def has_compiler() -> bool:
+    """Whether numba-cuda finds the library NVVM."""
+    from numba.cuda.cudadrv import nvvm
+
+    return bool(nvvm.is_available())
+
+
 class _AfterImport(MetaPathFinder):
     """A finder that calls a function after a program has imported a module."""
 
@@ -174,11 +181,11 @@ def _noting(launch: Callable[..., None]) -> Callable[..., None]:
     """Let it be known, while a kernel is launched, which one that is."""
 
     def launch_noted(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        token = numba_kernels.launched.set(kernel)
+        token = numba_kernels.LAUNCHED.set(kernel)
         try:
             launch(kernel, *args, **kwargs)
         finally:
-            numba_kernels.launched.reset(token)
+            numba_kernels.LAUNCHED.reset(token)
 
     return launch_noted
 

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: MIT
+# Right: Numba's own reductions, whose kernels are numba-cuda's.
+import numpy as np
+from numba import cuda
+
+
+@cuda.reduce
+def add(a, b):
+    return a + b
+
+
+x = np.random.default_rng(0).integers(0, 100, 1000)
+assert add(x) == x.sum()
+assert cuda.Reduce(lambda a, b: max(a, b))(cuda.to_device(x), init=0) == x.max()
