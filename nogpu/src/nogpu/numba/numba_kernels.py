@@ -25,7 +25,6 @@ CONSTANT = re.compile(r"\.const\s+\.align\s+\d+\s+\.b8\s+\S+\[(\d+)\]")
 # NVVM may be newer than the ptxas that comes with Triton, and uses nothing that is new.
 VERSION = re.compile(r"\.version \d+\.\d+")
 OLDEST = {"sm_80": "8.0", "sm_90": "8.0", "sm_100": "8.6"}
-ENTRY = re.compile(r"\.entry\s+[\w$]+\([^)]*\)")
 
 
 class Dispatched(Protocol):
@@ -190,8 +189,10 @@ def launch(
         grid,
         -(-x * y * z // 32),
         config.shmem_size,
-        ptx=_with_block(kernel.text, block),
+        ptx=kernel.text,
         launched=place,
+        block=block,
+        entry=kernel.name,
     )
     arrays = list(_arrays(dispatched, arguments))
 
@@ -201,12 +202,6 @@ def launch(
         return [_bits(one) for one in arguments]
 
     emulator.run(record, partial(parameters), code.co_filename if code else "")
-
-
-def _with_block(text: str, block: Sequence[int]) -> str:
-    """Return PTX that says how many threads a block has, which Numba leaves to the launch."""
-    size = f".reqntid {', '.join(map(str, block))}"
-    return ENTRY.sub(lambda match: f"{match[0]} {size}", text, count=1)
 
 
 def _bits(value: Any) -> int:
