@@ -37,6 +37,8 @@ class DeviceMemory:
         self.host_memory = host_memory
         self._starts: list[int] = []  # in their order
         self._bytes: dict[int, Tensor] = {}  # uint8, by the address
+        # What the last launch has called an allocation, and the bytes of an element, by address.
+        self._named: dict[int, tuple[str, int]] = {}
 
     def allocate(self, size: int, is_given: bool = False) -> int:
         """Return the address of new memory, which nobody has written.
@@ -61,6 +63,7 @@ class DeviceMemory:
         held = self._bytes.pop(address, None)
         if held is not None:
             self._starts.remove(address)
+            self._named.pop(address, None)
             self.host_memory.unwritten.pop(storage_of(held), None)
 
     @property
@@ -88,6 +91,8 @@ class DeviceMemory:
         held = self._at(array.address, 0)
         if held is None:  # of a tensor, or empty
             return
+        itemsize = np.dtype(array.dtype).itemsize
+        self._named[held.data_ptr()] = name, itemsize
         dtype = _type_of(np.dtype(array.dtype))
         offset, strides = array.address - held.data_ptr(), list(array.strides)
         width = 1 if dtype is None else dtype.itemsize
@@ -107,10 +112,24 @@ class DeviceMemory:
         ctypes.memmove(to, source, size)
         self._note_written(held, to, size)
 
-    def to_host(self, to: int, source: int, size: int) -> int:
-        """Copy bytes of the device to the host, and return how many of them nobody has written."""
+    def to_host(self, to: int, source: int, size: int) -> str:
+        """Copy bytes of the device to the host.
+
+        Returns:
+            Which of them nobody has written; "" if all were.
+        """
         ctypes.memmove(to, source, size)
-        return self.unwritten_bytes(source, size)
+        held = self._at(source, size)
+        entry = None if held is None else self.host_memory.unwritten.get(storage_of(held))
+        if held is None or entry is None:
+            return ""
+        start = source - entry.base
+        left = int(np.count_nonzero(~entry.written[start : start + size]))
+        if not left:
+            return ""
+        name, itemsize = self._named.get(held.data_ptr(), ("an array", 1))
+        what = "elements" if itemsize > 1 else "bytes"
+        return f"{left // itemsize:,} of {size // itemsize:,} {what} of {name}"
 
     def between(self, to: int, source: int, size: int) -> None:
         """Copy bytes within the device."""
@@ -127,15 +146,6 @@ class DeviceMemory:
             start = address - held.data_ptr()
             self.host_memory.note_written(_strided(held, start, torch.uint8, [size], [1]))
 
-    def unwritten_bytes(self, address: int, size: int) -> int:
-        """Return how many bytes from an address on nobody has written."""
-        held = self._at(address, size)
-        entry = None if held is None else self.host_memory.unwritten.get(storage_of(held))
-        if entry is None:
-            return 0
-        start = address - entry.base
-        return int(np.count_nonzero(~entry.written[start : start + size]))
-
 
 def _type_of(dtype: np.dtype[np.generic]) -> torch.dtype | None:
     """Return PyTorch's type for NumPy's; None if there is none."""
@@ -148,8 +158,11 @@ def _type_of(dtype: np.dtype[np.generic]) -> torch.dtype | None:
 def _strided(
     held: Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int]
 ) -> Tensor:
-    """Return a view of an allocation, whose offset and strides are in bytes."""
+    """Return a view of an allocation, whose offset and strides are in bytes.
+
+    Each operator here returns a view: a mode of PyTorch takes other ones for writes.
+    """
     width = dtype.itemsize
-    view = torch.empty(0, dtype=dtype)
-    steps = [stride // width for stride in strides]
-    return view.set_(held.untyped_storage(), offset // width, tuple(shape), steps)
+    last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    flat = held[offset : offset + last + width].view(dtype)
+    return flat.as_strided(tuple(shape), [stride // width for stride in strides])

@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 from nogpu.data_sheets import DATA_SHEETS, GPUS, MEMORY, REGISTERS, WARPS
 from nogpu.numba.device_memory import DeviceMemory
 from nogpu.numba.numba_kernels import MOST_BLOCK, MOST_GRID, MOST_THREADS, SHARED
+from nogpu.record.faults import HostFault
+from nogpu.record.source import program_line
 from nogpu.triton.emulator import SHARED_BYTES, Emulator
 
 VERSION = 13_000  # of CUDA
@@ -166,7 +168,11 @@ class DriverFunctions:
 
     def cuMemcpyDtoH(self, to: Any, source: Any, size: int, stream: object = 0) -> None:
         self._emulator.complete_launches()
-        self._memory.to_host(int(to), int(source), size)
+        if unwritten := self._memory.to_host(int(to), int(source), size):
+            place = program_line()
+            message = f"{unwritten} are copied to the host, and nobody has written them"
+            fault = HostFault("warning", "uninitialised memory", message, source=place)
+            self._emulator.note(fault, ("copied", place))
 
     def cuMemcpyDtoD(self, to: Any, source: Any, size: int, stream: object = 0) -> None:
         self._memory.between(int(to), int(source), size)
