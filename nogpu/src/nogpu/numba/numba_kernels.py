@@ -188,11 +188,12 @@ def launch(
         emulator.arch,
         grid,
         -(-x * y * z // 32),
-        config.shmem_size,
+        static + config.shmem_size,
         ptx=kernel.text,
         launched=place,
-        block=block,
         entry=kernel.name,
+        block=block,
+        static_shared=static,
     )
     arrays = list(_arrays(dispatched, arguments))
 
