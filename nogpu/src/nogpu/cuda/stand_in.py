@@ -90,11 +90,28 @@ def _pinned(t: Tensor, *args: object, **kwargs: object) -> Tensor:
     return copy
 
 
+def _interface(t: Tensor) -> dict[str, object]:
+    """Return the interface by which Numba and CuPy take a tensor of the device."""
+    if not places.is_on_device(t):
+        raise AttributeError("a tensor of the host has no __cuda_array_interface__; call cuda()")
+    dtype = t.detach().numpy().dtype
+    strides = None if t.is_contiguous() else tuple(n * dtype.itemsize for n in t.stride())
+    data = t.data_ptr() if t.numel() else 0, False
+    return {
+        "shape": tuple(t.shape),
+        "strides": strides,
+        "typestr": dtype.str,
+        "data": data,
+        "version": 2,
+    }
+
+
 # What functions say of which only a GPU has something to do.
 INSTEAD: dict[Function, Function] = {
     Tensor.is_cuda.__get__: lambda t: True,  # type: ignore[attr-defined]
     Tensor.get_device: lambda t: 0,
     Tensor.pin_memory: _pinned,
+    Tensor.__cuda_array_interface__.__get__: _interface,  # type: ignore[attr-defined]
 }
 # By types that take any arguments, as the mode is given them.
 MAKE_DEVICE: Function = torch.device

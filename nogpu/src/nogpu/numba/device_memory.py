@@ -5,6 +5,7 @@ import ctypes
 from bisect import bisect_right, insort
 from collections.abc import Sequence
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +32,14 @@ class DeviceMemory:
 
     Args:
         host_memory: of the emulator, which knows what nobody has written.
+
+    Attributes:
+        tensors: those of PyTorch that kernels are given, by their addresses.
     """
 
     def __init__(self, host_memory: HostMemory):
         self.host_memory = host_memory
+        self.tensors: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         self._starts: list[int] = []  # in their order
         self._bytes: dict[int, Tensor] = {}  # uint8, by the address
         # What the last launch has called an allocation, and the bytes of an element, by address.
@@ -89,7 +94,9 @@ class DeviceMemory:
     def place(self, array: DeviceArray, name: str) -> None:
         """Let the present launch know an array by the name of its parameter."""
         held = self._at(array.address, 0)
-        if held is None:  # of a tensor, or empty
+        if held is None:
+            if (tensor := self.tensors.get(array.address)) is not None:
+                self.host_memory.place(tensor, name)
             return
         itemsize = np.dtype(array.dtype).itemsize
         self._named[held.data_ptr()] = name, itemsize

@@ -17,14 +17,14 @@ VERSION = 13_000  # of CUDA
 REFUSED = {
     "cuIpcGetMemHandle": "get_ipc_handle(), for memory of another process",
     "cuIpcOpenMemHandle": "open_ipc_array(), for memory of another process",
-    "cuStreamAddCallback": "add_callback() and async_done() of a stream",
+    "cuStreamAddCallback": "add_callback() and async_done(); call the function after synchronize()",
     "cuCtxEnablePeerAccess": "enable_peer_access(), for there is one GPU",
     "cuLibraryGetGlobal": "a global symbol of a module",
-    "cuMemAllocManaged": "managed_array(); take device_array() or mapped_array()",
+    "cuMemAllocManaged": "managed_array(); take mapped_array()",
 }
 
 
-def refuse(name: str) -> NoReturn:
+def refuse(name: str, *arguments: object) -> NoReturn:
     """Refuse a function of the driver that is not replaced."""
     what = REFUSED.get(name, f"a call of the driver's {name}")
     raise NotImplementedError(f"numba.cuda on this CPU does not execute {what}")

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Modules, kernels and launches of numba.cuda, in the place of those of ``cuda.core``."""
 
+import ast
 import ctypes
+import inspect
 import re
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from functools import cached_property, partial
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from nogpu.data_sheets import REGISTERS
@@ -20,6 +23,7 @@ MOST_THREADS = 1024  # of a block
 MOST_BLOCK, MOST_GRID = (1024, 1024, 64), (2**31 - 1, 65_535, 65_535)
 SHARED = 48 * 1024  # bytes of a block, more than which numba-cuda does not ask for
 STATIC_SHARED = re.compile(r"^\s*(?:\.\w+\s+)*\.shared\s+\.align\s+\d+\s+\.b8\s+\S+\[(\d+)\];", re.M)
+SHARED_ARRAY = re.compile(r"\b_cudapy_smem_(\d+)\b")
 CONSTANT = re.compile(r"\.const\s+\.align\s+\d+\s+\.b8\s+\S+\[(\d+)\]")
 
 # NVVM may be newer than the ptxas that comes with Triton, and uses nothing that is new.
@@ -118,7 +122,10 @@ class Linker:
                 "a grid that waits for all of its blocks (cooperative groups) is not executed "
                 "here; launch a second kernel"
             )
-        raise NotImplementedError(f"the kernel links {name}, and only Python is compiled here")
+        raise NotImplementedError(
+            f"the kernel links CUDA C++ or a library ({name}), as link= and float16 do, and only "
+            "Python is compiled here"
+        )
 
     def complete(self) -> ModuleImage:
         text, *others = self._texts
@@ -182,6 +189,7 @@ def launch(
         emulator.note(HostFault("error", "launch failure", fault, source=place), (fault, place))
         raise LaunchError(fault)
     code = getattr(function, "__code__", None)
+    text = kernel.text if function is None else with_names(kernel.text, function)
     x, y, z = block
     record = Launch(
         name,
@@ -189,7 +197,7 @@ def launch(
         grid,
         -(-x * y * z // 32),
         static + config.shmem_size,
-        ptx=kernel.text,
+        ptx=text,
         launched=place,
         entry=kernel.name,
         block=block,
@@ -202,7 +210,40 @@ def launch(
             memory.place(array, parameter)
         return [_bits(one) for one in arguments]
 
-    emulator.run(record, partial(parameters), code.co_filename if code else "")
+    emulator.run(record, parameters, code.co_filename if code else "")
+
+
+@lru_cache(256)
+def with_names(text: str, function: Callable[..., object]) -> str:
+    """Return PTX in which arrays in shared memory have the names that a function gives them.
+
+    Numba numbers them. Where the function assigns another number of arrays, as where it calls
+    functions that have some, they keep their numbers.
+    """
+    numbers = sorted(set(SHARED_ARRAY.findall(text)), key=int)
+    names = _shared_names(function)
+    if len(numbers) != len(names):
+        return text
+    found = dict(zip(numbers, names, strict=True))
+    # As a compiler of C++ writes them: others may be words of PTX.
+    return SHARED_ARRAY.sub(lambda m: f"_ZN5numbaE{len(found[m[1]])}{found[m[1]]}", text)
+
+
+def _shared_names(function: Callable[..., object]) -> list[str]:
+    """Return the variables to which a function assigns arrays in shared memory, by their lines."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError, TypeError):  # typed into a console, for example
+        return []
+    found = [
+        (one.lineno, one.targets[0].id)
+        for one in ast.walk(tree)
+        if isinstance(one, ast.Assign)
+        and isinstance(one.targets[0], ast.Name)
+        and isinstance(one.value, ast.Call)
+        and ast.unparse(one.value.func).endswith("shared.array")
+    ]
+    return [name for _, name in sorted(found)]
 
 
 def _bits(value: Any) -> int:

@@ -13,6 +13,8 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+from torch import Tensor
+
 from nogpu.numba import numba_kernels
 from nogpu.numba.device_memory import DeviceMemory
 from nogpu.numba.numba_driver import DriverFunctions, EmulatedDevice, refuse
@@ -133,12 +135,13 @@ def _changes(emulator: Emulator) -> Changes:
             },
         ),
         (driver.Context, {"get_active_blocks_per_multiprocessor": _active_blocks}),
+        (driver.Stream, {"add_callback": lambda *args: refuse("cuStreamAddCallback")}),
         (devices, {"_runtime": runtime, "gpus": runtime.gpus}),
         *((place, {"gpus": runtime.gpus}) for place in (api, sys.modules[PACKAGE])),
         (
             devicearray,
             {
-                "_to_strided_memory_view": partial(_device_view, devicearray),
+                "_to_strided_memory_view": partial(_device_view, devicearray, memory),
                 "_make_strided_memory_view": _host_view,
             },
         ),
@@ -219,9 +222,22 @@ def _host_view(array: Any, stream_ptr: object = None) -> _View:
 
 
 def _device_view(
-    devicearray: Any, array: Any, stream: Any = 0, copy: bool = True, user_explicit: bool = False
-) -> tuple[Any, bool]:
-    """Return an array on the device, and whether it was copied there."""
+    devicearray: Any,
+    memory: DeviceMemory,
+    array: Any,
+    stream: Any = 0,
+    copy: bool = True,
+    user_explicit: bool = False,
+) -> tuple[_View, bool]:
+    """Return an array on the device, and whether it was copied there.
+
+    Raises:
+        TypeError: it is a tensor of the host, whose memory a kernel cannot access.
+    """
+    if isinstance(array, Tensor):
+        if not hasattr(array, "__cuda_array_interface__"):
+            raise TypeError("a kernel of numba.cuda is given a tensor of the host; pass its cuda()")
+        memory.tensors[array.data_ptr()] = array
     on_device, is_copy = devicearray.auto_device(array, stream, copy, user_explicit)
     view = on_device._strided_memory_view_shim
     return _View(on_device, view.ptr or 0, view, view._layout), is_copy
