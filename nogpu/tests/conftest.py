@@ -5,8 +5,10 @@ import gc
 import math
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from multiprocessing import get_context
+from types import ModuleType
 
 import pytest
 
@@ -62,6 +64,32 @@ def unhurried() -> Iterator[None]:
 def fork_server() -> None:
     """The server that processes of the tests are forked from: it has imported PyTorch."""
     get_context("forkserver").set_forkserver_preload(["nogpu.command"])
+
+
+# numba.cuda for a GPU, which registers itself where it is imported, and cannot do so twice.
+FOR_GPU: dict[str, ModuleType] = {}
+
+
+def modules_of_cuda() -> dict[str, ModuleType]:
+    return {n: one for n, one in sys.modules.items() if f"{n}.".startswith("numba.cuda.")}
+
+
+@pytest.fixture
+def without_simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let numba.cuda be that of a GPU, also where another test has imported its simulator."""
+    monkeypatch.delenv("NUMBA_ENABLE_CUDASIM", raising=False)
+    config = sys.modules.get("numba.core.config")
+    if getattr(config, "ENABLE_CUDASIM", False):
+        monkeypatch.setattr(config, "ENABLE_CUDASIM", 0)
+        monkeypatch.delattr("numba.cuda", raising=False)
+        for name in modules_of_cuda():
+            monkeypatch.delitem(sys.modules, name)
+        for name, module in FOR_GPU.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        if FOR_GPU:
+            monkeypatch.setattr(sys.modules["numba"], "cuda", FOR_GPU["numba.cuda"], raising=False)
+    yield
+    FOR_GPU.update(modules_of_cuda())
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Scripts and tests that say "cuda": the plugin's flag, stand-ins for libraries, and advice."""
 
-import sys
 import textwrap
-from types import ModuleType
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from processes import ROOT
 from nogpu import command
 from nogpu.cuda import advice
 from nogpu.cuda.advice import advise
+from nogpu.numba.numba_stand_in import has_numba_cuda
 
 pytest_plugins = ["pytester"]
 
@@ -45,30 +44,7 @@ def test_wrong():
 """
 
 
-# numba.cuda for a GPU, which registers itself where it is imported, and cannot do so twice.
-FOR_GPU: dict[str, ModuleType] = {}
-
-
-def modules_of_cuda() -> dict[str, ModuleType]:
-    return {n: one for n, one in sys.modules.items() if f"{n}.".startswith("numba.cuda.")}
-
-
-@pytest.fixture(autouse=True)
-def without_simulator(monkeypatch):
-    """Let numba.cuda be that of a GPU, also where another test has imported its simulator."""
-    monkeypatch.delenv("NUMBA_ENABLE_CUDASIM", raising=False)
-    config = sys.modules.get("numba.core.config")
-    if getattr(config, "ENABLE_CUDASIM", False):
-        monkeypatch.setattr(config, "ENABLE_CUDASIM", 0)
-        monkeypatch.delattr("numba.cuda", raising=False)
-        for name in modules_of_cuda():
-            monkeypatch.delitem(sys.modules, name)
-        for name, module in FOR_GPU.items():
-            monkeypatch.setitem(sys.modules, name, module)
-        if FOR_GPU:
-            monkeypatch.setattr(sys.modules["numba"], "cuda", FOR_GPU["numba.cuda"], raising=False)
-    yield
-    FOR_GPU.update(modules_of_cuda())
+pytestmark = pytest.mark.usefixtures("without_simulator")
 
 
 def run_tests(pytester, tests: str, *flags: str):
@@ -180,9 +156,16 @@ OF_NUMBA = {
 }
 
 
+# Where the flag is missing, or numba-cuda, and what the line says.
+SAID = advice.NEEDS_FLAG if has_numba_cuda() else advice.NO_NUMBA_CUDA
+executed = pytest.mark.skipif(
+    has_numba_cuda(), reason="numba-cuda executes it, as test_numba_programs.py tests"
+)
+
+
 @pytest.mark.filterwarnings("ignore:.*Grid size")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Numba has a GPU")
-@pytest.mark.parametrize("cuda_is_cpu", [False, True])
+@pytest.mark.parametrize("cuda_is_cpu", [False, pytest.param(True, marks=executed)])
 @pytest.mark.parametrize("name", OF_NUMBA)
 def test_a_script_that_launches_kernels_of_numba_ends_in_a_line(
     name, cuda_is_cpu, tmp_path, capsys
@@ -194,12 +177,8 @@ def test_a_script_that_launches_kernels_of_numba_ends_in_a_line(
     flags = ["--cuda-is-cpu"] * cuda_is_cpu
     assert run_script(tmp_path, f"{NUMBA}    {line}", *flags) == 1
     found = capsys.readouterr()
-    expected = "kernels of numba.cuda are not executed here, only Triton's are"
-    assert f"        {line}\n    {expected}\nlaunches: 0; 1 error, 0 warn" in found.out
-    assert found.err.endswith(
-        f"python -m nogpu: error: {expected}; with NUMBA_ENABLE_CUDASIM=1 Numba's simulator "
-        "executes them on this CPU\n"
-    )
+    assert f"        {line}\n    {SAID}\nlaunches: 0; 1 error, 0 warn" in found.out
+    assert found.err.endswith(f"python -m nogpu: error: {SAID}\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Numba has a GPU")
@@ -221,13 +200,25 @@ def test_a_script_may_define_kernels_of_numba_and_fail_for_another_reason(line, 
     assert not advice.is_of_numba(caught.value)
 
 
-def test_a_test_that_launches_a_kernel_of_numba_is_told_of_the_simulator(pytester):
+def test_a_test_that_launches_a_kernel_of_numba_is_told_what_executes_it(pytester):
     pytest.importorskip("numba.cuda", reason="the script launches by numba.cuda")
     test = "from numba import cuda\ndef test():\n    cuda.to_device([1.0])"
     for flags in ([], ["--cuda-is-cpu"]):
         found = run_tests(pytester, test, "--nogpu", *flags)
+        if flags and has_numba_cuda():
+            found.assert_outcomes(passed=1)
+            continue
         found.assert_outcomes(failed=1)
-        assert "with NUMBA_ENABLE_CUDASIM=1" in found.stdout.str()
+        assert SAID in found.stdout.str()
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_script_whose_kernels_the_simulator_executes_is_told_what_checks_them(
+    is_there, monkeypatch
+):
+    monkeypatch.setattr(advice, "has_numba_cuda", lambda: is_there)
+    assert ("pip install 'numba-cuda[cu13]'" in advice.why_simulated()) is not is_there
+    assert advice.why_simulated().endswith("unset NUMBA_ENABLE_CUDASIM")
 
 
 def test_a_grid_without_a_program_is_named(tmp_path, capsys):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# Wrong: race: threads of a warp read each other's sums without cuda.syncwarp().
+# Wrong: race within a warp: threads of a warp read each other's sums without cuda.syncwarp().
 import numpy as np
 from numba import cuda, float32
 

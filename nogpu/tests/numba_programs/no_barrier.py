@@ -8,7 +8,7 @@ from numba import cuda, float32
 def reverse_kernel(x, out):
     held = cuda.shared.array(128, float32)
     thread = cuda.threadIdx.x
-    held[thread] = x[thread]
+    held[thread] = x[thread]  # fault
     out[thread] = held[127 - thread]  # fault
 
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-# Wrong: out of bounds: thread 104 loads x[1000], which is outside of x: the last block has more
-# threads than elements are left.
+# Wrong: out of bounds: thread 104 of the last block loads x[1000], for which it does not check.
 import numpy as np
 from numba import cuda
 

@@ -9,6 +9,11 @@ def add(a, b):
     return a + b
 
 
+@cuda.reduce
+def largest(a, b):
+    return max(a, b)
+
+
 x = np.random.default_rng(0).integers(0, 100, 1000)
 assert add(x) == x.sum()
-assert cuda.Reduce(lambda a, b: max(a, b))(cuda.to_device(x), init=0) == x.max()
+assert largest(cuda.to_device(x), init=0) == x.max()

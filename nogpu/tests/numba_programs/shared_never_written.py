@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# Wrong: uninitialised: the threads beyond the end of x write nothing to shared memory.
+# Wrong: uninitialised memory: the threads beyond the end of x write nothing to shared memory.
 import numpy as np
 from numba import cuda, float32
 
@@ -14,8 +14,8 @@ def sum_kernel(x, out):
     if thread == 0:
         total = float32(0)
         for i in range(64):
-            total += held[i]
-        out[0] = total  # fault
+            total += held[i]  # fault
+        out[0] = total
 
 
 x = cuda.to_device(np.ones(50, np.float32))

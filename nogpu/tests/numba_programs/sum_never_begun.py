@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# Wrong: uninitialised: device_array holds what was there before, to which the kernel adds.
+# Wrong: uninitialised memory: device_array holds what was there before, to which the kernel adds.
 import numpy as np
 from numba import cuda
 

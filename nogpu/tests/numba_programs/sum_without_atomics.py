@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# Wrong: race: blocks add to one element, and do not use an atomic.
+# Wrong: race between blocks: blocks add to one element, and do not use an atomic.
 import numpy as np
 from numba import cuda
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# Wrong: launch failure: set_kernel[(1, 1, 1), (64, 32, 1)] has 2,048 threads in a block
+# Wrong: launch failure: a block of 64 times 32 threads is larger than any GPU has.
 import numpy as np
 from numba import cuda
 

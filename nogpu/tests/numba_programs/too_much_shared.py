@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# Wrong: launch failure: needs 65,536 bytes of shared memory in a block
+# Wrong: launch failure: 65,536 bytes of shared memory are more than Numba asks a GPU for.
 import numpy as np
 from numba import cuda, float64
 

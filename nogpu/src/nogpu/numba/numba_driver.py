@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from nogpu.data_sheets import DATA_SHEETS, GPUS, MEMORY, REGISTERS, WARPS
 from nogpu.numba.device_memory import DeviceMemory
-from nogpu.numba.numba_kernels import MOST_BLOCK, MOST_GRID, MOST_THREADS, SHARED
+from nogpu.numba.numba_kernels import MOST_BLOCK, MOST_GRID, MOST_THREADS, SHARED, refused
 from nogpu.record.faults import HostFault
 from nogpu.record.source import program_line
 from nogpu.triton.emulator import SHARED_BYTES, Emulator
@@ -20,6 +20,7 @@ REFUSED = {
     "cuStreamAddCallback": "add_callback() and async_done(); call the function after synchronize()",
     "cuCtxEnablePeerAccess": "enable_peer_access(), for there is one GPU",
     "cuLibraryGetGlobal": "a global symbol of a module",
+    "cuMemHostRegister": "mapped(); take mapped_array()",
     "cuMemAllocManaged": "managed_array(); take mapped_array()",
 }
 
@@ -27,7 +28,7 @@ REFUSED = {
 def refuse(name: str, *arguments: object) -> NoReturn:
     """Refuse a function of the driver that is not replaced."""
     what = REFUSED.get(name, f"a call of the driver's {name}")
-    raise NotImplementedError(f"numba.cuda on this CPU does not execute {what}")
+    raise refused(f"numba.cuda on this CPU does not execute {what}")
 
 
 class EmulatedDevice:
@@ -101,7 +102,7 @@ class DriverFunctions:
     def cuDeviceGetAttribute(self, code: Any, device: int) -> int:
         name = code.name.removeprefix("CU_DEVICE_ATTRIBUTE_")
         if name not in self._attributes:
-            raise NotImplementedError(f"the attribute {name} of the emulated GPU is not known")
+            raise refused(f"the attribute {name} of the emulated GPU is not known")
         return self._attributes[name]
 
     # Contexts
@@ -154,9 +155,7 @@ class DriverFunctions:
 
     def cuMemHostRegister(self, address: int, size: int, flags: int) -> None:
         if int(flags) & int(self._binding.CU_MEMHOSTREGISTER_DEVICEMAP):
-            raise NotImplementedError(
-                "numba.cuda on this CPU does not execute mapped(); take mapped_array()"
-            )
+            refuse("cuMemHostRegister")
 
     def cuMemHostUnregister(self, address: int) -> None: ...
 

@@ -45,6 +45,14 @@ class LaunchError(ValueError):
     """A launch that no GPU accepts."""
 
 
+def refused(message: str) -> NotImplementedError:
+    """Return the error for something that is not executed here, which the report names, too."""
+    place = program_line()
+    fault = HostFault("error", "not executed", message, source=place)
+    present().note(fault, (message, place))
+    return NotImplementedError(message)
+
+
 class Attributes:
     """What CUDA says of a kernel: ptxas is asked for registers where somebody asks for them."""
 
@@ -118,11 +126,11 @@ class Linker:
     def add_file_guess_ext(self, path_or_code: object, ignore_nonlto: bool = False) -> None:
         name = getattr(path_or_code, "name", path_or_code)
         if "cudadevrt" in str(name):
-            raise NotImplementedError(
-                "a grid that waits for all of its blocks (cooperative groups) is not executed "
-                "here; launch a second kernel"
+            raise refused(
+                "the kernel's blocks wait for the whole grid (cooperative groups), which is not "
+                "executed here; launch a second kernel instead"
             )
-        raise NotImplementedError(
+        raise refused(
             f"the kernel links CUDA C++ or a library ({name}), as link= and float16 do, and only "
             "Python is compiled here"
         )
@@ -130,7 +138,7 @@ class Linker:
     def complete(self) -> ModuleImage:
         text, *others = self._texts
         if others:
-            raise NotImplementedError("a kernel of several modules is not executed here")
+            raise refused("a kernel of several modules is not executed here")
         return ModuleImage(text)
 
 
