@@ -45,6 +45,10 @@ compiles, `declarations` reads parameters, `launching` launches, and `summary` s
 - What a GPU refuses: `places` of tensors and `devices` of operators, and in a capture
   `capture_rules`, `reading_operators` and `host_copies`.
 
+`numba` stands beside `triton` for kernels of numba.cuda, which numba-cuda compiles: `numba_stand_in`
+replaces the driver below it, of which `numba_driver` has the functions, `device_memory` the memory,
+and `numba_kernels` the launches.
+
 `command`, `pytest` with `pytest_hooks`, and `check` are the ways to run it. `check` compares a
 kernel with its reference: `kernels`, by `compare`, to a `table` of `rows`. All of them may use
 `console`, `data_sheets`, `decorating`, `libraries` and `version`.
