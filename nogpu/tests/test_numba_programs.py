@@ -13,7 +13,8 @@ from nogpu.numba.numba_kernels import LaunchError
 from nogpu.numba.numba_stand_in import has_numba_cuda
 
 if not has_numba_cuda():
-    pytest.skip("numba-cuda is not installed: pip install 'numba-cuda[cu13]'", allow_module_level=True)
+    reason = "numba-cuda is not installed: pip install 'numba-cuda[cu13]'"
+    pytest.skip(reason, allow_module_level=True)
 
 FOLDER = Path(__file__).with_name("numba_programs")
 PROGRAMS = sorted(FOLDER.glob("*.py"))

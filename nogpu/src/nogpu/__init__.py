@@ -45,8 +45,8 @@ compiles, `declarations` reads parameters, `launching` launches, and `summary` s
 - What a GPU refuses: `places` of tensors and `devices` of operators, and in a capture
   `capture_rules`, `reading_operators` and `host_copies`.
 
-`numba` stands beside `triton` for kernels of numba.cuda, which numba-cuda compiles: `numba_stand_in`
-replaces the driver below it, of which `numba_driver` has the functions, `device_memory` the memory,
+`numba` stands beside `triton` for kernels of numba.cuda, which numba-cuda compiles. Below it
+`numba_stand_in` replaces the driver: `numba_driver` has its functions, `device_memory` the memory,
 and `numba_kernels` the launches.
 
 `command`, `pytest` with `pytest_hooks`, and `check` are the ways to run it. `check` compares a

@@ -111,7 +111,7 @@ INSTEAD: dict[Function, Function] = {
     Tensor.is_cuda.__get__: lambda t: True,  # type: ignore[attr-defined]
     Tensor.get_device: lambda t: 0,
     Tensor.pin_memory: _pinned,
-    Tensor.__cuda_array_interface__.__get__: _interface,  # type: ignore[attr-defined]
+    Tensor.__cuda_array_interface__.__get__: _interface,
 }
 # By types that take any arguments, as the mode is given them.
 MAKE_DEVICE: Function = torch.device

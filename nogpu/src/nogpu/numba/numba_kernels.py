@@ -22,7 +22,9 @@ from nogpu.triton.driver import present
 MOST_THREADS = 1024  # of a block
 MOST_BLOCK, MOST_GRID = (1024, 1024, 64), (2**31 - 1, 65_535, 65_535)
 SHARED = 48 * 1024  # bytes of a block, more than which numba-cuda does not ask for
-STATIC_SHARED = re.compile(r"^\s*(?:\.\w+\s+)*\.shared\s+\.align\s+\d+\s+\.b8\s+\S+\[(\d+)\];", re.M)
+STATIC_SHARED = re.compile(
+    r"^\s*(?:\.\w+\s+)*\.shared\s+\.align\s+\d+\s+\.b8\s+\S+\[(\d+)\];", re.M
+)
 SHARED_ARRAY = re.compile(r"\b_cudapy_smem_(\d+)\b")
 CONSTANT = re.compile(r"\.const\s+\.align\s+\d+\s+\.b8\s+\S+\[(\d+)\]")
 
@@ -281,8 +283,10 @@ def _arrays_of(name: str, kind: Any, left: list[Any]) -> Iterator[tuple[str, Dev
     numba-cuda gives an array as two objects of Python's that are null, its size, the bytes of an
     element, its address, its shape and its strides.
     """
-    from numba.cuda import types
+    from numba.cuda import types as of_numba
     from numba.cuda.np.numpy_support import as_dtype
+
+    types: Any = of_numba  # whose names are made when it is imported
 
     if isinstance(kind, types.Array):
         count = 5 + 2 * kind.ndim

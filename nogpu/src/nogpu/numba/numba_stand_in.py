@@ -97,8 +97,9 @@ def _install(emulator: Emulator, stack: ExitStack) -> None:
 
     if config.ENABLE_CUDASIM:
         return
-    from numba.cuda.cudadrv import driver
+    from numba.cuda.cudadrv import driver as of_numba
 
+    driver: Any = of_numba  # whose names are made when they are used
     if driver.driver.initialization_error is not None:  # there is no GPU
         driver._logger = driver.make_logger()
         for name in FINAL:
@@ -111,9 +112,11 @@ def _install(emulator: Emulator, stack: ExitStack) -> None:
 def _changes(emulator: Emulator) -> Changes:
     """Return what is replaced: modules, classes and objects, and their attributes by name."""
     from numba.cuda import api, dispatcher
-    from numba.cuda.cudadrv import devicearray, devices, driver
+    from numba.cuda.cudadrv import devicearray, devices
+    from numba.cuda.cudadrv import driver as of_numba
     from numba.cuda.utils import UniqueDict
 
+    driver: Any = of_numba
     memory = DeviceMemory(emulator.host_memory)
     functions = DriverFunctions(emulator, memory, driver.binding)
     runtime = devices._Runtime()
@@ -196,17 +199,17 @@ def _noting(launch: Callable[..., None]) -> Callable[..., None]:
 def _with_lines(init: Callable[..., None]) -> Callable[..., None]:
     """Let each kernel be compiled to PTX that names the lines of its source.
 
-    Links between modules as they are compiled would need a cubin, and debug information takes
-    optimizations away: an emulator finds what the checks of ``debug=True`` find.
+    A link of modules while they are optimized would make a cubin, and debug information would take
+    optimizations away: what the checks of ``debug=True`` find, an emulator finds as well.
     """
 
-    def init_with_lines(self: Any, function: Any, options: dict[str, Any], *args: Any) -> None:
-        init(self, function, {**options, "lineinfo": True, "debug": False, "lto": False}, *args)
+    def init_with_lines(
+        self: Any, py_func: Any, targetoptions: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        options = {**targetoptions, "lineinfo": True, "debug": False, "lto": False}
+        init(self, py_func, options, *args, **kwargs)
 
-    def init_by_name(self: Any, py_func: Any, targetoptions: Any, *args: Any, **kwargs: Any) -> None:
-        init_with_lines(self, py_func, targetoptions, *args, **kwargs)
-
-    return init_by_name
+    return init_with_lines
 
 
 class _View:
