@@ -189,8 +189,11 @@ def launch(
 
     Raises:
         LaunchError: no GPU can launch it.
+        NotImplementedError: a CUDA graph is captured.
     """
     emulator, dispatched = present(), LAUNCHED.get()
+    if getattr(emulator.watcher, "is_capturing", False):
+        raise refused("a launch of numba.cuda is not captured in a CUDA graph")
     function = getattr(dispatched, "py_func", None)
     name = getattr(function, "__name__", kernel.name)
     grid, block = _three(config.grid), _three(config.block)

@@ -104,9 +104,10 @@ def _install(emulator: Emulator, stack: ExitStack) -> None:
         driver._logger = driver.make_logger()
         for name in FINAL:
             setattr(driver.driver, name, lambda *args: None)
+    # Asking the driver whether it has a function would keep that of a GPU, hence `create`.
     for place, changed in _changes(emulator):
         for name, value in changed.items():
-            stack.enter_context(patch.object(place, name, value, create=not hasattr(place, name)))
+            stack.enter_context(patch.object(place, name, value, create=True))
 
 
 def _changes(emulator: Emulator) -> Changes:
