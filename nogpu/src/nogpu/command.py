@@ -210,9 +210,14 @@ def _why_nothing(gpu: Emulator, options: argparse.Namespace) -> str:
         return f"{gpu.empty[0]}; give the number of programs in each dimension"
     if gpu.has_inner:
         return INNER
-    if getattr(sys.modules.get("numba.core.config"), "ENABLE_CUDASIM", False):
+    if _is_simulated():
         return why_simulated()
     return WITHIN if options.cuda_is_cpu else NEEDS_CUDA
+
+
+def _is_simulated() -> bool:
+    """Whether Numba's simulator executes the script's kernels of numba.cuda."""
+    return bool(getattr(sys.modules.get("numba.core.config"), "ENABLE_CUDASIM", False))
 
 
 def _lacks_cuda(error: BaseException, options: argparse.Namespace, gpu: Emulator) -> bool:
@@ -221,6 +226,8 @@ def _lacks_cuda(error: BaseException, options: argparse.Namespace, gpu: Emulator
         return False
     if says_cuda(error):
         return True
+    if _is_simulated():
+        return False
     # or it ends for another reason
     has_launched = bool(gpu.launches or gpu.graphs or gpu.empty)
     return not has_launched and "cuda" in options.script.read_text("utf-8", errors="replace")
