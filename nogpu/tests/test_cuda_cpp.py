@@ -201,8 +201,9 @@ def test_importing_nogpu_needs_no_compiler():
 
 def test_the_example_of_the_page(tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "nogpu.md").read_text("utf-8")
+    section = page.partition("\n## CUDA C++\n")[2].partition("\n## ")[0]
     for name, kind in (("product.cu", "cpp"), ("launch.py", "py")):
-        (code,) = re.findall(rf"^```{kind}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+        (code,) = re.findall(rf"^```{kind}\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
         (tmp_path / name).write_text(code)
     done = subprocess.run(
         [sys.executable, "-m", "nogpu", "launch.py"],
@@ -211,7 +212,7 @@ def test_the_example_of_the_page(tmp_path):
         text=True,
         check=False,
     )
-    (shown,) = re.findall(r"^(✗ error: race in product.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (shown,) = re.findall(r"^(✗ error: race in product.*?)^```", section, re.MULTILINE | re.DOTALL)
     assert done.returncode == 1, done.stderr
     assert shown in done.stdout
 
