@@ -489,9 +489,11 @@ def _shuffle(i: Instruction) -> Run:
 
 def for_all(i: Instruction, members: object, run: Run) -> Run:
     """Refuse a mask of some threads in a kernel whose warps execute the instruction as a whole."""
+    read = None if members in EVERY_THREAD else reader(members, "u32")
 
     def checked(warp: Warp) -> object:
-        if warp.block.gpu.kernel.block is None and members not in EVERY_THREAD:
+        is_whole = warp.block.gpu.kernel.block is None
+        if read is not None and is_whole and not (read(warp) == 2**32 - 1).all():
             return unknown(i)(warp)
         return run(warp)
 
