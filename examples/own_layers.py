@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Layers by kernels of one's own in Triton, checked, counted and trained without a GPU.
+"""Layers by kernels of one's own, in Triton or CUDA C++: checked, counted and trained without a GPU.
 
     python examples/own_layers.py                   compiled for an H100, executed on this CPU
     python examples/own_layers.py --device cuda     the same, and trained on a GPU
+    python examples/own_layers.py --with layers.cu  by kernels of a file of CUDA C++
+    python examples/own_layers.py --matrix          by memory of host and device, with copies
 
 The layers are those of train_by_hand.py, which has their formulas. Here each forward and each
 backward pass is a kernel of this file. The kernels are plain: replace one by your own. Products
@@ -13,6 +15,14 @@ The gradient of a bias sums G over the samples. `bias_by_one_program_kernel` doe
 while the other multiprocessors are idle. `bias_by_atomics_kernel` divides the samples among
 programs, which add their sums by atomics.
 
+Kernels of the file that --with names take the place of those with their names here. --help has
+their parameters. examples/layers.cu is such a file. x of a grid and of a block counts columns, and
+y rows. `bias_by_one_thread` has a thread for each column, which sums it. Of the results only `db`
+of `bias_by_atomics` and `loss` are 0 before the launch.
+
+With --matrix the first weights and each batch are written into the host memory of a `Matrix`, and
+copied to the device. The probabilities of the test points are copied back (support/matrix.py).
+
 Before it trains, the script executes each kernel as compiled for an H100, and compares its results
 with PyTorch's in float64. It names races, accesses out of bounds and uninitialised memory. Then it
 counts what each kernel takes. "least" is a bound by the GPU's data sheet, as if nothing waited.
@@ -22,15 +32,20 @@ counts what each kernel takes. "least" is a bound by the GPU's data sheet, as if
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
-from typing import NamedTuple
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, NamedTuple
 
 from support import checks, cli, console
 
 import torch
+import tyro
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
 from train_by_hand import Layer, Network, draw, gradients_of
@@ -39,6 +54,7 @@ from train_by_hand import Linear as PlainLinear
 from torchpar.data import Samples, batches
 from torchpar.errors import ConfigError, check_finite
 from torchpar.parallel.launch.world import join_world
+from torchpar.testing.operators.compare import farthest
 
 try:
     import triton
@@ -50,10 +66,13 @@ try:
 except ImportError as error:
     sys.exit(f"own_layers.py executes kernels by nogpu ({error}); pip install ./nogpu")
 
+from support import cuda_layers
+from support.cuda_layers import BLOCK, TILE, CudaKernel
 from support.kernels import by_unit, check_faults, compiling
+from support.matrix import Matrix
 
-TILE, BLOCK = 16, 64
-OF_TILES, OF_BLOCKS = {"num_warps": 8}, {"num_warps": 2}  # 256 and 64 threads
+OF_TILES = {"TILE": TILE, "num_warps": 8}  # 256 threads
+OF_BLOCKS = {"BLOCK": BLOCK, "num_warps": 2}  # 64 threads
 
 # The kernels. Matrices are contiguous: x (n, inputs), w (outputs, inputs), y and g (n, outputs).
 
@@ -180,81 +199,121 @@ def blocks(size: int) -> tuple[int]:
     return (triton.cdiv(size, BLOCK),)
 
 
+class Kernels(NamedTuple):
+    """The kernels of this file, and those of a reader's file that take their places.
+
+    Attributes:
+        own: the reader's, by name.
+    """
+
+    own: Mapping[str, CudaKernel] = MappingProxyType({})
+
+    def find(self, kernel: object) -> CudaKernel | None:
+        """Return the reader's kernel that takes the place of a kernel of this file."""
+        name = kernel.__name__.removesuffix("_kernel")  # type: ignore[attr-defined]
+        # A reader's thread is what a program's thread is here.
+        return self.own.get(name.replace("one_program", "one_thread"))
+
+    def launch(
+        self, kernel: object, grid: tuple[int, ...], *arguments: Tensor | int, **options: int
+    ) -> None:
+        """Launch a kernel of this file, or the one in its place.
+
+        Args:
+            grid, options: of the kernel of this file.
+        """
+        if (own := self.find(kernel)) is not None:
+            own(*arguments)
+        else:
+            kernel[grid](*arguments, **options)  # type: ignore[index]
+
+
 class Linear(PlainLinear):
     """Y = X·Wᵀ + b, by blocks of 16 × 16 threads."""
+
+    kernels = Kernels()
 
     def forward(self, x: Tensor) -> Tensor:
         self.x = x
         n, (outputs, inputs) = len(x), self.weight.shape
         y = x.new_empty(n, outputs)
-        linear_kernel[tiles(n, outputs)](
-            x, self.weight, self.bias, y, n, inputs, outputs, TILE, **OF_TILES
-        )
+        arguments = (x, self.weight, self.bias, y, n, inputs, outputs)
+        self.kernels.launch(linear_kernel, tiles(n, outputs), *arguments, **OF_TILES)
         return y
 
     def backward(self, g: Tensor) -> Tensor:
         n, (outputs, inputs) = len(g), self.weight.shape
         self.weight_gradient, dx = torch.empty_like(self.weight), torch.empty_like(self.x)
-        self.bias_gradient = bias_gradient(g)
-        linear_weight_kernel[tiles(outputs, inputs)](
-            g, self.x, self.weight_gradient, n, inputs, outputs, TILE, **OF_TILES
-        )
-        linear_input_kernel[tiles(n, inputs)](
-            g, self.weight, dx, n, inputs, outputs, TILE, **OF_TILES
-        )
+        self.bias_gradient = bias_gradient(g, self.kernels)
+        arguments = (g, self.x, self.weight_gradient, n, inputs, outputs)
+        self.kernels.launch(linear_weight_kernel, tiles(outputs, inputs), *arguments, **OF_TILES)
+        arguments = (g, self.weight, dx, n, inputs, outputs)
+        self.kernels.launch(linear_input_kernel, tiles(n, inputs), *arguments, **OF_TILES)
         return dx
 
 
-def bias_gradient(g: Tensor) -> Tensor:
+def bias_gradient(g: Tensor, kernels: Kernels) -> Tensor:
     """Return the sum ``(outputs)`` over the rows of ``g (n, outputs)``."""
     db = g.new_zeros(g.shape[1])
-    bias_by_atomics_kernel[tiles(*g.shape)](g, db, *g.shape, TILE, **OF_TILES)
+    if "bias_by_one_thread" in kernels.own and "bias_by_atomics" not in kernels.own:
+        kernels.launch(bias_by_one_program_kernel, (1,), g, db, *g.shape)
+    else:
+        kernels.launch(bias_by_atomics_kernel, tiles(*g.shape), g, db, *g.shape, **OF_TILES)
     return db
 
 
 class ReLU(Layer):
     """Y = max(X, 0), by blocks of 64 threads."""
 
+    kernels = Kernels()
+
     def forward(self, x: Tensor) -> Tensor:
-        self.y = torch.empty_like(x)
-        relu_kernel[blocks(x.numel())](x, self.y, x.numel(), BLOCK, **OF_BLOCKS)
+        self.y, size = torch.empty_like(x), x.numel()
+        self.kernels.launch(relu_kernel, blocks(size), x, self.y, size, **OF_BLOCKS)
         return self.y
 
     def backward(self, g: Tensor) -> Tensor:
-        dx = torch.empty_like(g)
-        relu_backward_kernel[blocks(g.numel())](g, self.y, dx, g.numel(), BLOCK, **OF_BLOCKS)
+        dx, size = torch.empty_like(g), g.numel()
+        self.kernels.launch(relu_backward_kernel, blocks(size), g, self.y, dx, size, **OF_BLOCKS)
         return dx
 
 
 class Sigmoid(Layer):
     """Y = σ(X), by blocks of 64 threads."""
 
+    kernels = Kernels()
+
     def forward(self, x: Tensor) -> Tensor:
-        self.y = torch.empty_like(x)
-        sigmoid_kernel[blocks(x.numel())](x, self.y, x.numel(), BLOCK, **OF_BLOCKS)
+        self.y, size = torch.empty_like(x), x.numel()
+        self.kernels.launch(sigmoid_kernel, blocks(size), x, self.y, size, **OF_BLOCKS)
         return self.y
 
     def backward(self, g: Tensor) -> Tensor:
-        dx = torch.empty_like(g)
-        sigmoid_backward_kernel[blocks(g.numel())](g, self.y, dx, g.numel(), BLOCK, **OF_BLOCKS)
+        dx, size = torch.empty_like(g), g.numel()
+        self.kernels.launch(sigmoid_backward_kernel, blocks(size), g, self.y, dx, size, **OF_BLOCKS)
         return dx
 
 
 class BinaryCrossEntropy:
     """The loss of probabilities ``p (n, 1)`` and labels 0 and 1, ``(n)``."""
 
+    def __init__(self, kernels: Kernels = Kernels()):  # noqa: B008
+        self.kernels = kernels
+
     def forward(self, p: Tensor, labels: Tensor) -> Tensor:
-        self.p, self.t, loss = p, labels.to(p), p.new_zeros(())
-        bce_kernel[blocks(len(p))](p, self.t, loss, len(p), BLOCK, **OF_BLOCKS)
+        self.p, self.t, loss, n = p, labels.to(p), p.new_zeros(()), len(p)
+        self.kernels.launch(bce_kernel, blocks(n), p, self.t, loss, n, **OF_BLOCKS)
         return loss
 
     def backward(self) -> Tensor:
-        dp = torch.empty_like(self.p)
-        bce_backward_kernel[blocks(len(dp))](self.p, self.t, dp, len(dp), BLOCK, **OF_BLOCKS)
+        dp, n = torch.empty_like(self.p), len(self.p)
+        self.kernels.launch(bce_backward_kernel, blocks(n), self.p, self.t, dp, n, **OF_BLOCKS)
         return dp
 
 
 # What each kernel must write
+
+ADDS = " (a result to which threads add must be 0 before the launch, as db and loss alone are)"
 
 
 class Case(NamedTuple):
@@ -281,7 +340,6 @@ def cases(n: int, inputs: int, outputs: int) -> list[Case]:
     x, w, b = torch.randn(n, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
     g, t = torch.randn(n, outputs), torch.randint(0, 2, (n,)).float()
     y, p, size = unset(g), torch.rand(n), n * outputs
-    of_tiles, of_blocks = OF_TILES | {"TILE": TILE}, OF_BLOCKS | {"BLOCK": BLOCK}
     sizes = (n, inputs, outputs)
     one, two = g.relu(), g.sigmoid()
     return [
@@ -290,67 +348,67 @@ def cases(n: int, inputs: int, outputs: int) -> list[Case]:
             tiles(n, outputs),
             (x, w, b, y, *sizes),
             lambda x, w, b, y, *_: {"y": torch.nn.functional.linear(x, w, b)},
-            of_tiles,
+            OF_TILES,
         ),
         Case(
             linear_input_kernel,
             tiles(n, inputs),
             (g, w, unset(x), *sizes),
             lambda g, w, *_: {"dx": g @ w},
-            of_tiles,
+            OF_TILES,
         ),
         Case(
             linear_weight_kernel,
             tiles(outputs, inputs),
             (g, x, unset(w), *sizes),
             lambda g, x, *_: {"dw": g.T @ x},
-            of_tiles,
+            OF_TILES,
         ),
         Case(
             bias_by_one_program_kernel,
             (1,),
             (g, unset(b), n, outputs),
             lambda g, *_: {"db": g.sum(0)},
-            of_blocks,
+            OF_BLOCKS,
         ),
         Case(
             bias_by_atomics_kernel,
             tiles(n, outputs),
             (g, torch.zeros_like(b), n, outputs),
             lambda g, *_: {"db": g.sum(0)},
-            of_tiles,
+            OF_TILES,
         ),
-        Case(relu_kernel, blocks(size), (g, y, size), lambda x, *_: {"y": x.relu()}, of_blocks),
+        Case(relu_kernel, blocks(size), (g, y, size), lambda x, *_: {"y": x.relu()}, OF_BLOCKS),
         Case(
             relu_backward_kernel,
             blocks(size),
             (g, one, unset(g), size),
             lambda g, y, *_: {"dx": g * (y > 0)},
-            of_blocks,
+            OF_BLOCKS,
         ),
         Case(
-            sigmoid_kernel, blocks(size), (g, y, size), lambda x, *_: {"y": x.sigmoid()}, of_blocks
+            sigmoid_kernel, blocks(size), (g, y, size), lambda x, *_: {"y": x.sigmoid()}, OF_BLOCKS
         ),
         Case(
             sigmoid_backward_kernel,
             blocks(size),
             (g, two, unset(g), size),
             lambda g, y, *_: {"dx": g * y * (1 - y)},
-            of_blocks,
+            OF_BLOCKS,
         ),
         Case(
             bce_kernel,
             blocks(n),
             (p, t, torch.zeros(()), n),
             lambda p, t, *_: {"loss": binary_cross_entropy(p, t)},
-            of_blocks,
+            OF_BLOCKS,
         ),
         Case(
             bce_backward_kernel,
             blocks(n),
             (p, t, unset(p), n),
             lambda p, t, *_: {"dp": (p - t) / (p * (1 - p)) / len(p)},
-            of_blocks,
+            OF_BLOCKS,
         ),
     ]
 
@@ -381,7 +439,35 @@ def hint(source: str) -> str:
     return ""
 
 
-def check_kernels() -> None:
+def check_own(own: CudaKernel, case: Case) -> None:
+    """Execute a reader's kernel, and compare what it writes with PyTorch's in float64.
+
+    Raises:
+        ConfigError: a fault, or an error above rounding.
+    """
+    tensors = [one.clone() for one in case.arguments if isinstance(one, Tensor)]
+    sizes = [one for one in case.arguments if isinstance(one, int)]
+    inputs = [one.clone() for one in tensors]
+    with emulate("sm_90") as gpu:
+        own(*tensors, *sizes)
+    check_faults(gpu, own.__name__)
+    names = list(signature(case.kernel.fn).parameters)  # type: ignore[attr-defined]
+    for name in case.right(*tensors, *sizes):
+
+        def reference(*tensors: Tensor, name: str = name) -> Tensor:
+            return case.right(*tensors, *sizes)[name]
+
+        result = tensors[names.index(name)]
+        found = checks.error_of(result, reference, *inputs, terms=max(sizes))
+        if not found.error <= found.most:
+            raise ConfigError(
+                f"{own.place}: {own.__name__}: {name} is off by {found.error:.1e}, expected "
+                f"{found.most:.1e} at most: {farthest(result, found.exact)}; mend the kernel"
+                f"{ADDS if 'atomicAdd' in own.source else ''}"
+            )
+
+
+def check_kernels(kernels: Kernels = Kernels()) -> None:  # noqa: B008
     """Execute each kernel as compiled for an H100, at two sizes that fill no block.
 
     Raises:
@@ -389,6 +475,9 @@ def check_kernels() -> None:
     """
     checked = [case for sizes in ((37, 5, 20), (1, 17, 1)) for case in cases(*sizes)]
     for case in console.progress(checked, "kernels"):
+        if (own := kernels.find(case.kernel)) is not None:
+            check_own(own, case)
+            continue
         check_arguments(case)
         kernel, grid, arguments, right, options = case
         name = kernel.__name__  # type: ignore[attr-defined]
@@ -401,12 +490,12 @@ def check_kernels() -> None:
     print(f"{len(checked)} launches of {len(checked) // 2} kernels are right, and break no rule")
 
 
-def count(n: int, hidden: int) -> list[console.Row]:
+def count(n: int, hidden: int, kernels: Kernels = Kernels()) -> list[console.Row]:  # noqa: B008
     """Print what each kernel takes for the hidden layer of a batch, and return the rows."""
     rows: list[console.Row] = []
     with emulate("sm_90") as gpu:
         for case in cases(n, 2, hidden):
-            case.kernel[case.grid](*case.arguments, **case.options)  # type: ignore[index]
+            kernels.launch(case.kernel, case.grid, *case.arguments, **case.options)
     for launch in gpu.launches:
         counters, bound = launch.counters, launch.bounds[0]
         warps = launch.programs * launch.warps
@@ -433,11 +522,46 @@ def count(n: int, hidden: int) -> list[console.Row]:
 # Training
 
 
-def build_network(hidden: int, device: torch.device) -> Network:
+def build_network(
+    hidden: int,
+    device: torch.device,
+    kernels: Kernels = Kernels(),  # noqa: B008
+) -> Network:
     network = Network()
     for layer in (Linear(2, hidden, device), ReLU(), Linear(hidden, 1, device), Sigmoid()):
+        layer.kernels = kernels  # type: ignore[attr-defined]
         network.add(layer)
     return network
+
+
+def same(t: Tensor) -> Tensor:
+    """Return a tensor that lies where kernels read it."""
+    return t
+
+
+def copy_to_device(t: Tensor, device: torch.device, copies: Counter[str]) -> Tensor:
+    """Return the device's memory of a matrix into whose host memory ``t`` is written."""
+    matrix = Matrix(*t.shape, device=device, copies=copies)
+    matrix.allocate_memory()
+    matrix.host.copy_(t)
+    matrix.copy_host_to_device()
+    return matrix.device
+
+
+def copy_to_host(t: Tensor, copies: Counter[str]) -> Tensor:
+    """Return the host's memory of a matrix into whose device memory ``t`` is written."""
+    matrix = Matrix(*t.shape, device=t.device, copies=copies)
+    matrix.allocate_memory()
+    matrix.device.copy_(t)
+    matrix.copy_device_to_host()
+    return matrix.host
+
+
+def use_matrices(network: Network, place: Callable[[Tensor], Tensor]) -> None:
+    """Copy the first weights, which the host draws, to the device."""
+    for layer in network.layers:
+        if isinstance(layer, Linear):
+            layer.weight, layer.bias = place(layer.weight), place(layer.bias[None])[0]
 
 
 def run_passes(
@@ -461,17 +585,22 @@ def run_passes(
 
 
 def check_network(
-    network: Network, loss: BinaryCrossEntropy, samples: Samples, gpu: Emulator | None
+    network: Network,
+    loss: BinaryCrossEntropy,
+    samples: Samples,
+    gpu: Emulator | None,
+    place: Callable[[Tensor], Tensor] = same,
 ) -> None:
     """Compare the loss and the gradients of all layers together with those of autograd in float64.
 
     Args:
         gpu: that executes the launches, if no GPU does.
+        place: returns points in the memory that the kernels read.
 
     Raises:
         ConfigError: a fault of a launch; an error above rounding.
     """
-    x, labels = samples.features, samples.labels
+    x, labels = place(samples.features), samples.labels
     # A wrong launch can write into the parameters.
     parameters = {name: parameter.clone() for name, parameter in network.parameters().items()}
     try:
@@ -502,48 +631,87 @@ def check_network(
 class Flags(cli.ExampleFlags):
     """Learn the quadrants by kernels of one's own."""
 
+    with_: Annotated[Path | None, tyro.conf.arg(name="with", help=cuda_layers.HELP)] = None
+    # Keep numbers in the memory of the host and of the device, and copy between them.
+    matrix: bool = False
     samples: cli.Count = 1000  # Points to learn.
     hidden: cli.Size = 30  # Units of the hidden layer.
     epochs: cli.Count = 20  # Passes over the points.
     batch_size: cli.Count = 100  # Points per step.
     lr: cli.Number = 2.0  # Learning rate at the start; it falls linearly.
 
+    def check(self) -> None:
+        super().check()
+        if self.with_ and self.device == "cuda":
+            raise ConfigError("--with executes CUDA C++ on the CPU; drop --device cuda")
 
-def train(network: Network, loss: BinaryCrossEntropy, samples: Samples, flags: Flags) -> None:
+
+def train(
+    network: Network,
+    loss: BinaryCrossEntropy,
+    samples: Samples,
+    flags: Flags,
+    place: Callable[[Tensor], Tensor],
+) -> None:
+    """Train by gradient descent.
+
+    Args:
+        place: returns a batch's points in the memory that the kernels read.
+    """
     for epoch in console.progress(range(1, flags.epochs + 1), "epochs"):
         lr = flags.lr * (1 - (epoch - 1) / flags.epochs)
         for x, labels, _ in batches(samples, flags.batch_size, seed=flags.seed, epoch=epoch):
-            loss.forward(network.forward(x), labels)
+            loss.forward(network.forward(place(x)), labels)
             network.backward(loss.backward())
             network.step(lr)
 
 
+def read_kernels(path: Path | None) -> Kernels:
+    """Return the kernels that take part, and say which of them are a reader's."""
+    if path is None:
+        return Kernels()
+    kernels = Kernels(cuda_layers.read(path))
+    print(f"{path.name}: {', '.join(kernels.own)}; the other kernels are this lesson's")
+    return kernels
+
+
 def main(flags: Flags) -> None:
     torch.manual_seed(flags.seed)
-    check_kernels()
-    rows = count(4000, flags.hidden)
-    with join_world(flags.device, alone=True) as world:
+    kernels, copies = read_kernels(flags.with_), Counter[str]()
+    check_kernels(kernels)
+    rows = count(1000 if kernels.own else 4000, flags.hidden, kernels)
+    with join_world("cpu" if kernels.own else flags.device, alone=True) as world:
+        device = world.device
+        drawn_on = torch.device("cpu") if flags.matrix else device
         samples, test = (
-            draw(n, 2 * flags.seed + i, device=world.device)
+            draw(n, 2 * flags.seed + i, device=drawn_on)
             for i, n in enumerate((flags.samples, 2500))
         )
-        network, loss = build_network(flags.hidden, world.device), BinaryCrossEntropy()
+        place = partial(copy_to_device, device=device, copies=copies) if flags.matrix else same
+        network = build_network(flags.hidden, drawn_on, kernels)
+        loss = BinaryCrossEntropy(kernels)
         start = time.perf_counter()
         # Without a GPU, the launches of a block `with emulate` are executed on the CPU.
-        with nullcontext() if world.device.type == "cuda" else emulate("sm_90") as gpu:
-            check_network(network, loss, samples, gpu)
-            train(network, loss, samples, flags)
-            p = network.forward(test.features)
+        with nullcontext() if device.type == "cuda" else emulate("sm_90") as gpu:
+            if flags.matrix:
+                use_matrices(network, place)
+            check_network(network, loss, samples, gpu, place)
+            train(network, loss, samples, flags, place)
+            p = network.forward(place(test.features))
             test_loss = loss.forward(p, test.labels).item()
+            if flags.matrix:
+                p = copy_to_host(p, copies)
         check_finite("the test loss", test_loss)
         seconds = time.perf_counter() - start
         accuracy = ((p[:, 0] > 0.5) == test.labels).double().mean().item()
     if gpu is not None:
         check_faults(gpu)
         print(f"{len(gpu.launches):,} launches were executed on the CPU, without a fault")
+    for direction, size in copies.items():
+        print(f"matrices: {size:,} bytes from {direction}")
     figures: console.Row = {"test_accuracy": accuracy, "test_loss": test_loss}
     console.write_metrics(flags.metrics, [*rows, figures])
-    print(console.last_line(accuracy, test_loss, seconds, 1, world.device.type))
+    print(console.last_line(accuracy, test_loss, seconds, 1, device.type))
 
 
 if __name__ == "__main__":

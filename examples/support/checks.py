@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Checks of a reader's functions: their values and gradients beside PyTorch's and float64's."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,6 +107,34 @@ def exactly(function: Callable[..., Tensor], *arguments: object, expected: Tenso
     return result
 
 
+class Comparison(NamedTuple):
+    """The error of a result, that of PyTorch's in its dtype, and the largest error of rounding.
+
+    Attributes:
+        exact: the result in float64.
+    """
+
+    error: float
+    native: float
+    most: float
+    exact: Tensor
+
+
+def error_of(
+    result: Tensor, reference: Callable[..., Tensor], *inputs: Tensor, terms: int = 1
+) -> Comparison:
+    """Compare a result with ``reference(*inputs)`` in float64, as `compare` does.
+
+    Errors of a result of another shape are infinite.
+    """
+    exact = reference(*(t.double() for t in inputs))
+    if result.shape != exact.shape:
+        return Comparison(math.inf, 0.0, 0.0, exact)
+    error, native = ((t - exact).abs().max().item() for t in (result, reference(*inputs)))
+    rounding = torch.finfo(result.dtype).eps * exact.abs().max().item()
+    return Comparison(error, native, 2 * native + terms**0.5 * rounding, exact)
+
+
 def compare(
     part: str, result: Tensor, reference: Callable[..., Tensor], *inputs: Tensor, terms: int = 1
 ) -> dict[str, str | float]:
@@ -116,26 +146,25 @@ def compare(
     Raises:
         ConfigError: another shape, or an error above those roundings and twice PyTorch's error.
     """
-    exact = reference(*(t.double() for t in inputs))
-    found = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
-    if found != tuple(exact.shape):
+    if not isinstance(result, Tensor):
+        raise ConfigError(f"{part} is {type(result).__name__}, expected a tensor; mend its formula")
+    found = error_of(result, reference, *inputs, terms=terms)
+    if result.shape != found.exact.shape:
         raise ConfigError(
-            f"{part} is {found}, expected the shape {tuple(exact.shape)}; mend its formula"
+            f"{part} is {tuple(result.shape)}, expected the shape {tuple(found.exact.shape)}; mend "
+            "its formula"
         )
-    error, native = ((t - exact).abs().max().item() for t in (result, reference(*inputs)))
-    largest = exact.abs().max().item()
-    most = 2 * native + terms**0.5 * torch.finfo(result.dtype).eps * largest
     print(
-        f"{part}: error {error:.1e} against float64, PyTorch's {native:.1e}; "
-        f"the largest number is {largest:.3g}"
+        f"{part}: error {found.error:.1e} against float64, PyTorch's {found.native:.1e}; "
+        f"the largest number is {found.exact.abs().max():.3g}"
     )
-    if not error <= most:
-        off = f"{part} is off by {error:.1e}, expected {most:.1e} at most"
+    if not found.error <= found.most:
+        off = f"{part} is off by {found.error:.1e}, expected {found.most:.1e} at most"
         raise ConfigError(
-            f"{off}: {farthest(result, exact)}; mend its formula, and do not let it change its "
-            "inputs"
+            f"{off}: {farthest(result, found.exact)}; mend its formula, and do not let it change "
+            "its inputs"
         )
-    return {"part": part, "error": error, "pytorch_error": native}
+    return {"part": part, "error": found.error, "pytorch_error": found.native}
 
 
 def compare_gradients(

@@ -151,7 +151,7 @@ class ExampleFlags:
         """Each flag, its value, and what its type is annotated with."""
         hints = get_type_hints(type(self), include_extras=True)
         for name in asdict(self):
-            flag = f"--{name.replace('_', '-')}"
+            flag = f"--{name.strip('_').replace('_', '-')}"  # with_ is --with
             yield flag, getattr(self, name), [*_annotations(hints[name])]
 
     def shared(self) -> dict[str, object]:
