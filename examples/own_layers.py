@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Layers by kernels of one's own, in Triton or CUDA C++: checked, counted and trained without a GPU.
+"""Layers by kernels of one's own, in Triton or CUDA C++, checked and trained without a GPU.
 
     python examples/own_layers.py                   compiled for an H100, executed on this CPU
     python examples/own_layers.py --device cuda     the same, and trained on a GPU
@@ -313,7 +313,7 @@ class BinaryCrossEntropy:
 
 # What each kernel must write
 
-ADDS = " (a result to which threads add must be 0 before the launch, as db and loss alone are)"
+ADDS = "; only db of bias_by_atomics and loss are 0, so that threads can add to them"
 
 
 class Case(NamedTuple):
@@ -450,20 +450,25 @@ def check_own(own: CudaKernel, case: Case) -> None:
     inputs = [one.clone() for one in tensors]
     with emulate("sm_90") as gpu:
         own(*tensors, *sizes)
-    check_faults(gpu, own.__name__)
+    check_faults(gpu)
     names = list(signature(case.kernel.fn).parameters)  # type: ignore[attr-defined]
     for name in case.right(*tensors, *sizes):
 
         def reference(*tensors: Tensor, name: str = name) -> Tensor:
             return case.right(*tensors, *sizes)[name]
 
-        result = tensors[names.index(name)]
+        result, place = tensors[names.index(name)], f"{own.place}, {own.__name__}"
+        if missing := int(result.isnan().sum()):
+            adds = ADDS if "atomicAdd" in own.source else ""
+            raise ConfigError(
+                f"{place}: {missing} of {result.numel()} numbers of {name} are NaN, as all are "
+                f"before the launch; write each of them{adds}"
+            )
         found = checks.error_of(result, reference, *inputs, terms=max(sizes))
         if not found.error <= found.most:
             raise ConfigError(
-                f"{own.place}: {own.__name__}: {name} is off by {found.error:.1e}, expected "
-                f"{found.most:.1e} at most: {farthest(result, found.exact)}; mend the kernel"
-                f"{ADDS if 'atomicAdd' in own.source else ''}"
+                f"{place}: {name} is off by {found.error:.1e}, expected {found.most:.1e} at most: "
+                f"{farthest(result, found.exact)}; mend the kernel"
             )
 
 

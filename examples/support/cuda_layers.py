@@ -95,7 +95,11 @@ class CudaKernel:
 
     @property
     def source(self) -> str:
-        return self.kernel.module.source
+        """The kernel's lines."""
+        module, first = self.kernel.module, self.kernel.declared.line
+        others = [one.line for one in module.declared.values() if one.line > first]
+        end = min(others) - 1 if others else None
+        return "\n".join(module.source.splitlines()[first - 1 : end])
 
 
 def read(path: Path) -> Mapping[str, CudaKernel]:
