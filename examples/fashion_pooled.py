@@ -24,7 +24,11 @@ number of samples:
 ``--exchange allreduce``: Bcast sends the first weights, once. Allreduce adds up the gradients of
 the shares and gives all processes the sum, so all take the same step. ``--exchange gather``, the
 project's: Bcast sends the weights in each iteration. Gather brings the gradients of the shares to
-process 0, which adds them up and takes the step.
+process 0, which adds them up and takes the step. ``--scatter each``, also the project's: Scatter
+sends inputs and labels in each iteration, though they are the same ones.
+
+``--backward samples``, the project's: back-propagation is a loop over samples in NumPy, which adds
+up their gradients. By default a product computes the gradient of all samples.
 
 --images takes a file of MATLAB in place of a data set: X (n, 400) and y (n, 1), of which every
 fifth sample is for tests. --weights takes one with the first weights: Theta1 (25, 401) and Theta2
@@ -77,6 +81,8 @@ LOOP = (*FORWARD, "backward", "exchange", "descent")  # phases of every iteratio
 # Iterations that print a line, and the last.
 SHOWN = {1, 2, 5, 10, 20, 30, 60, 100, 200, 400, 800, 1600}
 Exchange = Literal["allreduce", "gather"]
+Scatter = Literal["once", "each"]
+Backward = Literal["batch", "samples"]
 
 
 @dataclass(kw_only=True)
@@ -93,6 +99,9 @@ class Flags(cli.ExampleFlags):
     library: Literal["numpy", "torch"] = "numpy"  # Library that computes.
     plots: cli.Plots = None  # Folder for pictures.
     exchange: Exchange = "allreduce"  # MPI's messages of an iteration.
+    scatter: Scatter = "once"  # Inputs and labels are sent once, or in each iteration.
+    # Back-propagation by a product for all samples, or by a loop over samples.
+    backward: Backward = "batch"
     # Number of training images, the first ones; by default at most 5000.
     samples: cli.Count | None = None
     iterations: cli.Count = 800  # Iterations of the second run.
@@ -109,9 +118,14 @@ class Flags(cli.ExampleFlags):
             raise ConfigError(
                 "--device cuda: NumPy computes on the CPU; --library torch takes a GPU"
             )
-        if self.library == "torch" and self.exchange == "gather":
+        of_numpy = {
+            "--exchange gather": self.exchange == "gather",
+            "--scatter each": self.scatter == "each",
+            "--backward samples": self.backward == "samples",
+        }
+        if self.library == "torch" and (given := [flag for flag, on in of_numpy.items() if on]):
             raise ConfigError(
-                "--exchange gather is MPI's, and --library torch has its own; drop one of them"
+                f"{given[0]} is NumPy's, and --library torch has its own way; drop one of them"
             )
         if self.library == "torch" and find_spec("torch") is None:
             raise ConfigError("--library torch needs PyTorch; pip install torch")
@@ -127,6 +141,14 @@ class Pixels(NamedTuple):
 
     x: Array
     labels: Array
+
+
+class Way(NamedTuple):
+    """What an iteration sends, and how it computes gradients; all ways have the same costs."""
+
+    exchange: Exchange = "allreduce"
+    scatter: Scatter = "once"
+    backward: Backward = "batch"
 
 
 class Plan(NamedTuple):
@@ -254,11 +276,19 @@ def counted(plan: Plan, rank: int, ranks: int) -> Iterable[int]:
     return iterations if rank else say_progress(iterations, f"iterations on {ranks} {processes}")
 
 
+def backward_by_samples(model: numpy_mlp.NumpyMLP, inputs: Sequence[Array], delta: Array) -> Array:
+    """Return what `NumpyMLP.backward` does, by a loop over samples."""
+    total = np.zeros_like(model.parameters)
+    for i in range(len(delta)):
+        total += model.backward([layer[i : i + 1] for layer in inputs], delta[i : i + 1])
+    return total
+
+
 def train_numpy(
     world: mpi.Communicator,
     splits: Sequence[Pixels] | None,
     plan: Plan,
-    exchange: Exchange = "allreduce",
+    way: Way = Way(),  # noqa: B008
 ) -> Result:
     """Train on the processes of an MPI communicator. Process 0 has the samples; the others pass
     None."""
@@ -282,7 +312,10 @@ def train_numpy(
     seconds_since(before)
     for iteration in counted(plan, world.rank, world.size):
         start = time.perf_counter()
-        if exchange == "gather" and iteration:
+        if way.scatter == "each" and iteration:
+            with phase("scatter"):
+                x, labels = (mpi.scatter(world, array) for array in pairs[0])
+        if way.exchange == "gather" and iteration:
             with phase("broadcast"):
                 world.Bcast(model.parameters)
         with phase("hidden layer"):
@@ -292,15 +325,18 @@ def train_numpy(
         with phase("cost"):
             summed[-1], delta = model.loss_sum(z, labels)
         with phase("backward"):
-            summed[:-1] = model.backward(inputs, delta)
+            backward = model.backward
+            if way.backward == "samples":
+                backward = partial(backward_by_samples, model)
+            summed[:-1] = backward(inputs, delta)
         with phase("exchange"):
-            if exchange == "allreduce":
+            if way.exchange == "allreduce":
                 world.Allreduce(summed, total)
             else:
                 world.Gather(summed, rows)
                 if rows is not None:
                     rows.sum(0, out=total)
-        if exchange == "allreduce" or world.rank == 0:  # after Gather the others have no sum
+        if way.exchange == "allreduce" or world.rank == 0:  # after Gather the others have no sum
             with phase("descent"):
                 optimizer.step(total[:-1] / count)
             costs.append(float(total[-1]) / count)
@@ -316,12 +352,12 @@ def train_plans(
     world: mpi.Communicator,
     splits: Sequence[Pixels] | None,
     plans: Sequence[Plan],
-    exchange: Exchange,
+    way: Way,
 ) -> tuple[Phases, dict[Plan, Result]]:
     """Train by each of the ``plans``, and return the phases of all of them, and each one's
     result."""
     with Phases(names=("scatter", "broadcast", *LOOP)) as phases:
-        return phases, {plan: train_numpy(world, splits, plan, exchange) for plan in plans}
+        return phases, {plan: train_numpy(world, splits, plan, way) for plan in plans}
 
 
 def train_torch(world: "World", splits: Sequence[Pixels], plan: Plan) -> Result:
@@ -396,13 +432,14 @@ def phases_of(run: Result, iteration: int) -> dict[str, float]:
     return run.phases[iteration - 1] if run.phases else {}
 
 
-def print_phases(exchange: Exchange, columns: dict[str, tuple[Phases, dict[Plan, Result]]]) -> None:
+def print_phases(way: Way, columns: dict[str, tuple[Phases, dict[Plan, Result]]]) -> None:
     """Print a table of the milliseconds of an iteration by phase, and of what is done once in a
     run."""
-    once = ["scatter"] + ["broadcast"] * (exchange == "allreduce")
-    each = ["broadcast"] * (exchange == "gather") + [*LOOP]
+    often = {"scatter": way.scatter == "each", "broadcast": way.exchange == "gather"}
+    once = [name for name, each in often.items() if not each]
+    each = [name for name, each in often.items() if each] + [*LOOP]
     rows: list[dict[str, str]] = [{"phase": f"{name}, once"} for name in once]
-    rows += [{"phase": exchange if name == "exchange" else name} for name in each]
+    rows += [{"phase": way.exchange if name == "exchange" else name} for name in each]
     at = 1 + rows.index({"phase": "cost"})
     rows[at:at] = [{"phase": "forward: these three"}]
     rows += [{"phase": "iteration"}]
@@ -472,7 +509,8 @@ def run_numpy(flags: Flags, plans: Sequence[Plan]) -> None:
             splits, first_label = load(flags)
             plans = [plan._replace(first_label=first_label) for plan in plans]
             console.print_load()
-        train = partial(train_plans, splits=splits, plans=plans, exchange=flags.exchange)
+        way = Way(flags.exchange, flags.scatter, flags.backward)
+        train = partial(train_plans, splits=splits, plans=plans, way=way)
         columns = alone = one_process.train_on_one(world, train)
         if world.size > 1:
             columns = alone | {f"{world.size} processes": train(world)}
@@ -495,7 +533,7 @@ def run_numpy(flags: Flags, plans: Sequence[Plan]) -> None:
             print(f"{world.size} processes")
         for plan, run in runs.items():
             print_iterations(plan, run, flags.every_iteration)
-        print_phases(flags.exchange, columns)
+        print_phases(way, columns)
         if agreement:
             print(agreement)
         report(flags, "cpu", world.size, runs, metrics)

@@ -33,7 +33,7 @@ from support import cli, one_process
 
 import fashion_pooled
 import train_mpi
-from fashion_pooled import SIZES, Plan, Result
+from fashion_pooled import SIZES, Plan, Result, Way
 
 ROUNDING = 1e-5  # of a loss: some hundred steps of some roundings of 6e-8 each
 # Python imports this module at its start, also in processes that a process starts. They find
@@ -135,11 +135,11 @@ def trained(world, folder: Path, case: str, split: str) -> train_mpi.Training:
     return train_mpi.train(flags, split, world, datasets.read("fashion-mnist", folder))
 
 
-def pooled_runs(world, folder: Path, exchange: str) -> list[Result]:
+def pooled_runs(world, folder: Path, way: Way) -> list[Result]:
     flags = fashion_pooled.Flags(data=folder, dataset="fashion-mnist", samples=50)
     splits = fashion_pooled.load(flags)[0] if world.rank == 0 else None
     plans = Plan(60, 0.1, 0.0, 0), Plan(30, 0.1, 0.9, 0)
-    return [fashion_pooled.train_numpy(world, splits, plan, exchange) for plan in plans]
+    return [fashion_pooled.train_numpy(world, splits, plan, way) for plan in plans]
 
 
 def numbers(run) -> dict[str, np.ndarray]:
@@ -160,14 +160,15 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 # The functions above run in the processes, too, which cannot import this module: it imports torch.
 SHARED = ("trained", "pooled_runs", "numbers")
+WAYS = "allreduce once batch", "gather once batch", "gather each samples"
 ON_PROCESSES = """
 import sys
 import numpy as np, fashion_pooled, train_mpi
-from fashion_pooled import Plan, Result
+from fashion_pooled import Plan, Result, Way
 from pathlib import Path
 from torchpar.data import files as datasets
 from torchpar.baselines import mpi
-CASES = {cases}
+CASES, WAYS = {cases}, {ways}
 {functions}
 folder, out = map(Path, sys.argv[1:])
 with mpi.join() as world:
@@ -177,11 +178,11 @@ with mpi.join() as world:
             run = trained(world, folder, case, split)
             runs[f"{{case}} {{split}}"] = numbers(run) | {{"sent": np.array([len(run.sent),
             run.bytes])}}
-    for exchange in ("allreduce", "gather"):
-        for i, run in enumerate(pooled_runs(world, folder, exchange)):
-            runs[f"{{exchange}} {{i}}"] = numbers(run)
+    for way in WAYS:
+        for i, run in enumerate(pooled_runs(world, folder, Way(*way.split()))):
+            runs[f"{{way}} {{i}}"] = numbers(run)
             # After Gather process 0 alone has the sums.
-            assert bool(run.costs) == (exchange == "allreduce" or world.rank == 0)
+            assert bool(run.costs) == ("allreduce" in way or world.rank == 0)
     if world.rank == 0:
         np.savez(out, **{{f"{{run}}/{{key}}": t for run, of in runs.items() for key,
         t in of.items()}})
@@ -191,12 +192,12 @@ with mpi.join() as world:
 @needs_mpirun
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_train_as_one(data, tmp_path, ranks):
-    """By both splits and both exchanges. The last batch is of one sample, which leaves a process
-    none."""
+    """By both splits and by all ways of the pooled images. The last batch is of one sample, which
+    leaves a process none."""
     from inspect import getsource
 
     functions = "\n".join(getsource(globals()[name]) for name in SHARED)
-    program = ON_PROCESSES.format(cases=CASES, functions=functions)
+    program = ON_PROCESSES.format(cases=CASES, ways=WAYS, functions=functions)
     without_torch(ranks, "-c", program, str(data), str(tmp_path / "runs.npz"))
     with np.load(tmp_path / "runs.npz") as file:
         found = {name: file[name] for name in file.files}
@@ -207,9 +208,9 @@ def test_processes_train_as_one(data, tmp_path, ranks):
             run = {key: found[f"{case} {split}/{key}"] for key in ("losses", "weights", "sent")}
             assert_same(run, alone[case])
             assert run["sent"].tolist() == [1, sent]
-    for exchange in ("allreduce", "gather"):
-        for i, expected in enumerate(pooled_runs(mpi.OneProcess(), data, "allreduce")):
-            run = {key: found[f"{exchange} {i}/{key}"] for key in ("losses", "weights")}
+    for way in WAYS:
+        for i, expected in enumerate(pooled_runs(mpi.OneProcess(), data, Way())):
+            run = {key: found[f"{way} {i}/{key}"] for key in ("losses", "weights")}
             assert_same(run, numbers(expected))
     with pytest.raises(AssertionError):
         assert_same({**run, "losses": run["losses"] * (1 + 3 * ROUNDING)}, numbers(expected))
@@ -588,12 +589,21 @@ def test_both_libraries_have_the_same_costs(data, ranks):
 
 
 @needs_mpirun
-@pytest.mark.parametrize("exchange", ["allreduce", pytest.param("gather", marks=pytest.mark.slow)])
-def test_one_command_sets_one_process_beside_several(data, tmp_path, exchange):
+@pytest.mark.parametrize(
+    "exchange, scatter",
+    [
+        ("allreduce", "once"),
+        pytest.param("gather", "once", marks=pytest.mark.slow),
+        pytest.param("gather", "each", marks=pytest.mark.slow),
+    ],
+)
+def test_one_command_sets_one_process_beside_several(data, tmp_path, exchange, scatter):
     flags = [f"--data={data}", "--samples=50", "--iterations=30", f"--exchange={exchange}"]
+    flags += [f"--scatter={scatter}"]
     out = by_command(2, "fashion_pooled", *flags, f"--metrics={tmp_path / 'metrics'}")
-    once = ["scatter, once"] + ["broadcast, once"] * (exchange == "allreduce")
-    each = ["broadcast"] * (exchange == "gather")
+    once = ["scatter, once"] * (scatter == "once")
+    once += ["broadcast, once"] * (exchange == "allreduce")
+    each = ["scatter"] * (scatter == "each") + ["broadcast"] * (exchange == "gather")
     each += [
         "hidden layer",
         "output layer",

@@ -529,7 +529,9 @@ ERRORS = [
         "--hidden 8 4 with --split model, expected one hidden layer",
     ),
     ("train_mpi", "--compare", "--compare needs several processes; mpirun -n 2"),
-    ("fashion_pooled", "--exchange gather --library torch", "--exchange gather is MPI's"),
+    ("fashion_pooled", "--exchange gather --library torch", "--exchange gather is NumPy's"),
+    ("fashion_pooled", "--scatter each --library torch", "--scatter each is NumPy's"),
+    ("own_layers", "--with layers.cu --device cuda", "--with executes CUDA C++ on the CPU"),
     (
         "train_ddp",
         "--plain --label-smoothing 0.1",

@@ -247,7 +247,7 @@ def test_a_slow_run_says_how_far_it_is(monkeypatch, capsys, library):
     splits = [fashion_pooled.Pixels(np.ones((5, 400), np.float32), np.arange(5))] * 2
     plan = fashion_pooled.Plan(2, 0.1, 0.0, 0)
     if library == "numpy":
-        fashion_pooled.train_plans(mpi.OneProcess(), splits, [plan], "allreduce")
+        fashion_pooled.train_plans(mpi.OneProcess(), splits, [plan], fashion_pooled.Way())
     else:
         with join_world("cpu", alone=True) as world:
             fashion_pooled.train_torch(world, splits, plan)
@@ -262,3 +262,15 @@ def test_a_pool_of_the_reader_that_makes_another_size_is_named(monkeypatch):
     monkeypatch.setattr(fashion_pooled, "pool", lambda images: wrong)
     with pytest.raises(ConfigError, match=r"pool returns .* \(3, 560\), expected \(3, 400\)"):
         fashion_pooled.load(flags)
+
+
+def test_a_loop_over_samples_has_the_gradient_of_the_product():
+    model, generator = NumpyMLP((6, 5, 4), loss="bce", dtype=np.float64), np.random.default_rng(0)
+    inputs, z = model.forward(generator.random((7, 6)))
+    _, delta = model.loss_sum(z, np.arange(7) % 4)
+    product = model.backward(inputs, delta)
+    np.testing.assert_allclose(
+        fashion_pooled.backward_by_samples(model, inputs, delta), product, rtol=1e-12, atol=1e-14
+    )
+    without_last = fashion_pooled.backward_by_samples(model, inputs, delta[:-1])
+    assert abs(without_last - product).max() > 1e-3
