@@ -325,7 +325,7 @@ class Case(NamedTuple):
 
     kernel: object
     grid: tuple[int, ...]
-    arguments: Sequence[object]
+    arguments: Sequence[Tensor | int]
     right: Callable[..., Mapping[str, Tensor]]
     options: Mapping[str, int]
 
@@ -534,7 +534,7 @@ def build_network(
 ) -> Network:
     network = Network()
     for layer in (Linear(2, hidden, device), ReLU(), Linear(hidden, 1, device), Sigmoid()):
-        layer.kernels = kernels  # type: ignore[attr-defined]
+        layer.kernels = kernels
         network.add(layer)
     return network
 
@@ -546,7 +546,8 @@ def same(t: Tensor) -> Tensor:
 
 def copy_to_device(t: Tensor, device: torch.device, copies: Counter[str]) -> Tensor:
     """Return the device's memory of a matrix into whose host memory ``t`` is written."""
-    matrix = Matrix(*t.shape, device=device, copies=copies)
+    rows, columns = t.shape
+    matrix = Matrix(rows, columns, device, copies)
     matrix.allocate_memory()
     matrix.host.copy_(t)
     matrix.copy_host_to_device()
@@ -555,7 +556,8 @@ def copy_to_device(t: Tensor, device: torch.device, copies: Counter[str]) -> Ten
 
 def copy_to_host(t: Tensor, copies: Counter[str]) -> Tensor:
     """Return the host's memory of a matrix into whose device memory ``t`` is written."""
-    matrix = Matrix(*t.shape, device=t.device, copies=copies)
+    rows, columns = t.shape
+    matrix = Matrix(rows, columns, t.device, copies)
     matrix.allocate_memory()
     matrix.device.copy_(t)
     matrix.copy_device_to_host()
@@ -693,6 +695,7 @@ def main(flags: Flags) -> None:
             for i, n in enumerate((flags.samples, 2500))
         )
         place = partial(copy_to_device, device=device, copies=copies) if flags.matrix else same
+        torch.manual_seed(flags.seed)  # whatever the counted kernels have drawn
         network = build_network(flags.hidden, drawn_on, kernels)
         loss = BinaryCrossEntropy(kernels)
         start = time.perf_counter()
