@@ -154,7 +154,7 @@ def undefined(page: str) -> tuple[list[str], int]:
             linked = re.findall(r"(?<=\[)\w+\.py(?=\])|my\.py", cell)[-1:] or linked
             files = re.findall(r"\w+\.py", cell) or linked + re.findall(r"examples/(\w+\.py)", line)
             for name in re.findall(r"`([A-Za-z_][\w.]*)[^`]*`", cell):
-                if name.endswith(".py"):
+                if name.endswith((".py", ".cu")):
                     continue
                 count += 1
                 if not any(defines(file, name, paths) for file in files):

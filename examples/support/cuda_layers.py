@@ -4,13 +4,11 @@
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 import nogpu.cuda
-from nogpu.cpp.declarations import Declaration, declarations
-from nogpu.cpp.launching import CppKernel
 from nogpu.cpp.nvrtc import CompileError
 from torchpar.errors import ConfigError
 
@@ -73,8 +71,8 @@ HELP = (
 class CudaKernel:
     """A kernel of a reader's file, launched by the sizes among its arguments."""
 
-    def __init__(self, kernel: CppKernel):
-        self.kernel, self.form = kernel, FORMS[kernel.name]
+    def __init__(self, kernel: Any):
+        self.kernel, self.form = kernel, FORMS[kernel.name]  # one of nogpu.cuda.load
         self.__name__ = kernel.name
 
     def __call__(self, *arguments: Tensor | int) -> None:
@@ -130,8 +128,8 @@ def read(path: Path) -> Mapping[str, CudaKernel]:
     return {name: CudaKernel(module[name]) for name in module.names}
 
 
-def _check(file: str, declared: Declaration) -> None:
-    """Check a kernel's name and the types of its parameters.
+def _check(file: str, declared: Any) -> None:
+    """Check a kernel's name and the types of its parameters, as its file declares them.
 
     Raises:
         ConfigError: they are not those of a layer's kernel.
@@ -144,12 +142,11 @@ def _check(file: str, declared: Declaration) -> None:
             f"{place}: {name} is no kernel of a layer{meant}; name it one of: {', '.join(FORMS)}"
         )
     parameters = FORMS[name].parameters
-    (expected,) = declarations(f"__global__ void {name}({parameters});")
-    # An integer may have any size.
-    found, right = (
-        [one.type if one.is_pointer or "int" not in one.dtype else "int" for one in of.parameters]
-        for of in (declared, expected)
-    )
+    right = [one.replace("const ", "").split()[0] for one in parameters.split(", ")]
+    found = [
+        "int" if "int" in one.dtype and not one.is_pointer else one.type  # of any size
+        for one in declared.parameters
+    ]
     if found != right or declared.template:
         kind = f"template <{declared.template}> " if declared.template else ""
         shown = ", ".join(f"{one.type} {one.name}".strip() for one in declared.parameters)
