@@ -10,6 +10,12 @@ A·Bᵀ by a thread for each number (naive) or by tiles. Beside each stands this
 are compiled for an H100 and executed on this CPU. Their results are compared with PyTorch's in
 float64.
 
+CME 213 writes CUDA C++. Its naive and its blocked product are in course_kernels.cu, which nogpu
+compiles by NVRTC. A block of 16 × 16 threads loads its tiles into shared memory. There 32 banks
+deliver a number each at once. If threads of a warp read several numbers of a bank, it delivers one
+after the other; each time more is a bank conflict. "padded" has rows of 17 numbers in place of 16,
+so that numbers below each other lie in different banks.
+
 Arithmetic intensity is the number of operations for each byte that is loaded. A b × b block of the
 result needs b rows of A and b rows of B. For each column it loads 2b numbers for b² multiply-adds:
 
@@ -32,7 +38,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from support import checks, cli, console, plots
 from support.measure import interleaved_ms
@@ -47,13 +53,17 @@ from torchpar.parallel.launch.world import join_world
 from torchpar.testing.operators.compare import farthest
 
 try:
+    import nogpu.cuda
     from nogpu import DATA_SHEETS, emulate
+    from nogpu.cpp.nvrtc import CompileError
 except ImportError as error:
     sys.exit(f"course_kernels.py executes kernels by nogpu ({error}); pip install ./nogpu")
 
 from support.kernels import by_unit, check_faults, compiling
 
 GPU, SECTOR = "H100", 32  # bytes
+CUDA = Path(__file__).with_suffix(".cu")
+TILE = 16  # threads of a side of a block in CUDA C++
 HALF = "in float16"  # of which the roofline of float32 has no point
 # An error above these bounds has ended the lesson.
 RIGHT = (
@@ -88,16 +98,53 @@ class Work(NamedTuple):
     Attributes:
         reference: of PyTorch.
         ways: by name.
+        on_gpu: whether they run on a GPU, too.
     """
 
     name: str
     reference: Product
     operands: Sequence[Tensor]
     ways: dict[str, Product]
+    on_gpu: bool = True
 
 
 def linear_sigmoid(a: Tensor, b: Tensor) -> Tensor:
     return torchpar.linear_sigmoid(a, b, None)
+
+
+def product_by(kernel: Any) -> Product:
+    """Return A·Bᵀ by a kernel of CUDA C++."""
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        n = len(a)
+        c, blocks = torch.empty_like(a), -(-n // TILE)
+        kernel[(blocks, blocks), (TILE, TILE)](a, b, c, n)
+        return c
+
+    return product
+
+
+def cuda_products(a: Tensor, b: Tensor) -> list[Work]:
+    """Return the products of course_kernels.cu, or none with a line where NVRTC is missing.
+
+    Raises:
+        ConfigError: NVRTC refuses the file.
+    """
+    try:
+        kernels = nogpu.cuda.load(CUDA)
+    except ModuleNotFoundError as error:
+        print(f"left out: {CUDA.name}. {error}")
+        return []
+    except CompileError as error:
+        raise ConfigError(f"{str(error).splitlines()[0]}; mend it") from None
+    names = {
+        "naive": "naive",
+        "blocked": f"blocked<{TILE}, 0>",
+        "padded": f"blocked<{TILE}, 1>",
+    }
+    ways = {name: product_by(kernels[kernel]) for name, kernel in names.items()}
+    name = f"A·Bᵀ, {len(a)}³, in CUDA C++"
+    return [Work(name, lambda a, b: a @ b.T, [a, b], ways, on_gpu=False)]
 
 
 def works(flags: Flags) -> list[Work]:
@@ -124,6 +171,7 @@ def works(flags: Flags) -> list[Work]:
             [a, b],
             {"naive": triton_kernels.matmul_naive, "tiled": triton_kernels.matmul_tiled},
         ),
+        *cuda_products(a, b),
         Work(
             f"σ(A·Bᵀ), {n}³",
             lambda a, b: (a @ b.T).sigmoid(),
@@ -172,13 +220,14 @@ def count(work: Work) -> list[console.Row]:
         check_faults(gpu, part)
         check(part, result, work)
         bounds = [launch.bounds[0] for launch in gpu.launches]
-        loads = sectors = distinct = 0
+        loads = sectors = distinct = conflicts = 0
         operations = 0.0
         for launch in gpu.launches:
             counters, total = launch.counters, launch.counters.total
             operations += sum(total.flops.values()) + sum(total.tensor_flops.values())
             memory = counters.sums("global")
             sectors, distinct = sectors + memory.transactions, distinct + memory.distinct
+            conflicts += sum(one.conflicts for one in counters.in_space("shared"))
             loads += sum(
                 one.transactions
                 for one in counters.in_space("global")
@@ -194,6 +243,7 @@ def count(work: Work) -> list[console.Row]:
                 "sectors": sectors,
                 "reuse": 1 - distinct / sectors,
                 "intensity": operations / (SECTOR * loads),
+                "conflicts": conflicts,
                 "at_least_µs": sum(bound.least for bound in bounds),
                 "unit": max(bounds, key=lambda bound: bound.least).unit,
                 "about_µs": sum(launch.time[GPU].microseconds for launch in gpu.launches),
@@ -214,6 +264,14 @@ def shown_row(row: console.Row) -> console.Row:
         "at_least": f"{row['at_least_µs']:.2f} µs",
         "about": f"{row['about_µs']:.0f} µs",
     }
+
+
+def bank_conflicts(rows: Sequence[console.Row]) -> str:
+    """Return a line of the bank conflicts of each way that reads shared memory, "" without any."""
+    if not any(row["conflicts"] for row in rows):
+        return ""
+    counts = ", ".join(f"{row['by']} {row['conflicts']:,}" for row in rows)
+    return f"bank conflicts in shared memory: {counts}"
 
 
 def low_bounds(rows: Sequence[console.Row]) -> Iterator[str]:
@@ -282,6 +340,8 @@ def main(flags: Flags) -> None:
         console.print_rows(shown, str(name))
         units = by_unit((row["by"], row["unit"]) for row in rows if row["work"] == name)
         print(f"at least, {units}")
+        if line := bank_conflicts([row for row in rows if row["work"] == name]):
+            print(line)
         for line in low_bounds([row for row in rows if row["work"] == name]):
             print(line)
     print(MEANING)
@@ -294,7 +354,7 @@ def main(flags: Flags) -> None:
     ridge = sheet.flops["f32"] / sheet.memory
     print(f"by its data sheet an {GPU} needs {ridge:.0f} operations per byte to reach its peak")
     if device.type == "cuda":
-        times = [row for work in found for row in measure(work, device)]
+        times = [row for work in found if work.on_gpu for row in measure(work, device)]
         console.print_rows(times, "measured on this GPU")
         rows += times
     else:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The lesson that counts the first kernels of GPU courses."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from commands import lesson, rows_of
@@ -40,6 +42,49 @@ def test_a_tile_of_64_has_16_operations_a_byte():
     assert naive["intensity"] <= 1 / 4
     assert 0 < tiled["at_least_µs"] < tiled["about_µs"]
     assert (naive["unit"], tiled["unit"]) == ("floating point", "shared memory")
+
+
+def test_products_in_cuda_have_the_counts_of_their_tiles(capsys):
+    """Padding takes the conflicts, and a tile of 16 has 16/4 operations a byte."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
+    torch.manual_seed(0)
+    (work,) = course_kernels.cuda_products(torch.randn(64, 64), torch.randn(64, 64))
+    naive, blocked, padded = course_kernels.count(work)
+    assert [row["programs"] for row in (naive, blocked, padded)] == [16] * 3
+    assert naive["conflicts"] == 0
+    assert naive["intensity"] <= 1 / 4
+    assert blocked["intensity"] == padded["intensity"] == 16 / 4
+    # A warp has two rows of 16 threads. Its numbers of `right` lie in banks 0 and 16, 8 in each.
+    reads = 64**3 // 32  # of `right`, by warps
+    assert blocked["conflicts"] == 7 * reads
+    assert padded["conflicts"] < blocked["conflicts"] / 100
+    assert course_kernels.bank_conflicts([blocked, padded]) == (
+        f"bank conflicts in shared memory: blocked {7 * reads:,}, padded {padded['conflicts']:,}"
+    )
+    assert course_kernels.bank_conflicts([naive]) == ""
+
+
+def test_a_missing_barrier_in_cuda_is_named_with_both_lines(monkeypatch, tmp_path):
+    pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
+    before, _, after = course_kernels.CUDA.read_text("utf-8").rpartition("__syncthreads();")
+    (file := tmp_path / "mine.cu").write_text(before + after, "utf-8")
+    monkeypatch.setattr(course_kernels, "CUDA", file)
+    (work,) = course_kernels.cuda_products(torch.randn(32, 32), torch.randn(32, 32))
+    with pytest.raises(ConfigError, match=r"blocked: mine\.cu:\d+, .*race.*mine\.cu:\d+"):
+        course_kernels.count(work)
+
+
+def test_a_product_in_cuda_that_nvrtc_refuses_is_one_line(monkeypatch, tmp_path):
+    pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
+    (file := tmp_path / "mine.cu").write_text(
+        course_kernels.CUDA.read_text("utf-8").replace("float total = 0", "float totals = 0", 1),
+        "utf-8",
+    )
+    monkeypatch.setattr(course_kernels, "CUDA", file)
+    with pytest.raises(
+        ConfigError, match=r'^mine\.cu:\d+: identifier "total" is undefined; mend it$'
+    ):
+        course_kernels.cuda_products(torch.ones(2, 2), torch.ones(2, 2))
 
 
 def test_a_bound_below_that_of_a_faster_way_has_its_reason():
@@ -129,7 +174,10 @@ def test_the_kernels_are_counted_and_drawn(tmp_path):
     assert out.count(course_kernels.RIGHT) == out.count(course_kernels.MEANING) == 1
     assert out.endswith("left out: times, as PyTorch finds no GPU or --device is cpu\n")
     rows = {(row["work"], row["by"]): row for row in rows_of(tmp_path / "metrics")}
-    assert len(rows) == 8
+    has_nvrtc = bool(find_spec("cuda") and find_spec("cuda.bindings"))
+    of_cuda = [by for work, by in rows if work == "A·Bᵀ, 128³, in CUDA C++"]
+    assert of_cuda == (["naive", "blocked", "padded"] if has_nvrtc else [])
+    assert len(rows) == 8 + len(of_cuda)
     # Two matrices are read and one is written, each number once: 3 · 100² / 8 sectors.
     for by in ("by rows", "torchpar"):
         assert rows["maximum, 100 × 100", by]["sectors"] >= 3750
