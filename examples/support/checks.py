@@ -121,7 +121,11 @@ class Comparison(NamedTuple):
 
 
 def error_of(
-    result: Tensor, reference: Callable[..., Tensor], *inputs: Tensor, terms: int = 1
+    result: Tensor,
+    reference: Callable[..., Tensor],
+    *inputs: Tensor,
+    terms: int = 1,
+    size: float = 0.0,
 ) -> Comparison:
     """Compare a result with ``reference(*inputs)`` in float64, as `compare` does.
 
@@ -131,24 +135,30 @@ def error_of(
     if result.shape != exact.shape:
         return Comparison(math.inf, 0.0, 0.0, exact)
     error, native = ((t - exact).abs().max().item() for t in (result, reference(*inputs)))
-    rounding = torch.finfo(result.dtype).eps * exact.abs().max().item()
+    rounding = torch.finfo(result.dtype).eps * max(exact.abs().max().item(), size)
     return Comparison(error, native, 2 * native + terms**0.5 * rounding, exact)
 
 
 def compare(
-    part: str, result: Tensor, reference: Callable[..., Tensor], *inputs: Tensor, terms: int = 1
+    part: str,
+    result: Tensor,
+    reference: Callable[..., Tensor],
+    *inputs: Tensor,
+    terms: int = 1,
+    size: float = 0.0,
 ) -> dict[str, str | float]:
     """Print the errors of ``result`` and of PyTorch's ``reference(*inputs)``, and return them.
 
     An error is the largest distance from ``reference`` in float64. Sums of ``terms`` numbers in
-    another order may differ by √terms roundings of the largest result.
+    another order may differ by √terms roundings of the largest result, or of ``size``, the sum of
+    the terms' magnitudes, which is larger where terms cancel.
 
     Raises:
         ConfigError: another shape, or an error above those roundings and twice PyTorch's error.
     """
     if not isinstance(result, Tensor):
         raise ConfigError(f"{part} is {type(result).__name__}, expected a tensor; mend its formula")
-    found = error_of(result, reference, *inputs, terms=terms)
+    found = error_of(result, reference, *inputs, terms=terms, size=size)
     if result.shape != found.exact.shape:
         raise ConfigError(
             f"{part} is {tuple(result.shape)}, expected the shape {tuple(found.exact.shape)}; mend "

@@ -13,7 +13,7 @@ pytest.importorskip("tyro", reason="tyro reads the flags")
 pytest.importorskip("triton", reason="the lesson's own kernels are Triton's")
 pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
 
-from support import cuda_layers
+from support import checks, cuda_layers
 from support.matrix import Matrix
 
 import own_layers
@@ -150,7 +150,7 @@ def test_a_copy_that_is_missing_is_named(monkeypatch, copies):
     if not copies:
         monkeypatch.setattr(Matrix, "copy_host_to_device", lambda _: None)
     torch.manual_seed(0)
-    network = own_layers.build_network(20, torch.device("cpu"))
+    network = own_layers.build_network(3, torch.device("cpu"))
 
     def place(t: torch.Tensor) -> torch.Tensor:
         return own_layers.copy_to_device(t, torch.device("cpu"), Counter())
@@ -158,7 +158,7 @@ def test_a_copy_that_is_missing_is_named(monkeypatch, copies):
     def run() -> None:
         with emulate() as gpu:
             own_layers.check_network(
-                network, own_layers.BinaryCrossEntropy(), draw(50, 0), gpu, place
+                network, own_layers.BinaryCrossEntropy(), draw(5, 0), gpu, place
             )
 
     if copies:
@@ -168,6 +168,15 @@ def test_a_copy_that_is_missing_is_named(monkeypatch, copies):
             ConfigError, match=r"linear_kernel: uninitialised memory: x\[0, 0\] was"
         ):
             run()
+
+
+def test_a_sum_whose_terms_cancel_may_have_the_roundings_of_the_terms():
+    t = torch.tensor([1.0, -1.0, 1e-4])
+    rounded, wrong = torch.tensor(1e-4 + 1e-7), torch.tensor(1.01e-4)
+    checks.compare("sum", rounded, torch.sum, t, terms=3, size=2)
+    for result, size in ((rounded, 0), (wrong, 2)):
+        with pytest.raises(ConfigError, match=r"^sum is off by "):
+            checks.compare("sum", result, torch.sum, t, terms=3, size=size)
 
 
 @pytest.mark.slow
