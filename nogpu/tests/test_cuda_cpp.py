@@ -62,6 +62,33 @@ def test_program_without_the_core(name):
         check(name)
 
 
+def test_the_core_rounds_down_and_saturates_as_python_does():
+    """Of sums that cancel, of zeros, overflow, underflow and infinities, in all bits; NaN is NaN."""
+    code = """
+extern "C" __global__ void f(const float* a, const float* b, const float* c, float* y, float* z)
+{
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    y[i] = __fmaf_rd(a[i], b[i], c[i]);
+    z[i] = __saturatef(a[i]);
+}"""
+    special = [0.0, -0.0, 1.0, -1.0, 1e-38, -1e-38, 3e38, -3e38, 1e-45, np.inf, -np.inf, np.nan]
+    a, b, c = (one.ravel() for one in np.meshgrid(*3 * [np.array(special, np.float32)]))
+    rng = np.random.default_rng(0)
+    a, b, c = (np.concatenate([one, rng.normal(size=2368).astype(np.float32)]) for one in (a, b, c))
+    c[-64:] = -(a[-64:].astype(np.float64) * b[-64:]).astype(np.float32)
+    bits = []
+    for library in (core.library, lambda: None):
+        y, z = np.zeros_like(a), np.zeros_like(a)
+        with patch.object(core, "library", library), nogpu.emulate():
+            nogpu.cuda.compile(code)["f"][len(a) // 32, 32](a, b, c, y, z)
+        bits.append((y.view(np.uint32), z.view(np.uint32)))
+    for by_core, by_python in zip(*bits, strict=True):
+        are_nan = [np.isnan(one.view(np.float32)) for one in (by_core, by_python)]
+        assert np.array_equal(*are_nan)
+        assert np.array_equal(by_core[~are_nan[0]], by_python[~are_nan[0]])
+    assert (y < (a.astype(np.float64) * b + c).astype(np.float32)).sum() > 500, "nearest is above"
+
+
 def test_a_right_program_that_is_made_wrong_has_a_fault():
     source = (FOLDER / "product_tiled.cu").read_text("utf-8")
     a, c = np.ones((32, 32), np.float32), np.zeros((32, 32), np.float32)

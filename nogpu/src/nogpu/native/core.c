@@ -420,6 +420,20 @@ static inline double fused_f64(double a, double b, double c)
     MAP(num_f##BITS, uint8_t, TYPE, !(isnan(a[n]) || isnan(b[n])))
 OF_FLOATS(32, float, fused_f32)
 OF_FLOATS(64, double, fused_f64)
+/* a·b + c rounded down, as in the exponential function of CUDA C++. The product is exact in double. */
+static inline float fused_down(float a, float b, float c)
+{
+    double product = (double)a * b, total = product + c, of_c = total - product;
+    double error = (product - (total - of_c)) + (c - of_c);
+    float nearest = fused_f32(a, b, c);
+    if (total == 0 && error == 0)
+        return signbit(product) || signbit(c) ? -0.0f : 0.0f;
+    if (nearest > total || (nearest == total && error < 0))
+        return nextafterf(nearest, -INFINITY);
+    return nearest;
+}
+MAP(fma_rm_f32, float, float, fused_down(a[n], b[n], c[n]))
+MAP(sat_f32, float, float, a[n] > 0 ? (a[n] < 1 ? a[n] : 1) : 0)
 MAP(sqrt_f32, float, float, __builtin_sqrtf(a[n]))
 MAP(sqrt_f64, double, double, __builtin_sqrt(a[n]))
 MAP(rcp_f32, float, float, 1 / a[n])
@@ -676,7 +690,8 @@ static const Entry ENTRIES[] = {
     {"cvt.rn.f32.s16", f32_s16, {4, 2}}, {"cvt.rn.f32.u16", f32_u16, {4, 2}},
     {"cvt.rn.f64.s32", f64_s32, {8, 4}}, {"cvt.rn.f64.u32", f64_u32, {8, 4}},
     {"cvt.rn.f64.s64", f64_s64, {8, 8}}, {"cvt.f64.f32", f64_f32, {8, 4}},
-    {"cvt.rn.f32.f64", f32_f64, {4, 8}},
+    {"cvt.rn.f32.f64", f32_f64, {4, 8}}, {"cvt.sat.f32.f32", sat_f32, {4, 4}},
+    {"fma.rm.f32", fma_rm_f32, {4, 4, 4, 4}},
     {"cvt.s64.s32", s64_s32, {8, 4}}, {"cvt.u64.u32", u64_u32, {8, 4}},
     {"cvt.u32.u64", u32_u64, {4, 8}}, {"cvt.s32.s16", s32_s16, {4, 2}},
     {"cvt.u32.u16", u32_u16, {4, 2}}, {"cvt.u16.u32", u16_u32, {2, 4}},
