@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Functions of a student's file for a GPU, executed without one.
 
-`nogpu` executes what they launch by Triton, with faults, counters and the least time on a
-GPU. Numba's simulator executes what they launch by ``numba.cuda``, of which it tells values, and
+`nogpu` executes what they launch by Triton, and kernels in CUDA C++, with faults, counters and the
+least time on a GPU. Numba's simulator executes what they launch by ``numba.cuda``, of which it tells values, and
 `benchmarks.ladder.races` tells races of threads at the first size.
 """
 
@@ -24,9 +24,10 @@ from torchpar.parallel.launch.guard import TooSlow
 
 from ..timing import Rejected
 from .assignment import Launch
-from .cases import LadderCase, make_case
+from .cases import A_B, LADDERS, LadderCase, make_case
+from .cuda_files import CudaKernel, SampledCase
 from .races import Races, recorded
-from .student import Entry, SlowCall
+from .student import SQUARE, Entry, SlowCall
 
 if TYPE_CHECKING:
     from nogpu import Emulator, Report
@@ -37,6 +38,7 @@ PATIENCE = 300.0  # seconds of a call of the whole that has no smaller one
 GROWTH = 4
 BLOCK = 1024  # threads of a block, of which no GPU takes more
 FIXED = 64  # times as many threads as numbers of the result, from which a launch is for the whole
+SAMPLE = 32  # blocks of a launch in CUDA C++ that is too large to be executed whole
 NO_GPU = "0 active drivers"  # of Triton
 SIMULATOR = "NUMBA_ENABLE_CUDASIM"  # of the environment, when Numba is imported
 
@@ -64,6 +66,7 @@ class Executed:
         text: the bound and the counters, or "".
         races: what was seen of races in Numba's simulator, or "".
         launches: of its kernels.
+        how: its kernel in CUDA C++ was launched, or "".
     """
 
     tried: LadderCase
@@ -72,11 +75,13 @@ class Executed:
     text: str = ""
     races: str = ""
     launches: tuple[Launch, ...] = ()
+    how: str = ""
 
     def __str__(self) -> str:
         tells = self.text or "which tells no time"
         races = f"; {self.races}" * bool(self.races)
-        return f"{self.by} at {self.tried.size}, {tells}{races}"
+        how = f" ({self.how})" * bool(self.how)
+        return f"{self.by} at {self.tried.size}{how}, {tells}{races}"
 
 
 def execute(entry: Entry) -> Executed:
@@ -89,6 +94,8 @@ def execute(entry: Entry) -> Executed:
     Raises:
         Rejected: a fault of a kernel, an error of the function, or a wrong result.
     """
+    if isinstance(entry.function, CudaKernel):
+        return execute_cuda(entry, entry.function)
     whole, small = entry.case, entry.small()
     entry.tried = small
     try:
@@ -118,6 +125,12 @@ def execute(entry: Entry) -> Executed:
     races = found.races
     if races and small is not whole:  # as fast as it is without the records
         found, seconds = execute_once(entry)
+    return replace(grow(entry, found, seconds)[0], races=races)
+
+
+def grow(entry: Entry, found: Executed, seconds: float) -> tuple[Executed, float]:
+    """Execute a function that was right at larger sizes, as `execute` says."""
+    whole = entry.case
     while found.tried.shape != whole.shape:
         shape = tuple(
             min(most, size * GROWTH)
@@ -131,7 +144,66 @@ def execute(entry: Entry) -> Executed:
             found, seconds = execute_once(entry)
         except TooSlow:
             break
-    return replace(found, races=races)
+    return found, seconds
+
+
+def execute_cuda(entry: Entry, kernel: CudaKernel) -> Executed:
+    """Execute a kernel in CUDA C++ as `execute` does, and at sizes that no block divides.
+
+    Where the whole case takes too long, some of its blocks are executed.
+
+    Raises:
+        Rejected: as `execute`.
+    """
+    if entry.case.operator == "matmul":
+        settle_product(entry)
+    case = entry.case
+    small, uneven = (
+        entry.small(),
+        make_case(case.operator, LADDERS[case.operator].quick, case.variant),
+    )
+    try:
+        for entry.tried in (uneven, small):
+            found, seconds = execute_once(entry)
+    except TooSlow:
+        raise SlowCall(f"it takes more than {LIMIT:.0f} s without a GPU") from None
+    except Rejected as e:
+        raise Rejected(f"{e} ({how(entry, kernel)})") from None
+    if case.shape == uneven.shape:
+        entry.tried, small = case, uneven
+        return replace(execute_once(entry)[0], how=how(entry, kernel))
+    found, seconds = grow(entry, found, seconds)
+    entry.tried = found.tried
+    found.how = how(entry, kernel)
+    size = kernel.size_for(case)
+    part = min(1.0, SAMPLE / size.blocks)
+    expected = seconds * part * case.work.flops / found.tried.work.flops
+    if found.tried.shape == case.shape or expected > BUDGET:
+        return found
+    entry.tried = SampledCase(**vars(case))
+    entry.function = replace(kernel, samples=True)
+    try:
+        sampled = execute_once(entry, sample=SAMPLE)[0]
+    except TooSlow:
+        return found
+    finally:
+        entry.function = kernel
+    by = f"{found.by} at {found.tried.size}, and in {min(SAMPLE, size.blocks)} of {size.blocks:,} blocks"
+    return replace(sampled, by=by, how=how(entry, kernel))
+
+
+def how(entry: Entry, kernel: CudaKernel) -> str:
+    """Say how a case launches a kernel, and which of two products it takes."""
+    return ", ".join(filter(None, (entry.case.variant, kernel.called(entry.tried))))
+
+
+def settle_product(entry: Entry) -> None:
+    """Take A·B for the case unless the kernel computes A·Bᵀ, as square matrices tell."""
+    entry.tried = make_case(entry.case.operator, SQUARE)
+    try:
+        execute_once(entry)
+    except (Rejected, TooSlow):
+        entry.take(A_B)
 
 
 def tell(entry: Entry, text: str) -> None:
@@ -140,13 +212,14 @@ def tell(entry: Entry, text: str) -> None:
 
 
 def execute_once(
-    entry: Entry, limit: float = LIMIT, records: bool = False
+    entry: Entry, limit: float = LIMIT, records: bool = False, sample: int | None = None
 ) -> tuple[Executed, float]:
     """Execute a function for its case, for ``limit`` seconds; also the seconds of its kernels.
 
     Args:
         records: whether races of threads in Numba's simulator are looked for, which takes a few
             times as long.
+        sample: the most blocks of a launch that are executed; None: all.
     """
     with ExitStack() as stack:
         launched: list[Launch] = []
@@ -156,7 +229,10 @@ def execute_once(
         races = stack.enter_context(
             simulated(launched, most if is_part else math.inf, records=records)
         )
-        gpu = stack.enter_context(emulated()) if has_nogpu() else None
+        gpu = None
+        if has_nogpu():
+            is_cuda = isinstance(entry.function, CudaKernel)  # which takes arrays of NumPy
+            gpu = stack.enter_context(emulated(sample, of_torch=not is_cuda))
         try:
             seconds = entry.call(limit=limit)
         except Rejected as e:
@@ -175,7 +251,10 @@ def execute_once(
     if report is not None and report.launches:
         seconds = sum(one.seconds for one in report.launches)
         least, text = counted(report)
-        programs = tuple(Launch(one.programs) for one in report.launches)
+        programs = tuple(
+            Launch(one.programs, math.prod(one.block) if one.block else None)
+            for one in report.launches
+        )
         by = "right in nogpu"
         return Executed(entry.tried, by, least, text, launches=programs), seconds
     if launched:
@@ -187,11 +266,16 @@ def execute_once(
 
 
 @contextmanager
-def emulated() -> Iterator["Emulator"]:
-    """Execute Triton's kernels as compiled for an H100, and let "cuda" mean the CPU."""
+def emulated(sample: int | None = None, of_torch: bool = True) -> Iterator["Emulator"]:
+    """Execute kernels as compiled for an H100.
+
+    Args:
+        sample: the most blocks of a launch that are executed; None: all.
+        of_torch: whether "cuda" means the CPU to PyTorch, too.
+    """
     from nogpu import cuda_is_cpu, emulate
 
-    with emulate("sm_90") as gpu, cuda_is_cpu(gpu):
+    with emulate("sm_90", sample=sample) as gpu, cuda_is_cpu(gpu) if of_torch else nullcontext():
         yield gpu
 
 

@@ -40,7 +40,7 @@ from ..flags import Command, run
 from ..processes import Group, current_world, start_ranks, start_worker
 from ..results import CORES, Result, Table, print_cells
 from ..timing import CPU, Rejected, Times, Turn, flush, take_turns, time_calls
-from . import assignment, emulated, homework, page, student
+from . import assignment, cuda_files, emulated, homework, page, student
 from .cases import (
     LADDERS,
     TILE,
@@ -561,7 +561,14 @@ def students_entries(
         if operator not in cases:
             continue
         case = cases[operator]
-        if name.endswith("_gpu") and not torch.cuda.is_available():
+        is_cuda = isinstance(function, cuda_files.CudaKernel)
+        if is_cuda and torch.cuda.is_available():
+            left_out = "CUDA C++ is executed without a GPU only"
+            row = Rung(name=f"{path.name}: {name}", threads=None, left_out=left_out)
+            entries[operator].append(row)
+            print(f"{row.name}: {left_out}", flush=True)
+            continue
+        if is_cuda or (name.endswith("_gpu") and not torch.cuda.is_available()):
             entries[operator].append(student_without_gpu(path, name, function, case))
             continue
         entry = student.enter(path, name, function, case)
@@ -608,7 +615,9 @@ def student_without_gpu(
     except (Rejected, TooSlow) as e:
         reason = f"{e}{' without a GPU' * isinstance(e, TooSlow)}"
         whole = LADDERS[case.operator].shape
-        if whole != case.shape and not isinstance(e, emulated.Raced):  # for which it may be written
+        is_cuda = isinstance(function, cuda_files.CudaKernel)  # whose sizes are arguments
+        is_final = is_cuda or isinstance(e, emulated.Raced)
+        if whole != case.shape and not is_final:  # for which it may be written
             reason += f" (without --quick {'×'.join(map(str, whole))} is tried)"
         is_slow = isinstance(e, (TooSlow, student.SlowCall))
         verdict = "too slow" if is_slow else f"not right at {entry.tried.size}"
@@ -619,7 +628,8 @@ def student_without_gpu(
     print(f"{shown} is {done}", flush=True)
     entry.remark(assignment.on_source(name, function))
     entry.remark(assignment.on_launches(name, done.launches, done.tried.shape))
-    note = "" if done.tried.shape == case.shape else f"at {done.tried.size}"
+    part = "" if done.tried.shape == case.shape else f"at {done.tried.size}"
+    note = ", ".join(filter(None, (entry.case.variant, part)))
     return Rung(
         name=shown,
         threads=None,
@@ -691,7 +701,8 @@ def load_files(paths: Sequence[Path]) -> tuple[list[tuple[Path, Loaded]], int]:
     os.environ.setdefault("NUMBA_NUM_THREADS", str(max(*THREADS, CORES)))  # and this
     files, status, known = [], 0, set[int]()
     for path in dict.fromkeys(one.resolve() for one in paths):
-        functions, error = student.load(path)
+        load = cuda_files.load if path.suffix == cuda_files.SUFFIX else student.load
+        functions, error = load(path)
         status |= int(bool(error))
         new = {name: one for name, one in functions.items() if id(one) not in known}
         known |= set(map(id, functions.values()))
@@ -731,8 +742,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         action="extend",
         default=[],
-        metavar="FILE.py",
-        help=f"also functions of yours, from one or more files: {student.NAMES}",
+        metavar="FILE",
+        help=f"also functions of yours, from files in Python or CUDA C++ (.cu): {student.NAMES}",
     )
     add(
         "--cases",

@@ -44,6 +44,7 @@ OPERATORS = {
     "maximum": ("maximum", "torchpar CPU"),
     "matmul_t": ("matmul_t", "torchpar CPU"),
     "matmul": ("matmul", "torch eager"),
+    "gemm": ("matmul", "torch eager"),
     "linear_sigmoid": ("linear_sigmoid", "torchpar CPU"),
 }
 LIMIT = 10.0  # seconds of a call
