@@ -51,7 +51,6 @@ SIGNATURES = {
     ),
 }
 NAMES = [name for name in OPERATORS if not name.endswith(("_cpu", "_numba", "_trivial"))]
-UNWRITTEN = 0x7FC5_0BAD  # a number of the result before the launch; of float32 it is not a number
 LAUNCH = re.compile(r"//\s*launch\s*:(.*)")
 EXAMPLE = f"// launch: {PRODUCT}"
 INTEGERS = re.compile(
@@ -95,6 +94,7 @@ class CudaKernel:
         launch: the text of its launch.
         constants: integers of the file, which the launch may name.
         samples: whether only some of its blocks are executed, so that others write nothing.
+        unwritten: the bits of numbers of the last result that no thread has written.
     """
 
     file: str
@@ -105,6 +105,7 @@ class CudaKernel:
     launch: str
     constants: Mapping[str, int] = field(default_factory=dict)
     samples: bool = False
+    unwritten: int = field(default=0, init=False)
 
     def __call__(self, *arguments: Array) -> Array:
         """Launch the kernel, and return its result.
@@ -115,13 +116,12 @@ class CudaKernel:
         shape, sizes = sizes_of(self.operator, arguments)
         is_whole = self.operator == "maximum"
         result = torch.empty(shape, dtype=torch.int32 if is_whole else torch.float32)
-        # Written through NumPy, so that the emulator takes it for memory that nobody has written.
         bits = result.numpy().view(np.int32)
-        bits[...] = UNWRITTEN
+        self.unwritten = int(bits[0, 0])  # what the emulator puts where nobody has written
         size = self.size(shape, sizes)
         kernel = self.module[self.name]
         kernel[size.grid, size.block, *size.shared](*arguments, result, *sizes)
-        left = bits == UNWRITTEN
+        left = bits == self.unwritten
         if left.any() and not self.samples:
             at = ", ".join(map(str, np.argwhere(left)[0]))
             many = f"{left.sum():,} of {left.size:,} numbers"
@@ -145,11 +145,18 @@ class CudaKernel:
         return f"{self.size(shape, sizes)}, {given}"
 
 
+@dataclass(frozen=True, kw_only=True)
 class SampledCase(LadderCase):
-    """A case of whose result only those numbers are checked that a sample of blocks has written."""
+    """A case of whose result only those numbers are checked that a sample of blocks has written.
+
+    Attributes:
+        kernel: that was launched.
+    """
+
+    kernel: CudaKernel
 
     def check(self, result: Array, rows: slice = slice(None)) -> None:
-        left = result.view(np.int32) == UNWRITTEN
+        left = result.view(np.int32) == self.kernel.unwritten
         super().check(np.where(left, self.expected, result), rows)
 
 

@@ -2,8 +2,8 @@
 """Functions of a student's file for a GPU, executed without one.
 
 `nogpu` executes what they launch by Triton, and kernels in CUDA C++, with faults, counters and the
-least time on a GPU. Numba's simulator executes what they launch by ``numba.cuda``, of which it tells values, and
-`benchmarks.ladder.races` tells races of threads at the first size.
+least time on a GPU. Numba's simulator executes what they launch by ``numba.cuda``, of which it
+tells values, and `benchmarks.ladder.races` tells races of threads at the first size.
 """
 
 import math
@@ -31,6 +31,7 @@ from .student import SQUARE, Entry, SlowCall
 
 if TYPE_CHECKING:
     from nogpu import Emulator, Report
+    from nogpu.record.faults import Fault
 
 BUDGET = 20.0  # seconds that the next larger size may take
 LIMIT = 90.0  # seconds of any call
@@ -148,7 +149,7 @@ def grow(entry: Entry, found: Executed, seconds: float) -> tuple[Executed, float
 
 
 def execute_cuda(entry: Entry, kernel: CudaKernel) -> Executed:
-    """Execute a kernel in CUDA C++ as `execute` does, and at sizes that no block divides.
+    """Execute a kernel in CUDA C++ as `execute` does, after a size that no block divides.
 
     Where the whole case takes too long, some of its blocks are executed.
 
@@ -158,38 +159,36 @@ def execute_cuda(entry: Entry, kernel: CudaKernel) -> Executed:
     if entry.case.operator == "matmul":
         settle_product(entry)
     case = entry.case
-    small, uneven = (
-        entry.small(),
-        make_case(case.operator, LADDERS[case.operator].quick, case.variant),
-    )
+    uneven = make_case(case.operator, LADDERS[case.operator].quick, case.variant)
+    entry.tried = uneven
     try:
-        for entry.tried in (uneven, small):
-            found, seconds = execute_once(entry)
+        found, seconds = execute_once(entry)
+        if case.shape != uneven.shape:
+            entry.tried = entry.small()
+            found, seconds = grow(entry, *execute_once(entry))
     except TooSlow:
         raise SlowCall(f"it takes more than {LIMIT:.0f} s without a GPU") from None
     except Rejected as e:
         raise Rejected(f"{e} ({how(entry, kernel)})") from None
-    if case.shape == uneven.shape:
-        entry.tried, small = case, uneven
-        return replace(execute_once(entry)[0], how=how(entry, kernel))
-    found, seconds = grow(entry, found, seconds)
     entry.tried = found.tried
     found.how = how(entry, kernel)
-    size = kernel.size_for(case)
-    part = min(1.0, SAMPLE / size.blocks)
+    blocks = kernel.size_for(case).blocks
+    part = min(1.0, SAMPLE / blocks)
     expected = seconds * part * case.work.flops / found.tried.work.flops
     if found.tried.shape == case.shape or expected > BUDGET:
         return found
-    entry.tried = SampledCase(**vars(case))
-    entry.function = replace(kernel, samples=True)
+    sampling = replace(kernel, samples=True)
+    entry.tried, entry.function = SampledCase(**vars(case), kernel=sampling), sampling
     try:
-        sampled = execute_once(entry, sample=SAMPLE)[0]
+        sampled, _ = execute_once(entry, sample=SAMPLE)
     except TooSlow:
         return found
+    except Rejected as e:
+        raise Rejected(f"{e} ({how(entry, kernel)})") from None
     finally:
         entry.function = kernel
-    by = f"{found.by} at {found.tried.size}, and in {min(SAMPLE, size.blocks)} of {size.blocks:,} blocks"
-    return replace(sampled, by=by, how=how(entry, kernel))
+    at = f"at {found.tried.size}, and in {min(SAMPLE, blocks)} of {blocks:,} blocks"
+    return replace(sampled, by=f"{found.by} {at}", how=how(entry, kernel))
 
 
 def how(entry: Entry, kernel: CudaKernel) -> str:
@@ -236,13 +235,9 @@ def execute_once(
         try:
             seconds = entry.call(limit=limit)
         except Rejected as e:
-            if gpu is not None and gpu.report().errors:
-                raise Rejected(faults_of(gpu.report())) from None
-            if races is not None and races.first:
-                raise Rejected(races.first) from None
-            if NO_GPU in str(e) and gpu is None:
-                raise Rejected("kernels of Triton need nogpu here; pip install nogpu") from None
-            raise e from None
+            report = gpu.report() if gpu is not None else None
+            text = reason(e, report, races)
+            raise e if text == str(e) else Rejected(text) from None
     report = gpu.report() if gpu is not None else None
     if report is not None and report.errors:
         raise Rejected(faults_of(report))
@@ -265,6 +260,18 @@ def execute_once(
     return Executed(entry.tried, "right", text=nothing), seconds
 
 
+def reason(error: Rejected, report: "Report | None", races: Races | None) -> str:
+    """Why a function is not right: a fault of its kernels, which may explain its error."""
+    if report is not None and report.errors:
+        return faults_of(report)
+    if races is not None and races.first:
+        return races.first
+    if NO_GPU in str(error) and report is None:
+        return "kernels of Triton need nogpu here; pip install nogpu"
+    warning = warning_of(report) if report is not None else ""
+    return "; ".join(filter(None, (str(error), warning)))
+
+
 @contextmanager
 def emulated(sample: int | None = None, of_torch: bool = True) -> Iterator["Emulator"]:
     """Execute kernels as compiled for an H100.
@@ -282,12 +289,17 @@ def emulated(sample: int | None = None, of_torch: bool = True) -> Iterator["Emul
 def faults_of(report: "Report") -> str:
     """The first fault in one line, and how many there are."""
     first, *others = report.errors
+    more = f"; {len(others)} more fault{'s' * (len(others) > 1)}" if others else ""
+    return f"{shown(first)}{more}"
+
+
+def shown(fault: "Fault") -> str:
+    """A fault in one line, with its line of the source."""
     place = ""
-    if first.source is not None:
-        file, line = first.source
+    if fault.source is not None:
+        file, line = fault.source
         place = f"{file.rpartition('/')[2]}, line {line}: "
-    more = f"; {len(others)} more faults" if others else ""
-    return f"{place}{first.name}: {' '.join(first.message.split())}{more}"
+    return f"{place}{fault.name}: {' '.join(fault.message.split())}"
 
 
 def counted(report: "Report") -> tuple[float, str]:
@@ -303,10 +315,19 @@ def counted(report: "Report") -> tuple[float, str]:
     else:
         text = f"at least {least:.3g} µs on an {bounds[0].gpu} for {len(launches)} launches"
     text += f"; {sectors:,} sectors of global memory, {distinct:,} of them distinct"
-    warned = [one for one in report.faults if one.kind == "warning"]
-    if warned:
-        text += f"; warning: {' '.join(warned[0].message.split())}"
+    estimates = [one.time.get("H100") for one in launches if one.block is not None]
+    if estimates and all(estimates):  # of CUDA C++, where DRAM seldom bounds a plain kernel
+        about = sum(one.microseconds for one in estimates if one)
+        text += f"; about {about:,.4g} µs by an estimate"
+    if warning := warning_of(report):
+        text += f"; {warning}"
     return least, text
+
+
+def warning_of(report: "Report") -> str:
+    """The first warning, or ""."""
+    warned = [one for one in report.faults if one.kind == "warning"]
+    return f"warning: {shown(warned[0])}" if warned else ""
 
 
 @contextmanager
