@@ -120,7 +120,10 @@ class CudaKernel:
         self.unwritten = int(bits[0, 0])  # what the emulator puts where nobody has written
         size = self.size(shape, sizes)
         kernel = self.module[self.name]
-        kernel[size.grid, size.block, *size.shared](*arguments, result, *sizes)
+        given = [torch.from_numpy(t).clone() for t in arguments]  # aligned, as a GPU's memory is
+        kernel[size.grid, size.block, *size.shared](*given, result, *sizes)
+        for argument, t in zip(arguments, given, strict=True):
+            argument[...] = t.numpy()  # which nobody may have changed
         left = bits == self.unwritten
         if left.any() and not self.samples:
             at = ", ".join(map(str, np.argwhere(left)[0]))
