@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +26,6 @@ from torchpar.errors import ConfigError
 from torchpar.optional import has_nogpu
 
 from .cases import LadderCase
-
-if TYPE_CHECKING:
-    from nogpu.cpp.declarations import Declaration
-    from nogpu.cpp.launching import Module
 
 SUFFIX = ".cu"
 PRODUCT = "grid (columns + 15) / 16, (rows + 15) / 16; block 16, 16"
@@ -89,6 +85,7 @@ class CudaKernel:
     """A function of the ladder's arguments that launches a student's kernel.
 
     Attributes:
+        module: of `nogpu.cuda.load`.
         operator: of the ladder, which the kernel computes.
         parameters: the names of its sizes.
         launch: the text of its launch.
@@ -99,7 +96,7 @@ class CudaKernel:
 
     file: str
     name: str
-    module: "Module"
+    module: Any
     operator: str
     parameters: list[str]
     launch: str
@@ -216,7 +213,7 @@ def load(path: Path) -> Loaded:
     return Loaded(functions, "\n".join(errors))
 
 
-def kernel_of(path: Path, module: "Module", declared: "Declaration") -> CudaKernel:
+def kernel_of(path: Path, module: Any, declared: Any) -> CudaKernel:
     """Return a kernel of a file.
 
     Raises:

@@ -30,8 +30,7 @@ from .races import Races, recorded
 from .student import SQUARE, Entry, SlowCall
 
 if TYPE_CHECKING:
-    from nogpu import Emulator, Report
-    from nogpu.record.faults import Fault
+    from nogpu import Emulator, Fault, Report
 
 BUDGET = 20.0  # seconds that the next larger size may take
 LIMIT = 90.0  # seconds of any call

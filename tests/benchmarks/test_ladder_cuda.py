@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run
+from commands import ROOT, run
 
 pytest.importorskip("rich", reason="rich prints the tables")
 pytest.importorskip("nogpu", reason="nogpu executes the kernels")
@@ -105,6 +105,12 @@ def test_kernels_of_all_cases_are_right_with_their_launches(tmp_path, capsys):
     assert found["gemm"].note == "A·B"
     assert all(one.least_us > 0 and one.left_out == "no GPU" for one in found.values())
     assert not any(one.remarks for one in found.values())  # one block of 1024 threads is asked
+
+
+def test_the_file_of_the_page_is_right(tmp_path):
+    page = (ROOT / "docs" / "ladder.md").read_text("utf-8")
+    text = page.partition("```c++\n")[2].partition("```")[0]
+    assert rows(tmp_path, text)["gemm"].executed.startswith("right in nogpu at 33×17×41 (A·B, gri")
 
 
 def test_a_comment_above_a_kernel_chooses_its_launch_and_the_product_may_be_of_rows(tmp_path):
