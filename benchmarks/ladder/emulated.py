@@ -2,16 +2,20 @@
 """Functions of a student's file for a GPU, executed without one.
 
 `nogpu` executes what they launch by Triton, and kernels in CUDA C++, with faults, counters and the
-least time on a GPU. Numba's simulator executes what they launch by ``numba.cuda``, of which it
-tells values, and `benchmarks.ladder.races` tells races of threads at the first size.
+least time on a GPU; so it does what they launch by ``numba.cuda`` where numba-cuda compiles that.
+Elsewhere Numba's simulator executes it, of which it tells values, and `benchmarks.ladder.races`
+tells races of threads at the first size.
 """
 
 import math
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -41,6 +45,13 @@ FIXED = 64  # times as many threads as numbers of the result, from which a launc
 SAMPLE = 32  # blocks of a launch in CUDA C++ that is too large to be executed whole
 NO_GPU = "0 active drivers"  # of Triton
 SIMULATOR = "NUMBA_ENABLE_CUDASIM"  # of the environment, when Numba is imported
+# Warnings of numba-cuda on launches that the exercises ask for.
+SLOW_ON_A_GPU = r"(?s).*(Grid size \d+ will likely|Host array used in CUDA kernel)"
+ADVICE = (
+    "Numba's simulator executes kernels of numba.cuda. With numba-cuda, nogpu executes them as "
+    "compiled for an H100, with all faults, counters and the least time: "
+    "pip install nogpu 'numba-cuda[cu13]'"
+)
 
 
 class WrittenForTheWhole(TooSlow):
@@ -52,7 +63,7 @@ class WrittenForTheWhole(TooSlow):
 
 
 class Raced(Rejected):
-    """Threads of a kernel race, although its result was right."""
+    """Threads of a kernel race, although its result may be right."""
 
 
 @dataclass
@@ -220,6 +231,8 @@ def execute_once(
         sample: the most blocks of a launch that are executed; None: all.
     """
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", SLOW_ON_A_GPU)
         launched: list[Launch] = []
         is_part = entry.tried.shape != entry.case.shape
         # Each of so many threads takes its part of the whole in a few operations.
@@ -236,10 +249,11 @@ def execute_once(
         except Rejected as e:
             report = gpu.report() if gpu is not None else None
             text = reason(e, report, races)
-            raise e if text == str(e) else Rejected(text) from None
+            kind = Raced if report is not None and is_race(report) else Rejected
+            raise e if text == str(e) else kind(text) from None
     report = gpu.report() if gpu is not None else None
     if report is not None and report.errors:
-        raise Rejected(faults_of(report))
+        raise (Raced if is_race(report) else Rejected)(faults_of(report))
     if races is not None and races.first:
         raise Raced(races.first)
     if report is not None and report.launches:
@@ -271,6 +285,17 @@ def reason(error: Rejected, report: "Report | None", races: Races | None) -> str
     return "; ".join(filter(None, (str(error), warning)))
 
 
+def executes_numba() -> bool:
+    """Whether nogpu executes what functions launch by ``numba.cuda``, which numba-cuda compiles."""
+    chosen = os.environ.get(SIMULATOR, "0") not in ("", "0")
+    return not chosen and has_nogpu() and all(map(find_spec, ("numba_cuda", "nogpu.numba")))
+
+
+def is_simulating() -> bool:
+    """Whether Numba's simulator executes what functions launch; numba-cuda imports it, too."""
+    return "numba.cuda.simulator.kernel" in sys.modules and not executes_numba()
+
+
 @contextmanager
 def emulated(sample: int | None = None, of_torch: bool = True) -> Iterator["Emulator"]:
     """Execute kernels as compiled for an H100.
@@ -290,6 +315,11 @@ def faults_of(report: "Report") -> str:
     first, *others = report.errors
     more = f"; {len(others)} more fault{'s' * (len(others) > 1)}" if others else ""
     return f"{shown(first)}{more}"
+
+
+def is_race(report: "Report") -> bool:
+    """Whether the first fault is a race, which no other size cures."""
+    return bool(report.errors) and report.errors[0].name.startswith("race")
 
 
 def shown(fault: "Fault") -> str:
@@ -345,7 +375,7 @@ def simulated(
     Yields:
         the races of the launches, if they are looked for.
     """
-    if "numba.cuda.simulator.kernel" not in sys.modules:
+    if not is_simulating():
         yield None
         return
     from numba.cuda.simulator import kernel, kernelapi

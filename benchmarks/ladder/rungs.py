@@ -696,19 +696,33 @@ def load_files(paths: Sequence[Path]) -> tuple[list[tuple[Path, Loaded]], int]:
 
     A function that one file imports from another is tried once.
     """
-    if not torch.cuda.is_available():
+    was_simulating = emulated.is_simulating()
+    by_nogpu = not torch.cuda.is_available() and emulated.executes_numba()
+    if not torch.cuda.is_available() and not by_nogpu:
         os.environ.setdefault(emulated.SIMULATOR, "1")  # which Numba reads when it is imported
     os.environ.setdefault("NUMBA_NUM_THREADS", str(max(*THREADS, CORES)))  # and this
     files, status, known = [], 0, set[int]()
     for path in dict.fromkeys(one.resolve() for one in paths):
         load = cuda_files.load if path.suffix == cuda_files.SUFFIX else student.load
-        functions, error = load(path)
+        # Kernels with signatures are compiled as soon as the file is executed.
+        with emulated.emulated() if by_nogpu and names_numba_cuda(path) else nullcontext():
+            functions, error = load(path)
         status |= int(bool(error))
         new = {name: one for name, one in functions.items() if id(one) not in known}
         known |= set(map(id, functions.values()))
         files.append((path, Loaded(new, error)))
+    if emulated.is_simulating() and not was_simulating:
+        print(emulated.ADVICE, flush=True)
     student.limit_threads(CORES)
     return files, status
+
+
+def names_numba_cuda(path: Path) -> bool:
+    """Whether a file, or what stands for one, may have kernels of numba.cuda."""
+    if not path.is_file():
+        return False
+    text = path.read_bytes()
+    return b"numba" in text and b"cuda" in text
 
 
 def silence_search_for_cuda() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Kernels in CUDA C++ of a student's file in the ladder: `benchmarks.ladder.cuda_files`."""
+"""Kernels of a student's file in CUDA C++ and, by numba-cuda, in `numba.cuda`, in the ladder."""
 
 import sys
 from pathlib import Path
@@ -225,3 +225,55 @@ def test_the_command_takes_a_cu_file_in_a_students_folder(tmp_path):
     assert status == 0, err
     assert "mlp.cu: gemm is right in nogpu at 33×17×41 (A·B, grid 3×3, " in out
     assert "Without a GPU: mlp.cu: gemm is right in nogpu at " in out
+
+
+def test_nogpu_executes_numba_cuda_unless_the_simulator_is_asked_for(monkeypatch):
+    monkeypatch.delenv(emulated.SIMULATOR, raising=False)
+    monkeypatch.setattr(emulated, "find_spec", lambda name: None)
+    assert not emulated.executes_numba()
+    monkeypatch.setattr(emulated, "find_spec", lambda name: name)
+    assert emulated.executes_numba()
+    monkeypatch.setenv(emulated.SIMULATOR, "1")
+    assert not emulated.executes_numba()
+
+
+NUMBA = """
+import numpy as np
+from numba import cuda
+
+@cuda.jit("void(int32[:,::1], int32[:,::1], int32[:,::1])")
+def max_kernel(A, B, C):
+    i, j = cuda.blockIdx.x, cuda.threadIdx.x
+    if i < A.shape[0] and j < A.shape[1]:
+        C[i, j] = max(A[i, j], B[i, j])
+
+def max_gpu(A, B):
+    C = np.zeros_like(A)
+    max_kernel[1000, 1000](A, B, C)
+    return C
+
+@cuda.jit
+def product_kernel(A, C):
+    for p in range(cuda.threadIdx.x, A.shape[1], 1024):
+        for i in range(A.shape[0]):
+            for j in range(A.shape[0]):
+                C[i, j] += A[i, p] * A[j, p]
+
+def matmul_transpose_gpu(X):
+    C = np.zeros((len(X), len(X)), X.dtype)
+    product_kernel[1, 1024](X, C)
+    return C
+"""
+
+
+@pytest.mark.slow
+def test_a_file_of_numba_cuda_has_counters_and_races_by_nogpu(tmp_path):
+    pytest.importorskip("numba_cuda", reason="it compiles the kernels")
+    (tmp_path / "cud.py").write_text(NUMBA)
+    command = [sys.executable, "-m", "torchpar", "ladder", "--quick", "--with", "cud.py"]
+    status, out, err = run(*command, cwd=tmp_path)
+    assert status == 1, err
+    assert "cud.py: max_gpu is right in nogpu at 20×30, at least " in out
+    assert "cud.py: matmul_transpose_gpu is not right at 32×17: cud.py, line 20: race: " in out
+    assert "simulator" not in out.partition("maximum of")[0]
+    assert "Warning" not in err
