@@ -207,11 +207,15 @@ def how(entry: Entry, kernel: CudaKernel) -> str:
 
 
 def settle_product(entry: Entry) -> None:
-    """Take A·B for the case unless the kernel computes A·Bᵀ, as square matrices tell."""
+    """Take A·B for the case unless the kernel computes A·Bᵀ, as square matrices tell.
+
+    Raises:
+        TooSlow: it does not end.
+    """
     entry.tried = make_case(entry.case.operator, SQUARE)
     try:
         execute_once(entry)
-    except (Rejected, TooSlow):
+    except Rejected:
         entry.take(A_B)
 
 

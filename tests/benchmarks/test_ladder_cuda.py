@@ -274,6 +274,6 @@ def test_a_file_of_numba_cuda_has_counters_and_races_by_nogpu(tmp_path):
     status, out, err = run(*command, cwd=tmp_path)
     assert status == 1, err
     assert "cud.py: max_gpu is right in nogpu at 20×30, at least " in out
-    assert "cud.py: matmul_transpose_gpu is not right at 32×17: cud.py, line 20: race: " in out
+    assert "cud.py: matmul_transpose_gpu is not right at 32×17: cud.py, line 21: race: " in out
     assert "simulator" not in out.partition("maximum of")[0]
     assert "Warning" not in err
