@@ -94,7 +94,6 @@ class CudaKernel:
         unwritten: the bits of numbers of the last result that no thread has written.
     """
 
-    file: str
     name: str
     module: Any
     operator: str
@@ -203,7 +202,7 @@ def load(path: Path) -> Loaded:
     errors = []
     for one in known:
         try:
-            functions[one.name] = kernel_of(path, module, one)
+            functions[one.name] = kernel_of(module, one)
         except Wrong as e:
             errors.append(f"{path.name}, line {one.line}: {e}")
     if not functions:
@@ -213,7 +212,7 @@ def load(path: Path) -> Loaded:
     return Loaded(functions, "\n".join(errors))
 
 
-def kernel_of(path: Path, module: Any, declared: Any) -> CudaKernel:
+def kernel_of(module: Any, declared: Any) -> CudaKernel:
     """Return a kernel of a file.
 
     Raises:
@@ -238,7 +237,7 @@ def kernel_of(path: Path, module: Any, declared: Any) -> CudaKernel:
     ]
     sizes = [one for text, one in zip(asked, names, strict=True) if "*" not in text]
     launch = found[-1] if found else expected.launch
-    kernel = CudaKernel(str(path.resolve()), name, module, about, sizes, launch, constants)
+    kernel = CudaKernel(name, module, about, sizes, launch, constants)
     kernel.size((1, 1), (1,) * len(sizes))  # whether it can be read
     return kernel
 
