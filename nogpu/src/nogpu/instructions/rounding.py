@@ -166,7 +166,8 @@ NEAREST: dict[str, Callable[..., Values]] = {  # of zeros, infinities and NaN
     "div": np.divide,
     "rcp": np.reciprocal,
     "sqrt": np.sqrt,
-    "fma": lambda a, b, c: a * b + c,
+    # A finite product does not overflow before the sum.
+    "fma": lambda a, b, c: np.where(np.isfinite(a) & np.isfinite(b) & np.isinf(c), c, a * b + c),
 }
 SUMS = {"add": (-1, -1), "sub": (-1, -1), "fma": (-1, 1, -1)}  # signs that give the opposite
 
