@@ -650,9 +650,9 @@ class Flags(cli.ExampleFlags):
     lr: cli.Number = 2.0  # Learning rate at the start; it falls linearly.
 
     def check(self) -> None:
-        super().check()
         if self.with_ and self.device == "cuda":
             raise ConfigError("--with executes CUDA C++ on the CPU; drop --device cuda")
+        super().check()
 
 
 def train(

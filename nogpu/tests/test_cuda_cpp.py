@@ -142,11 +142,11 @@ def test_numbers_are_those_of_the_parameters():
         nogpu.cuda.compile(SCALE)["scale"][(1,), (4, 2, 1)](
             x, y, np.float64(2.5), np.int64(8), True
         )
-        nogpu.cuda.compile(SCALE)["scale"][0, 4](x, y, 2, 8, True)
+        with pytest.raises(ValueError, match=r"grid of scale is \(0, 1, 1\), expected 1 to"):
+            nogpu.cuda.compile(SCALE)["scale"][0, 4](x, y, 2, 8, True)
     assert torch.equal(y[:4], torch.arange(4) * 2.5)
     assert not gpu.faults
     assert len(gpu.launches) == 1
-    assert len(gpu.empty) == 1
 
 
 def test_errors_of_the_compiler_have_lines(tmp_path):
@@ -217,6 +217,90 @@ def test_what_is_printed_is_in_the_order_of_threads():
     assert [line.split(":")[0] for line in gpu.launches[0].printed] == [
         f"block {block}, thread {thread}" for block in (0, 1) for thread in (0, 1)
     ]
+
+
+HOST_CODE = """
+#include <iostream>
+#include <vector>
+#include <algorithm>
+#include <math.h>
+#include <unistd.h>
+using std::cout;
+namespace layers {
+struct Shape { int rows, columns; };
+class Layer {
+    float* weight;
+    std::string name;
+  public:
+    Layer(const char* name, int n);
+    float* forward(std::vector<float>& x);
+};
+}
+layers::Layer::Layer(const char* name, int n) { cudaMalloc(&weight, n * 4); }
+__device__ float bounded(float x) { return std::min(std::max(x, -INFINITY), 2.0f); }
+int sizes[] = {1, 2};
+void show(std::vector<float>& v) { printf("{ %d\\n", (int)v.size()); }
+__global__ void first(float* x, layers::Shape shape) { x[threadIdx.x] = shape.rows; }
+int main() {
+    layers::Layer layer("}", 3);
+    auto begun = std::chrono::high_resolution_clock::now();
+    first<<<1, 32>>>(nullptr, {});
+}
+__global__ void last(float* x) { x[threadIdx.x] = bounded(x[threadIdx.x]); }
+"""
+
+
+def test_a_whole_program_may_stand_in_the_file():
+    kernels = nogpu.cuda.compile(HOST_CODE)
+    x = np.zeros(32, np.float32)
+    with nogpu.emulate() as gpu:
+        shape = np.array((7, 8), np.dtype([("rows", "i4"), ("columns", "i4")]))
+        kernels["first"][1, 32](x, shape)
+        assert (x == 7).all()
+        kernels["last"][1, 32](x)
+        assert (x == 2).all()
+    assert gpu.faults == []
+
+
+def test_an_error_outside_of_the_hosts_code_keeps_its_line():
+    broken = HOST_CODE.replace("x[threadIdx.x] = shape.rows", "x[threadIdx.x] = shape.row")
+    line = 1 + broken[: broken.index("shape.row;")].count("\n")
+    with pytest.raises(CompileError, match=f'cu:{line}: .*has no member "row"') as e:
+        nogpu.cuda.compile(broken)
+    assert "\n" not in str(e.value)
+    with pytest.raises(CompileError, match="cannot open source file"):
+        nogpu.cuda.compile('#include "own.h"\n' + HOST_CODE)
+
+
+def test_a_mask_of_threads_that_wait_at_a_barrier_is_wrong():
+    code = """
+extern "C" __global__ void sum(int* x, int n)
+{
+    int v = x[threadIdx.x];
+    if (threadIdx.x < n)
+        v += __shfl_down_sync(0xffffffff, v, 1);
+    __syncthreads();
+    x[threadIdx.x] = v;
+}"""
+    with nogpu.emulate() as gpu:
+        nogpu.cuda.compile(code)["sum"][1, 32](np.zeros(32, np.int32), 20)
+    (fault,) = gpu.faults
+    assert (fault.name, fault.source[1]) == ("wrong mask", 6)
+
+
+def test_a_size_is_printed_with_its_own_width():
+    code = """
+#include <stdio.h>
+extern "C" __global__ void show(size_t n) { printf("%zu of %d %s", n, 3, "parts"); }"""
+    with nogpu.emulate() as gpu:
+        nogpu.cuda.compile(code)["show"][1, 1](2**33)
+    assert gpu.launches[0].printed == ["8589934592 of 3 parts"]
+
+
+def test_a_transpose_is_refused():
+    x, y = np.zeros((4, 8), np.float32), np.zeros((8, 4), np.float32)
+    with nogpu.emulate(), pytest.raises(TypeError, match="x of scale is not contiguous"):
+        nogpu.cuda.compile(SCALE)["scale"][1, 32](x.T, y, 2, 32, True)
 
 
 def test_importing_nogpu_needs_no_compiler():

@@ -21,6 +21,12 @@ from torchpar.errors import ConfigError
 from torchpar.parallel.launch.guard import WATCHED, TooSlow
 
 
+@pytest.fixture(autouse=True)
+def by_the_simulator(monkeypatch) -> None:
+    """Numba's, which numba-cuda would otherwise take the place of."""
+    monkeypatch.setenv(emulated.SIMULATOR, "1")
+
+
 def entry(shape: tuple[int, ...]) -> student.Entry:
     case = make_case("maximum", shape)
     return student.Entry("my.py", "max_gpu", numpy_mlp.maximum, case, case)

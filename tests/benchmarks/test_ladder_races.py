@@ -19,6 +19,12 @@ from benchmarks.ladder.cases import make_case
 from benchmarks.ladder.student import Entry
 
 
+@pytest.fixture(autouse=True)
+def by_the_simulator(monkeypatch) -> None:
+    """Where numba-cuda is installed, nogpu would execute the kernels."""
+    monkeypatch.setenv(emulated.SIMULATOR, "1")
+
+
 def launch(kernel: Callable[..., None], grid: object, block: object, *arrays: np.ndarray) -> None:
     kernels.FakeCUDAKernel(kernel, device=False)[grid, block](*map(kernels.FakeCUDAArray, arrays))
 

@@ -227,9 +227,6 @@ def launch_kernel(
     """
     static = sum(size for _, size in kernel.parsed.shared.values())
     check_size(emulator, kernel.name, size, static)
-    if not math.prod(size.grid):
-        emulator.empty.append(f"the grid of {kernel.name} is {size.grid}, without a block")
-        return
     launch = Launch(
         kernel.name,
         emulator.arch,
@@ -319,7 +316,7 @@ def check_size(emulator: Emulator, name: str, size: Size, static: int) -> None:
     """Refuse a launch that no GPU of the architecture can do.
 
     Raises:
-        ValueError: the size is too large, or below 0.
+        ValueError: the size is too large, or below 1.
     """
     threads, most = math.prod(size.block), SHARED_BYTES[emulator.capability]
     if min(size.block) < 1 or threads > MOST_THREADS:
@@ -329,8 +326,8 @@ def check_size(emulator: Emulator, name: str, size: Size, static: int) -> None:
         )
     if any(n > limit for n, limit in zip(size.block, MOST_OF_AXIS, strict=True)):
         raise ValueError(f"the block of {name} is {size.block}, expected at most {MOST_OF_AXIS}")
-    if min(size.grid) < 0 or any(n > m for n, m in zip(size.grid, MOST_BLOCKS, strict=True)):
-        raise ValueError(f"the grid of {name} is {size.grid}, expected at most {MOST_BLOCKS}")
+    if min(size.grid) < 1 or any(n > m for n, m in zip(size.grid, MOST_BLOCKS, strict=True)):
+        raise ValueError(f"the grid of {name} is {size.grid}, expected 1 to {MOST_BLOCKS}")
     if size.shared < 0 or static + size.shared > most:
         raise ValueError(
             f"{name} takes {static + size.shared:,} bytes of shared memory, {static:,} of them "
@@ -378,6 +375,8 @@ def _converted(
     kernel: str, name: str, parameter: Parameter, declared: Declared | None, value: Any
 ) -> int | Tensor:
     what = f"{name} of {kernel}"
+    if isinstance(value, np.ndarray) and not value.ndim and value.dtype.fields:
+        value = value[()]  # a structure
     if isinstance(value, (np.ndarray, Tensor)) and (value.ndim or declared_pointer(declared)):
         return _array(what, parameter, declared, value)
     if value is None and parameter.size == 8:
@@ -420,6 +419,11 @@ def _array(
         has_watcher = bool(emulations) and present().watcher is not None
         with nullcontext() if has_watcher else _disable_current_modes():
             t = torch.from_numpy(value)
+    if not t.is_contiguous():
+        raise TypeError(
+            f"{what} is not contiguous, such as a transpose, and a kernel sees its memory alone; "
+            "pass a contiguous copy"
+        )
     expected, got = declared.dtype if declared else "", str(t.dtype).removeprefix("torch.")
     is_same = expected in ("", got) or (
         expected[:1] in "ui" and expected.lstrip("u") == got.lstrip("u")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,16 @@ INTEGERS = "\n".join(
     f"typedef signed {kind} int{bits}_t;\ntypedef unsigned {kind} uint{bits}_t;"
     for bits, kind in ((8, "char"), (16, "short"), (32, "int"), (64, "long long"))
 )
+INTEGERS += """
+typedef unsigned long long uintptr_t;
+typedef long long intptr_t;
+#define INT32_MAX 2147483647
+#define INT32_MIN (-INT32_MAX - 1)
+#define UINT32_MAX 4294967295u
+#define INT64_MAX 9223372036854775807ll
+#define UINT64_MAX 18446744073709551615ull
+"""
+IN_STD = " ".join(f"using ::{sign}int{bits}_t;" for sign in ("", "u") for bits in (8, 16, 32, 64))
 LIMITS = """
 #define CHAR_BIT 8
 #define INT_MAX 2147483647
@@ -30,9 +41,25 @@ FLOATS = """
 #define DBL_MIN 2.2250738585072014e-308
 #define DBL_EPSILON 2.2204460492503131e-016
 """
-NOTHING = ("stdio", "stdlib", "math", "assert", "string", "time")
+MATH = """
+#define INFINITY __int_as_float(0x7f800000)
+#define NAN __int_as_float(0x7fffffff)
+#define HUGE_VAL __longlong_as_double(0x7ff0000000000000ll)
+#define M_PI 3.14159265358979323846
+#define M_E 2.7182818284590452354
+"""
+ALGORITHM = """
+namespace std {
+template <class T> __host__ __device__ constexpr const T& min(const T& a, const T& b)
+{ return b < a ? b : a; }
+template <class T> __host__ __device__ constexpr const T& max(const T& a, const T& b)
+{ return a < b ? b : a; }
+template <class T> __host__ __device__ void swap(T& a, T& b) { T c = a; a = b; b = c; }
+}
+"""
+NOTHING = ("stdio", "stdlib", "assert", "string", "time")
 OF_HOST = (
-    *("algorithm", "array", "chrono", "cuda.h", "exception", "fstream", "functional", "iomanip"),
+    *("array", "chrono", "cuda.h", "exception", "fstream", "functional", "iomanip"),
     *("iostream", "map", "memory", "numeric", "random", "set", "sstream", "stdexcept", "string"),
     *("thread", "utility", "vector", "curand.h", "cublas_v2.h"),
 )
@@ -40,12 +67,15 @@ HEADERS = {
     **{f"{name}.h": "" for name in NOTHING},
     **{f"c{name}": "" for name in NOTHING},
     **dict.fromkeys(OF_HOST, ""),
+    "math.h": MATH,
+    "cmath": MATH,
+    "algorithm": ALGORITHM,
     "limits.h": LIMITS,
     "climits": LIMITS,
     "float.h": FLOATS,
     "cfloat": FLOATS,
     "stdint.h": INTEGERS,
-    "cstdint": f"{INTEGERS}\nnamespace std {{ using ::uint32_t; using ::int32_t; }}",
+    "cstdint": f"{INTEGERS}\nnamespace std {{ {IN_STD} }}",
 }
 
 
@@ -83,7 +113,24 @@ def include_folders() -> list[str]:
     return found
 
 
-HOST = "considered a host function"  # an error of NVRTC, at the line where a function begins
+# Errors of NVRTC that tell of code for the CPU; the first one at the line where a function begins.
+OF_HOST_CODE = "|".join(
+    (
+        "considered a host (?:function|variable)",
+        'namespace "std" has no',
+        'name followed by "::" must be a class or namespace',
+    )
+)
+# What ends no declaration: comments, strings, and lines of the preprocessor.
+TEXT = re.compile(
+    r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'|^[ \t]*#(?:\\\n|[^\n])*',
+    re.DOTALL | re.MULTILINE,
+)
+OF_DEVICE = re.compile(r"__(?:device|global|constant|shared|managed)__")
+OPENS = re.compile(r"\s*(?:inline\s+)?namespace\b[^;{]*|\s*extern\s+")  # strings are blank
+TYPE = re.compile(
+    r"\s*(?:template\s*<.*>\s*)?(?:class|struct|union|enum|typedef)\b[^(]*$", re.DOTALL
+)
 
 
 @lru_cache(64)
@@ -98,29 +145,70 @@ def compiled(
         try:
             return _compiled(source, path, arch, names, options)
         except CompileError as e:
-            rest = _without_host_functions(source, path, str(e))
+            missing = re.findall(r'cannot open source file "(.+?)"', str(e))
+            system = [
+                f"<{one}>"
+                for one in missing
+                if re.search(rf"#\s*include\s*<{re.escape(one)}>", source)
+            ]
+            if system:  # of the host's code, such as <unistd.h>
+                source = re.sub(
+                    "|".join(rf"#\s*include\s*{re.escape(one)}" for one in system), _blank, source
+                )
+                continue
+            rest = _without_host_code(source, path, str(e))
             if rest == source:
                 raise
             source = rest
     raise CompileError(f"{Path(path).name} has too many functions for the CPU")
 
 
-def _without_host_functions(source: str, path: str, said: str) -> str:
-    """Return a source without the functions that errors call those of the host."""
+def _without_host_code(source: str, path: str, said: str) -> str:
+    """Return a source without the declarations that errors call the host's, such as main.
+
+    A class is left out as a whole. Whatever names a memory of the device, or a kernel, stays.
+    """
     name = re.escape(Path(path).name)
-    lines = [int(n) for n in re.findall(rf"^{name}:(\d+): .*{HOST}", said, re.MULTILINE)]
-    starts = [0, *(one.end() for one in re.finditer("\n", source))]
-    for line in sorted(lines, reverse=True):
-        start, end = starts[line - 1], source.find("{", starts[line - 1])
-        if end < 0:
-            continue
-        depth, end = 1, end + 1
-        while depth and end < len(source):
-            depth += {"{": 1, "}": -1}.get(source[end], 0)
-            end += 1
-        code = source[start:end]
-        source = source[:start] + re.sub(r"[^\n]", " ", code) + source[end:]
+    lines = {
+        int(n) for n in re.findall(rf"^{name}:(\d+): .*(?:{OF_HOST_CODE})", said, re.MULTILINE)
+    }
+    code = TEXT.sub(_blank, source)
+    for start, end in _items(code):
+        begin = start + len(code[start:end]) - len(code[start:end].lstrip())
+        first, last = (source.count("\n", 0, at) + 1 for at in (begin, end))
+        if lines & set(range(first, last + 1)) and not OF_DEVICE.search(code[start:end]):
+            source = source[:begin] + _blank(source[begin:end]) + source[end:]
     return source
+
+
+def _blank(text: str | re.Match[str]) -> str:
+    """Return as many spaces, with the text's ends of lines."""
+    return re.sub(r"[^\n]", " ", text if isinstance(text, str) else text[0])
+
+
+def _items(code: str) -> Iterator[tuple[int, int]]:
+    """Yield where the declarations of a file begin and end; those of a namespace one by one."""
+    start = depth = 0
+    for n, sign in enumerate(code):
+        if sign == "{" and not depth and OPENS.fullmatch(code[start:n]):
+            start = n + 1
+        elif sign == "{":
+            depth += 1
+        elif sign == "}" and not depth:  # of a namespace
+            start = n + 1
+        elif sign == "}":
+            depth -= 1
+            if not depth and _is_function(code[start:n].partition("{")[0]):
+                yield start, n + 1
+                start = n + 1
+        elif sign == ";" and not depth:
+            yield start, n + 1
+            start = n + 1
+
+
+def _is_function(head: str) -> bool:
+    """Return whether braces after this text are the body of a function, without ";" behind them."""
+    return not TYPE.match(head) and "=" not in re.sub(r"\([^()]*\)", "", head)
 
 
 def _compiled(

@@ -17,7 +17,7 @@ from nogpu.native.encoding import HINTS
 
 # A conversion of a format: flags and width, the length of an integer, and the letter. Other signs
 # "%" are text.
-CONVERSION = re.compile(r"%([-+ 0#]*\d*(?:\.\d+)?)(ll|l|hh|h)?([diuoxXcspeEfFgGaA%])")
+CONVERSION = re.compile(r"%([-+ 0#]*\d*(?:\.\d+)?)(ll|l|hh|h|z|t|j)?([diuoxXcspeEfFgGaA%])")
 
 
 @instruction(".param", ".branchtargets", results=0)
@@ -62,7 +62,7 @@ def _print(warp: Warp, i: Instruction) -> None:
         address = int(warp.arguments["param1", 0][lane])
         values: list[int | float] = []
         for _, length, letter in _conversions(form):
-            is_wide = length in ("l", "ll") or letter in "fFeEgGaAps"
+            is_wide = length in ("l", "ll", "z", "t", "j") or letter in "fFeEgGaAps"
             size = 8 if is_wide else 4
             address = -(-address // size) * size
             raw = warp.block.local.peek(np.array([address]), size)[0]

@@ -243,17 +243,17 @@ def _ready(warp: Warp, i: Instruction, here: Values, named: Values) -> Values:
 def _apart(warp: Warp) -> PtxError:
     """Say which threads wait where, for others that never come."""
     instructions, gpu = warp.block.gpu.kernel.instructions, warp.block.gpu
-    first = instructions[min(warp.gathered)]
-    is_barrier = any(_is_barrier(instructions[pc]) for pc in warp.gathered)
+    waiting = [instructions[pc] for pc in sorted(warp.gathered)]
+    by_mask = [one for one in waiting if not _is_barrier(one)]
     places = [
         f"{warp.threads_of(mask)} at {gpu.place_of(one.line)} ({_call(one)})"
         for one, mask in ((instructions[pc], mask) for pc, mask in sorted(warp.gathered.items()))
     ]
-    if is_barrier:
+    if not by_mask:
         reason = "__syncthreads is in a branch that not all threads take: "
-        return PtxError(first.line, f"{reason}{'; '.join(places)}", DIVERGED)
+        return PtxError(waiting[0].line, f"{reason}{'; '.join(places)}", DIVERGED)
     reason = "the mask names threads that do not come here: "
-    return PtxError(first.line, f"{reason}{'; '.join(places)}", "wrong mask")
+    return PtxError(by_mask[0].line, f"{reason}{'; '.join(places)}", "wrong mask")
 
 
 def _is_barrier(i: Instruction) -> bool:
