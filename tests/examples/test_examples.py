@@ -595,7 +595,7 @@ def test_the_type_of_each_number_has_its_bounds(name):
 def test_errors(small, monkeypatch, name, flags, message):
     """tyro frames what it finds, once; what a script finds is one line."""
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))  # some name a busy machine
-    given = [] if name == "quadrants" else small
+    given = [] if name in ("quadrants", "own_layers") else small
     code, out, err = lesson(name, *given, "--device", "cpu", *flags.split())
     assert (code, out) == (2, "")
     assert re.search(message, line_of(err))
