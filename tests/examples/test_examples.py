@@ -531,7 +531,7 @@ ERRORS = [
     ("train_mpi", "--compare", "--compare needs several processes; mpirun -n 2"),
     ("fashion_pooled", "--exchange gather --library torch", "--exchange gather is NumPy's"),
     ("fashion_pooled", "--scatter each --library torch", "--scatter each is NumPy's"),
-    ("own_layers", "--with layers.cu --device cuda", "--with executes CUDA C++ on the CPU"),
+    ("own_layers", "--with layers.cu --device cuda", r"--with executes CUDA C\+\+ on the CPU"),
     (
         "train_ddp",
         "--plain --label-smoothing 0.1",
