@@ -87,7 +87,10 @@ def test_a_slow_function_is_waited_for_and_compilation_takes_any_time(tmp_path):
     status, out, err = forked(script, cwd=tmp_path)
     assert status == 7
     assert out == "first has returned\nsecond has returned\nthird has returned\n"
-    assert len(err.splitlines()) == 1
+    waited = [line for line in err.splitlines() if "has not ended" in line]  # on a busy machine
+    assert [line for line in err.splitlines() if line not in waited] == [
+        "the ladder is done, and is stopped"
+    ]
 
 
 @needs_fork
