@@ -87,10 +87,10 @@ def test_a_slow_function_is_waited_for_and_compilation_takes_any_time(tmp_path):
     status, out, err = forked(script, cwd=tmp_path)
     assert status == 7
     assert out == "first has returned\nsecond has returned\nthird has returned\n"
-    waited = [line for line in err.splitlines() if "has not ended" in line]  # on a busy machine
-    assert [line for line in err.splitlines() if line not in waited] == [
-        "the ladder is done, and is stopped"
-    ]
+    notice, *at_end = err.splitlines()
+    assert notice == "my.py: second has not ended for 0 s; the ladder gives it up after 3 s"
+    # Where the machine is busy, the process has not ended within the guard's time.
+    assert at_end in ([], ["the ladder is done, and is stopped"])
 
 
 @needs_fork
