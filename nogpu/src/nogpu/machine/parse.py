@@ -271,11 +271,17 @@ def inline(text: str) -> str:
     calls itself stays a call.
     """
     text = re.sub(r"(\b(?:st|ld)\.param\b[^;]*?\[\s*[\w$]+)\s*\+\s*0\s*\]", r"\1]", text)
+    of_calls = (
+        "param",
+        "retval",
+        "func_",
+        *(f"{one[2]}_param_" for one in FUNCTION.finditer(text)),
+    )
     # A parameter of so many bytes, as the structures of ConSan are, is one number.
     text = BYTES.sub(
         lambda match: (
             match[0]
-            if f"[{match[1]}+" in text or not match[1].startswith(("param", "retval", "func_"))
+            if f"[{match[1]}+" in text or not match[1].startswith(of_calls)
             else f".param .b{8 * int(match[2])} {match[1]}"
         ),
         text,
