@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Declarations of kernels in CUDA C++: the names and the types of their parameters.
 
-PTX has the sizes of parameters, and no names. What is read here makes messages better, and refuses
-an array of another type than that of a pointer. Limitation: macros are not expanded.
+PTX has the sizes of parameters, and no names. The declarations improve messages, and let an array
+of another type than its pointer's be refused. Limitation: macros are not expanded.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ DTYPES = {
 }
 
 
+def blank(text: str | re.Match[str]) -> str:
+    """Return as many spaces, with the text's ends of lines, so that other code keeps its place."""
+    return re.sub(r"[^\n]", " ", text if isinstance(text, str) else text[0])
+
+
 class Declared(NamedTuple):
     """A parameter as the source has it.
 
@@ -69,7 +74,7 @@ class Declaration(NamedTuple):
     """A kernel as the source has it.
 
     Attributes:
-        template: its template parameters as text, "" if it is none.
+        template: its template parameters as text; "" if it is not a template.
     """
 
     name: str
@@ -77,10 +82,21 @@ class Declaration(NamedTuple):
     line: int
     template: str
 
+    @property
+    def instance(self) -> str:
+        """A name expression of the kernel; of a template one of its instances, as an example."""
+        if not self.template:
+            return self.name
+        given = [
+            "float" if re.match(r"\s*(?:typename|class)\b", one) else "16"
+            for one in self.template.split(",")
+        ]
+        return f"{self.name}<{', '.join(given)}>"
+
 
 def declarations(source: str) -> list[Declaration]:
     """Return the kernels of a source, in its order."""
-    text = COMMENT.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), source)
+    text = COMMENT.sub(blank, source)
     text = ATTRIBUTE.sub(lambda m: " " * len(m[0]), text)
     found = []
     for match in re.finditer(r"__global__[^;{}()]*?\b(\w+)\s*\(", text):
@@ -128,9 +144,9 @@ def _bytes(dtype: str) -> int:
 
 @lru_cache(64)
 def shared_arrays(source: str) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Return of arrays in shared memory, by name, the bytes of an element and the sizes.
+    """Return the bytes of an element and the sizes of each array in shared memory, by name.
 
-    Those with sizes that are no numbers are left out, and names that stand for several.
+    Arrays whose sizes are not numbers are omitted, and so are names that are declared twice.
     """
     found: dict[str, tuple[int, tuple[int, ...]]] = {}
     several = set()

@@ -82,8 +82,10 @@ class Module:
             known = ", ".join(self.names) or "none"
             raise KeyError(f"{Path(self.path).name} has no kernel {name!r}; its kernels: {known}")
         if declared.template and "<" not in name:
-            example = f"{base}<{declared.template}>"
-            raise KeyError(f"{base} is a template; give its arguments: kernels[{example!r}]")
+            raise KeyError(
+                f"{base} is a template; give its arguments <{declared.template}>, such as "
+                f"kernels[{declared.instance!r}]"
+            )
         return CppKernel(self, name, declared)
 
     def entry(self, name: str, arch: str) -> tuple[str, str]:

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nogpu.cpp.declarations import blank
+
 # Headers of the C library that files include for their host code, or for names that NVRTC knows.
 INTEGERS = "\n".join(
     f"typedef signed {kind} int{bits}_t;\ntypedef unsigned {kind} uint{bits}_t;"
@@ -153,7 +155,7 @@ def compiled(
             ]
             if system:  # of the host's code, such as <unistd.h>
                 source = re.sub(
-                    "|".join(rf"#\s*include\s*{re.escape(one)}" for one in system), _blank, source
+                    "|".join(rf"#\s*include\s*{re.escape(one)}" for one in system), blank, source
                 )
                 continue
             rest = _without_host_code(source, path, str(e))
@@ -172,18 +174,13 @@ def _without_host_code(source: str, path: str, said: str) -> str:
     lines = {
         int(n) for n in re.findall(rf"^{name}:(\d+): .*(?:{OF_HOST_CODE})", said, re.MULTILINE)
     }
-    code = TEXT.sub(_blank, source)
+    code = TEXT.sub(blank, source)
     for start, end in _items(code):
         begin = start + len(code[start:end]) - len(code[start:end].lstrip())
         first, last = (source.count("\n", 0, at) + 1 for at in (begin, end))
         if lines & set(range(first, last + 1)) and not OF_DEVICE.search(code[start:end]):
-            source = source[:begin] + _blank(source[begin:end]) + source[end:]
+            source = source[:begin] + blank(source[begin:end]) + source[end:]
     return source
-
-
-def _blank(text: str | re.Match[str]) -> str:
-    """Return as many spaces, with the text's ends of lines."""
-    return re.sub(r"[^\n]", " ", text if isinstance(text, str) else text[0])
 
 
 def _items(code: str) -> Iterator[tuple[int, int]]:

@@ -7,6 +7,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from keyword import iskeyword
 from pathlib import Path
 
 from nogpu.console import in_columns
@@ -71,9 +72,10 @@ def _example(module: Module, name: str) -> list[str]:
         f'    kernels = nogpu.cuda.load("{name}")',
     ]
     for one in module.declared.values():
-        arguments = ", ".join(p.name or f"argument{n}" for n, p in enumerate(one.parameters))
-        shown = f"{one.name}<{one.template}>" if one.template else one.name
-        lines.append(f'    kernels["{shown}"][grid, block]({arguments})')
+        names = [p.name or f"argument{n}" for n, p in enumerate(one.parameters)]
+        arguments = ", ".join(name + "_" * iskeyword(name) for name in names)
+        lines.append(f'    kernels["{one.instance}"][grid, block]({arguments})')
+        lines += [f"    # a template: <{one.template}> is your choice"] if one.template else []
         types = [f"{p.name}: {_meaning(p)}" for p in one.parameters if p.name]
         lines += [f"    # {'; '.join(types)}"] if types else []
     shared = " A third number, [grid, block, bytes], is the size of extern __shared__ memory."
@@ -87,7 +89,7 @@ def _meaning(parameter: Declared) -> str:
     dtype = parameter.dtype
     if parameter.is_pointer:
         return f"an array of {dtype}" if dtype else f"an array ({parameter.type})"
-    return f"a number ({parameter.type})"
+    return f"a number{'' if dtype else ' or a structure'} ({parameter.type})"
 
 
 def _table(module: Module, arch: str) -> list[str]:

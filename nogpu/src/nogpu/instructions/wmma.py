@@ -6,11 +6,14 @@ n times its number of elements on, and where threads have more than the tile, it
 Limitation: integers of 4 and 1 bits, and sparse tiles, are unknown.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from nogpu.instructions.copies import _space_of
 from nogpu.machine.block import Warp
 from nogpu.machine.decode import Run, instruction
+from nogpu.machine.memory import Space
 from nogpu.machine.parse import Instruction, flat
 from nogpu.machine.registers import DTYPES, HALVES, LANES, Values, decode, encode, reader, writer
 
@@ -41,28 +44,44 @@ def _elements(i: Instruction, registers: list[object], kind: str) -> int:
     return len(registers) * each
 
 
-@instruction("wmma.load", results=1, whole=True)
-def _load(i: Instruction) -> Run:
-    what, order, kind = i.parts[2], i.parts[5], i.parts[-1]
-    assert i.parts[3:5] == ["sync", "aligned"]
+def _addresses(
+    i: Instruction, what: str, operand: object, stride: list[object], count: int
+) -> Callable[[Warp], tuple[Values, Space]]:
+    """Return a function that gives the addresses of a tile's numbers, and their memory.
+
+    Args:
+        count: the numbers that a thread has.
+    """
+    order, width = i.parts[5], BYTES[i.parts[-1]]
     assert order in ("row", "col")
-    to, source, *stride = i.operands
     rows, columns = _sizes(i, what)
-    registers, width = flat(to), BYTES[kind]
-    count = _elements(i, registers, kind)
     row, column = _places(rows, columns, count)
-    address = reader(source)
+    address = reader(operand)
     leading = reader(stride[0], "u32") if stride else None
     space = next((part for part in i.parts if part in SPACES), "")
-    puts = [writer(one, "b64" if width == 8 else "b32") for one in registers]
 
-    def run(warp: Warp) -> None:
+    def find(warp: Warp) -> tuple[Values, Space]:
         at = address(warp).astype(np.int64)
         default = columns if order == "row" else rows
         step = leading(warp).astype(np.int64)[:, None] if leading else default
         offsets = row * step + column if order == "row" else column * step + row
-        places = at[:, None] + offsets * width
-        memory = _memory(warp, space, at)
+        return at[:, None] + offsets * width, _memory(warp, space, at)
+
+    return find
+
+
+@instruction("wmma.load", results=1, whole=True)
+def _load(i: Instruction) -> Run:
+    what, kind = i.parts[2], i.parts[-1]
+    assert i.parts[3:5] == ["sync", "aligned"]
+    to, source, *stride = i.operands
+    registers, width = flat(to), BYTES[kind]
+    count = _elements(i, registers, kind)
+    find = _addresses(i, what, source, stride, count)
+    puts = [writer(one, "b64" if width == 8 else "b32") for one in registers]
+
+    def run(warp: Warp) -> None:
+        places, memory = find(warp)
         found = np.zeros((32, count, width), np.uint8)
         for n in range(count):
             found[:, n] = memory.load(warp, places[:, n], width, i.line)[0]
@@ -74,15 +93,13 @@ def _load(i: Instruction) -> Run:
     return run
 
 
-def _memory(warp: Warp, space: str, at: Values):  # type: ignore[no-untyped-def]
+def _memory(warp: Warp, space: str, at: Values) -> Space:
     if space == "global":
         return warp.block.space
     return warp.block.shared if space else _space_of(warp, at)
 
 
-def _tile(
-    warp: Warp, i: Instruction, reads: list[object], kind: str, sizes: tuple[int, int]
-) -> Values:
+def _tile(warp: Warp, reads: list[object], kind: str, sizes: tuple[int, int]) -> Values:
     """Return the numbers of a tile that the threads have in registers."""
     words = np.stack([np.ascontiguousarray(read(warp)) for read in reads], 1)  # type: ignore[operator]
     raw = np.ascontiguousarray(words).view(np.uint8).reshape(32, -1)
@@ -117,9 +134,9 @@ def _multiply(i: Instruction) -> Run:
     row, column = _places(m, n, count)
 
     def run(warp: Warp) -> None:
-        a = _tile(warp, i, list(reads[0]), of_a, (m, k))
-        b = _tile(warp, i, list(reads[1]), of_b, (k, n))
-        c = _tile(warp, i, list(reads[2]), of_c, (m, n))
+        a = _tile(warp, list(reads[0]), of_a, (m, k))
+        b = _tile(warp, list(reads[1]), of_b, (k, n))
+        c = _tile(warp, list(reads[2]), of_c, (m, n))
         d = (a @ b + c)[row, column]
         if of_d in HALVES:
             flat_d = encode(of_d, np.ascontiguousarray(d.reshape(-1)).astype(np.float32))
@@ -136,27 +153,18 @@ def _multiply(i: Instruction) -> Run:
 
 @instruction("wmma.store", results=0, whole=True)
 def _store(i: Instruction) -> Run:
-    order, kind = i.parts[5], i.parts[-1]
+    kind = i.parts[-1]
     assert i.parts[2:5] == ["d", "sync", "aligned"]
     target, source, *stride = i.operands
-    rows, columns = _sizes(i, "d")
     registers, width = flat(source), BYTES[kind]
     count = _elements(i, registers, kind)
-    row, column = _places(rows, columns, count)
-    address = reader(target)
-    leading = reader(stride[0], "u32") if stride else None
-    space = next((part for part in i.parts if part in SPACES), "")
+    find = _addresses(i, "d", target, stride, count)
     reads = [reader(one, "b64" if width == 8 else "b32") for one in registers]
 
     def run(warp: Warp) -> None:
-        at = address(warp).astype(np.int64)
-        default = columns if order == "row" else rows
-        step = leading(warp).astype(np.int64)[:, None] if leading else default
-        offsets = row * step + column if order == "row" else column * step + row
-        places = at[:, None] + offsets * width
+        places, memory = find(warp)
         words = np.stack([np.ascontiguousarray(read(warp)) for read in reads], 1)
         raw = np.ascontiguousarray(words).view(np.uint8).reshape(32, count, width)
-        memory = _memory(warp, space, at)
         for n in range(count):
             memory.store(warp, places[:, n], np.ascontiguousarray(raw[:, n]), i.line)
 
