@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import get_context
-from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -66,30 +67,39 @@ def fork_server() -> None:
     get_context("forkserver").set_forkserver_preload(["nogpu.command"])
 
 
-# numba.cuda for a GPU, which registers itself where it is imported, and cannot do so twice.
-FOR_GPU: dict[str, ModuleType] = {}
+@contextmanager
+def without_numba_cuda() -> Iterator[None]:
+    """Let numba.cuda be imported anew. Numba takes what it registers only once."""
+    registries = sys.modules["numba.core.target_extension"]
+    target = registries.target_registry["cuda"]
+    kept = (sys.modules, registries.jit_registry, registries.dispatcher_registry)
 
+    def take() -> list[dict[Any, Any]]:
+        vars(sys.modules["numba"]).pop("cuda", None)
+        names = [name for name in sys.modules if f"{name}.".startswith("numba.cuda.")]
+        return [{key: table.pop(key) for key in (*names, target) if key in table} for table in kept]
 
-def modules_of_cuda() -> dict[str, ModuleType]:
-    return {n: one for n, one in sys.modules.items() if f"{n}.".startswith("numba.cuda.")}
+    before = take()
+    yield
+    take()
+    for table, entries in zip(kept, before, strict=True):
+        table.update(entries)
+    if "numba.cuda" in sys.modules:
+        vars(sys.modules["numba"])["cuda"] = sys.modules["numba.cuda"]
 
 
 @pytest.fixture
 def without_simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let numba.cuda be that of a GPU, also where another test has imported its simulator."""
+    """Let numba.cuda be that of a GPU, also where another test has imported its simulator, or has
+    set the variable, which Numba reads again before it compiles."""
     monkeypatch.delenv("NUMBA_ENABLE_CUDASIM", raising=False)
     config = sys.modules.get("numba.core.config")
-    if getattr(config, "ENABLE_CUDASIM", False):
-        monkeypatch.setattr(config, "ENABLE_CUDASIM", 0)
-        monkeypatch.delattr("numba.cuda", raising=False)
-        for name in modules_of_cuda():
-            monkeypatch.delitem(sys.modules, name)
-        for name, module in FOR_GPU.items():
-            monkeypatch.setitem(sys.modules, name, module)
-        if FOR_GPU:
-            monkeypatch.setattr(sys.modules["numba"], "cuda", FOR_GPU["numba.cuda"], raising=False)
-    yield
-    FOR_GPU.update(modules_of_cuda())
+    if config is None:  # numba is not imported
+        yield
+        return
+    monkeypatch.setattr(config, "ENABLE_CUDASIM", 0)
+    with without_numba_cuda():
+        yield
 
 
 @pytest.fixture(scope="module")
