@@ -219,6 +219,76 @@ def test_what_is_printed_is_in_the_order_of_threads():
     ]
 
 
+MATRICES = """#include <cuda_fp16.h>
+typedef struct {
+    int width, height;  // in elements
+    float* elements;
+} Matrix;
+struct Factors { unsigned char is_on; double of_a; short shift; half of_b; const int *places; };
+extern "C" __global__ void add(Matrix a, const Matrix b, Factors f)
+{
+    int i = threadIdx.x;
+    if (i < a.width * a.height && f.is_on)
+        a.elements[i] = f.of_a * a.elements[i] + (float)f.of_b * b.elements[f.places[i] + f.shift];
+}
+"""
+
+
+def test_fields_of_a_structure_are_given_as_a_tuple():
+    a, b = np.arange(6, dtype=np.float32), np.arange(6, 12, dtype=np.float32)
+    places, before = np.arange(6, dtype=np.int32)[::-1].copy(), a.copy()
+    kernel = nogpu.cuda.compile(MATRICES)["add"][1, 32]
+    factors = (1, 2.0, -1, 0.5, places)
+    with nogpu.emulate() as gpu:
+        kernel((3, 2, a), (3, 2, b), (*factors[:2], 0, *factors[3:]))
+    assert gpu.faults == []
+    np.testing.assert_array_equal(a, 2 * before + b[::-1] / 2)
+    with nogpu.emulate() as gpu:
+        kernel((3, 2, a), (3, 2, b), factors)
+    (fault,) = gpu.faults
+    assert (fault.name, fault.source[1]) == ("out of bounds", 11)
+    assert "b.elements" in fault.message
+
+
+def test_a_structure_that_does_not_fit_is_refused():
+    a, places = np.zeros(6, np.float32), np.zeros(6, np.int32)
+    kernel = nogpu.cuda.compile(MATRICES)["add"][1, 32]
+    right = [(3, 2, a), (3, 2, a), (1, 2.0, 0, 0.5, places)]
+    for wrong, said in (
+        (
+            (3, a),
+            "a of add has the fields width, height, elements; expected a tuple of 3, and got 2",
+        ),
+        ((3, 2, places), "a.elements of add is float*, and got an array of int32"),
+        ((3.5, 2, a), "a.width of add is int, and got 3.5; pass an integer"),
+        (3, "a of add is a structure of 16 bytes, and got 3; pass a tuple of its fields, or its"),
+    ):
+        with nogpu.emulate(), pytest.raises(TypeError, match=re.escape(said)):
+            kernel(wrong, *right[1:])
+    packed = MATRICES.replace("int width, height;", "alignas(16) int width, height;")
+    with nogpu.emulate(), pytest.raises(TypeError, match="a of add is a structure of 32 bytes"):
+        nogpu.cuda.compile(packed)["add"][1, 32](*right)
+
+
+def test_memory_of_numpy_begins_where_that_of_a_gpu_does():
+    """32 threads move 128 bytes each way: four sectors, and not five as where malloc placed it."""
+    arrays = [np.zeros((3, 32), np.float32) for _ in range(100)]
+    (whole, *_) = (one for one in arrays if one.ctypes.data % 32)
+    whole[:] = np.arange(96).reshape(3, 32)
+    before = whole.copy()
+    code = """
+extern "C" __global__ void add(const float* x, float* y) { y[threadIdx.x] += x[threadIdx.x]; }"""
+    kernel = nogpu.cuda.compile(code)["add"]
+    with nogpu.emulate() as gpu:
+        kernel[1, 32](whole[0], whole[2])
+        kernel[1, 32](whole[1], whole.reshape(-1)[33:65])  # they share memory, four bytes apart
+    assert gpu.faults == []
+    first, second = gpu.launches
+    assert first.counters.sums("global").transactions == 3 * 4
+    assert second.counters.sums("global").transactions == 4 + 2 * 5
+    np.testing.assert_array_equal(whole[2], before[0] + before[2] + [before[1, -1], *[0] * 31])
+
+
 HOST_CODE = """
 #include <iostream>
 #include <vector>

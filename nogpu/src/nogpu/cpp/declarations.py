@@ -142,6 +142,64 @@ def _bytes(dtype: str) -> int:
     return SIZES.get(dtype) or int(re.sub(r"\D", "", dtype)) // 8
 
 
+class Field(NamedTuple):
+    """A field of a structure: where it begins, its bytes, and its type in PTX."""
+
+    declared: Declared
+    offset: int
+    size: int
+    kind: str
+
+
+class Structure(tuple[Field, ...]):
+    """The fields of a structure, as C++ places them."""
+
+    __slots__ = ()
+
+    @property
+    def size(self) -> int:
+        """The bytes of the structure."""
+        most = max((one.size for one in self), default=1)
+        end = max((one.offset + one.size for one in self), default=0)
+        return -(-end // most) * most
+
+
+@lru_cache(64)
+def structures(source: str) -> dict[str, Structure]:
+    """Return the structures of a source by name; those with other fields than numbers and pointers
+    are omitted."""
+    text = COMMENT.sub("", source)
+    found = {}
+    for match in re.finditer(r"\bstruct\s*(\w*)\s*\{([^{}]*)\}\s*(\w*)", text):
+        # "struct Name {...}" and "typedef struct {...} Name"
+        for name in {match[1], match[3]} - {""}:
+            if (fields := _fields(match[2])) is not None:
+                found[name] = fields
+    return found
+
+
+def _fields(inside: str) -> Structure | None:
+    found: list[Field] = []
+    end = 0
+    for line in filter(str.strip, inside.split(";")):
+        first, *others = line.split(",")
+        one = _declared(first)
+        kind = one.type.rstrip("*")
+        for declared in (one, *(_declared(f"{kind} {text}") for text in others)):
+            known = declared.is_pointer or declared.dtype
+            if not declared.name or not known or re.search(r"[\[\](:]", line):
+                return None
+            size = 8 if declared.is_pointer else _bytes(declared.dtype)
+            is_float = not declared.is_pointer and declared.dtype in ("float32", "float64")
+            kind_of_ptx = f"{'f' if is_float else 'u'}{8 * size}"
+            if declared.dtype in ("float16", "bfloat16") and not declared.is_pointer:
+                kind_of_ptx = "b8"  # PTX has a structure of two bytes
+            end = -(-end // size) * size
+            found.append(Field(declared, end, size, kind_of_ptx))
+            end += size
+    return Structure(found)
+
+
 @lru_cache(64)
 def shared_arrays(source: str) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Return the bytes of an element and the sizes of each array in shared memory, by name.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Kernels of a file of CUDA C++, launched from Python on this CPU.
+"""Kernels of a file of CUDA C++, launched from Python on this CPU, or on a GPU.
 
 kernels = nogpu.cuda.load("gemm.cu")
 with nogpu.emulate("sm_90") as gpu:
@@ -13,7 +13,7 @@ import math
 import numbers
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -24,18 +24,29 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nogpu.cpp.declarations import Declaration, Declared, declarations, shared_arrays
+from nogpu.cpp import on_gpu
+from nogpu.cpp.declarations import (
+    Declaration,
+    Declared,
+    Structure,
+    declarations,
+    shared_arrays,
+    structures,
+)
 from nogpu.cpp.nvrtc import compiled
 from nogpu.machine.parse import Kernel, Parameter, entries, parse
+from nogpu.machine.registers import Values
 from nogpu.record.faults import Fault
 from nogpu.record.launch import Launch
 from nogpu.record.source import program_line
 from nogpu.triton.driver import emulations, present
 from nogpu.triton.emulator import SHARED_BYTES, Emulator
+from nogpu.triton.host_memory import bytes_at
 
 MOST_THREADS = 1024  # of a block
 MOST_OF_AXIS = (1024, 1024, 64)
 MOST_BLOCKS = (2**31 - 1, 65_535, 65_535)
+OF_MALLOC = 256  # bytes that an address of cudaMalloc is a multiple of
 WITHOUT_ASKING = 48 * 1024  # bytes of shared memory that a kernel's variables may have
 FLOATS: dict[str, Any] = {"f32": np.float32, "f64": np.float64, "f16": np.float16}
 DEFAULT_ARCH = "sm_90"
@@ -162,19 +173,25 @@ class BoundKernel:
         self.kernel, self.size = kernel, size
 
     def __call__(self, *arguments: Any) -> None:
-        """Execute the launch.
+        """Execute the launch, or where nothing is emulated launch it on the GPU.
 
         Raises:
-            RuntimeError: nothing is emulated.
+            RuntimeError: nothing is emulated, and there is no GPU.
             TypeError: an argument has another type than its parameter, or their number differs.
             ValueError: a GPU cannot launch that size.
         """
-        if not emulations:
+        if emulations:
+            self._execute(present(), arguments)
+        elif torch.cuda.is_available():
+            self._launch(arguments)
+        else:
             raise RuntimeError(
                 f"{self.kernel.name} is executed within nogpu.emulate(), or by python -m nogpu "
-                "SCRIPT; no emulator is there"
+                "SCRIPT; no emulator is there, and no GPU"
             )
-        emulator, module, declared = present(), self.kernel.module, self.kernel.declared
+
+    def _execute(self, emulator: Emulator, arguments: Sequence[Any]) -> None:
+        module = self.kernel.module
         text, entry = module.entry(self.kernel.name, emulator.arch)
         kernel = _parsed(text, entry, self.size.block)
         launch_kernel(
@@ -188,8 +205,45 @@ class BoundKernel:
                 shared_arrays(module.source),
             ),
             self.size,
-            convert(self.kernel.name, kernel.signature, declared.parameters, arguments),
+            self._converted(kernel, arguments, "cpu"),
         )
+
+    def _launch(self, arguments: Sequence[Any]) -> None:
+        """Launch on the GPU of the first tensor, on its present stream; it isn't waited for."""
+        tensors = [one for one in _flat(arguments) if isinstance(one, Tensor) and one.is_cuda]
+        index = tensors[0].device.index if tensors else torch.cuda.current_device()
+        major, minor = torch.cuda.get_device_capability(index)
+        text, entry = self.kernel.module.entry(self.kernel.name, f"sm_{major}{minor}")
+        kernel = _parsed(text, entry, self.size.block)
+        parameters = [0] * len(kernel.signature)
+        for one in self._converted(kernel, arguments, f"cuda:{index}"):
+            value = one.value.data_ptr() if isinstance(one.value, Tensor) else one.value
+            parameters[one.parameter] |= value << 8 * one.offset
+        sizes = [one.size for one in kernel.signature]
+        on_gpu.launch(
+            (text, entry),
+            *self.size,
+            [n.to_bytes(size, "little") for n, size in zip(parameters, sizes, strict=True)],
+            index,
+            torch.cuda.current_stream(index).cuda_stream,
+        )
+
+    def _converted(self, kernel: Kernel, arguments: Sequence[Any], device: str) -> list[Argument]:
+        module, declared = self.kernel.module, self.kernel.declared
+        return convert(
+            self.kernel.name,
+            kernel.signature,
+            declared.parameters,
+            structures(module.source),
+            arguments,
+            device,
+        )
+
+
+def _flat(arguments: Sequence[Any]) -> Iterator[Any]:
+    """Yield arguments, and in their places the fields of structures."""
+    for one in arguments:
+        yield from one if isinstance(one, tuple) else (one,)
 
 
 class PtxKernel(NamedTuple):
@@ -213,10 +267,21 @@ class PtxKernel(NamedTuple):
 
 
 class Argument(NamedTuple):
-    """An argument: its parameter's bits, or an array and its name."""
+    """A number or an array that a kernel is given, as a parameter or within one.
+
+    Attributes:
+        name: for messages.
+        value: a number's bits, or an array, whose address is passed.
+        parameter: the number of the parameter.
+        offset: in bytes, of a field of a structure.
+        owner: of an array's memory, if that is NumPy's.
+    """
 
     name: str
     value: int | Tensor
+    parameter: int
+    offset: int = 0
+    owner: np.ndarray[Any, Any] | None = None
 
 
 def launch_kernel(
@@ -242,18 +307,19 @@ def launch_kernel(
         static_shared=static,
     )
 
-    names = [one.name for one in arguments]
-
     def execute(values: Sequence[object]) -> None:
         def parameters() -> list[int]:
             emulator.variables = {
                 name: _placed(emulator, name, one) for name, one in kernel.variables.items()
             }
             emulator.shared_types = kernel.shared_types
-            return [
-                _placed(emulator, name, one) if isinstance(one, Tensor) else int(one)  # type: ignore[call-overload]
-                for name, one in zip(names, values, strict=True)
-            ]
+            found = [0] * len(kernel.parsed.signature)
+            for one, value in zip(arguments, values, strict=True):
+                bits = (
+                    _placed(emulator, one.name, value) if isinstance(value, Tensor) else one.value
+                )
+                found[one.parameter] |= int(bits) << 8 * one.offset
+            return found
 
         before = len(emulator.faults)
         try:
@@ -264,16 +330,18 @@ def launch_kernel(
 
     given = [one.value for one in arguments]
     if emulator.watcher is None:
-        execute(given)
+        with _aligned(arguments) as values:
+            execute(values)
         return
     try:  # it refuses arrays of the host
         emulator.watcher.launch(execute, given)
     except ValueError as e:
         if (found := re.search(r"Pointer argument \(at (\d+)\)", str(e))) is None:
             raise
+        name = arguments[int(found[1])].name
         raise ValueError(
-            f"{names[int(found[1])]} of {kernel.name} is an array of the host, and the kernel runs "
-            "on the device; pass a tensor on cuda, such as torch.as_tensor(array).cuda()"
+            f"{name} of {kernel.name} is an array of the host, and the kernel runs on the device; "
+            "pass a tensor on cuda, such as torch.as_tensor(array).cuda()"
         ) from None
 
 
@@ -314,6 +382,37 @@ def _placed(emulator: Emulator, name: str, t: Tensor) -> int:
     return int(t.data_ptr()) % 2**64
 
 
+@contextmanager
+def _aligned(arguments: Sequence[Argument]) -> Iterator[list[int | Tensor]]:
+    """Let the memory of NumPy's arrays begin as cudaMalloc's does, in copies that are copied back.
+
+    Where malloc has placed it, the loads of a warp could take a sector more than on a GPU. Arrays
+    that share memory share the copy.
+    """
+    copies: dict[int, tuple[Values, Values]] = {}
+    found: list[int | Tensor] = []
+    for one in arguments:
+        owner, t = one.owner, one.value
+        if owner is None or not isinstance(t, Tensor) or owner.ctypes.data % OF_MALLOC == 0:
+            found.append(t)
+            continue
+        start, nbytes = owner.ctypes.data, owner.nbytes
+        if start not in copies:
+            memory = np.empty(nbytes + OF_MALLOC, np.uint8)
+            copy = memory[-memory.ctypes.data % OF_MALLOC :][:nbytes]
+            whole = bytes_at(start, nbytes)
+            copy[:] = whole
+            copies[start] = copy, whole
+        part = copies[start][0][t.data_ptr() - start :][: t.nbytes]
+        with _disable_current_modes():
+            found.append(torch.from_numpy(part).view(t.dtype).view(t.shape))
+    try:
+        yield found
+    finally:
+        for copy, whole in copies.values():
+            whole[:] = copy
+
+
 def check_size(emulator: Emulator, name: str, size: Size, static: int) -> None:
     """Refuse a launch that no GPU of the architecture can do.
 
@@ -349,12 +448,16 @@ def convert(
     kernel: str,
     signature: Sequence[Parameter],
     declared: Sequence[Declared],
+    structures: Mapping[str, Structure],
     arguments: Sequence[Any],
+    device: str,
 ) -> list[Argument]:
     """Return arguments as a kernel's parameters.
 
     Args:
         declared: the parameters as the source has them; fewer or none if they are not known.
+        structures: of the source, by their names.
+        device: of arrays; "cpu" also takes NumPy's.
 
     Raises:
         TypeError: the number of arguments, or the type of one, is not that of the parameters.
@@ -366,21 +469,74 @@ def convert(
             f"{kernel} takes {len(signature)} arguments ({', '.join(names)}), and got "
             f"{len(arguments)}"
         )
-    found = []
+    found: list[Argument] = []
     for n, (parameter, value) in enumerate(zip(signature, arguments, strict=True)):
         one = known[n] if known else None
-        found.append(Argument(names[n], _converted(kernel, names[n], parameter, one, value)))
+        fields = structures.get(one.type.split("::")[-1]) if one is not None else None
+        if fields is not None and isinstance(value, tuple):
+            found += _fields(kernel, names[n], n, parameter, fields, value, device)
+        else:
+            found.append(_converted(kernel, names[n], n, parameter, one, value, device))
+    return found
+
+
+def _fields(
+    kernel: str,
+    name: str,
+    number: int,
+    parameter: Parameter,
+    fields: Structure,
+    values: tuple[Any, ...],
+    device: str,
+) -> list[Argument]:
+    """Return the fields of a structure, which are given as a tuple."""
+    names = ", ".join(one.declared.name for one in fields)
+    if len(values) != len(fields):
+        raise TypeError(
+            f"{name} of {kernel} has the fields {names}; expected a tuple of {len(fields)}, and "
+            f"got {len(values)}"
+        )
+    if fields.size != parameter.size:
+        raise TypeError(
+            f"{name} of {kernel} is a structure of {parameter.size} bytes, and its fields {names} "
+            f"take {fields.size}; pass its bytes"
+        )
+    found = []
+    for field, value in zip(fields, values, strict=True):
+        inner = Parameter(parameter.name, field.kind, field.size)
+        one = _converted(
+            kernel, f"{name}.{field.declared.name}", number, inner, field.declared, value, device
+        )
+        found.append(one._replace(offset=field.offset))
     return found
 
 
 def _converted(
-    kernel: str, name: str, parameter: Parameter, declared: Declared | None, value: Any
-) -> int | Tensor:
+    kernel: str,
+    name: str,
+    number: int,
+    parameter: Parameter,
+    declared: Declared | None,
+    value: Any,
+    device: str,
+) -> Argument:
     what = f"{name} of {kernel}"
     if isinstance(value, np.ndarray) and not value.ndim and value.dtype.fields:
         value = value[()]  # a structure
     if isinstance(value, (np.ndarray, Tensor)) and (value.ndim or declared_pointer(declared)):
-        return _array(what, parameter, declared, value)
+        t = _array(what, parameter, declared, value, device)
+        return Argument(name, t, number, owner=_owner(value))
+    return Argument(name, _bits(what, parameter, declared, value), number)
+
+
+def _owner(value: np.ndarray[Any, Any] | Tensor) -> np.ndarray[Any, Any] | None:
+    """Return the array that has an array's memory; None if that is not one of NumPy's."""
+    while isinstance(value, np.ndarray) and value.base is not None:
+        value = value.base
+    return value if isinstance(value, np.ndarray) else None
+
+
+def _bits(what: str, parameter: Parameter, declared: Declared | None, value: Any) -> int:
     if value is None and parameter.size == 8:
         return 0
     if isinstance(value, (bytes, np.void)):
@@ -405,15 +561,24 @@ def _kind(value: object) -> str:
 
 
 def _array(
-    what: str, parameter: Parameter, declared: Declared | None, value: np.ndarray[Any, Any] | Tensor
+    what: str,
+    parameter: Parameter,
+    declared: Declared | None,
+    value: np.ndarray[Any, Any] | Tensor,
+    device: str,
 ) -> Tensor:
     if parameter.size != 8 or (declared is not None and not declared.is_pointer and declared.dtype):
         kind = declared.type if declared is not None else parameter.kind
         raise TypeError(f"{what} is {kind}, and got {_kind(value)}; pass a number")
     if isinstance(value, Tensor):
-        if value.device.type != "cpu":
-            raise TypeError(f"{what} is on {value.device}, expected a tensor on the CPU")
+        if value.device.type != "cpu" if device == "cpu" else str(value.device) != device:
+            raise TypeError(f"{what} is on {value.device}, expected a tensor on {device}")
         t = value
+    elif device != "cpu":
+        raise TypeError(
+            f"{what} is an array of the host, and the kernel runs on the device; pass a tensor on "
+            "cuda, such as torch.as_tensor(array).cuda()"
+        )
     else:
         if not value.flags.writeable or any(n < 0 for n in value.strides):
             raise TypeError(f"{what} is a NumPy array that cannot be shared; pass its copy()")
@@ -468,7 +633,10 @@ def _structure(what: str, parameter: Parameter, declared: Declared | None, value
     if dtype in ("float16", "bfloat16") and isinstance(value, numbers.Real):
         one = torch.tensor(float(value), dtype=getattr(torch, dtype)).view(torch.int16)
         return int(one) % 2**16
-    raise TypeError(f"{what} is a structure of {parameter.size} bytes; pass its bytes")
+    raise TypeError(
+        f"{what} is a structure of {parameter.size} bytes, and got {_kind(value)}; pass a tuple of "
+        "its fields, or its bytes"
+    )
 
 
 def compile_source(source: str, path: str = "", options: Sequence[str] = ()) -> Module:

@@ -20,7 +20,9 @@ def load(path: str | os.PathLike[str], options: Sequence[str] = ()) -> Module:
         kernels["gemm"][grid, block, shared_bytes](x, y, n)
 
     ``grid`` and ``block`` are an integer or up to three. Arguments are NumPy arrays, tensors on the
-    CPU, and numbers. A template is named with its arguments: ``kernels["gemm<float, 16>"]``.
+    CPU, numbers, and tuples, which are structures. Where nothing is emulated, the call launches on
+    a GPU, and arrays are tensors there. A template is named with its arguments:
+    ``kernels["gemm<float, 16>"]``.
 
     Args:
         options: further ones of NVRTC, such as "-DN=16".

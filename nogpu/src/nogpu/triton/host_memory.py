@@ -58,7 +58,8 @@ def storage_of(t: Tensor) -> Storage:
     return Storage(storage.data_ptr(), storage.nbytes())
 
 
-def _bytes_at(address: int, count: int) -> Values:
+def bytes_at(address: int, count: int) -> Values:
+    """Return the memory at an address as an array of bytes."""
     return np.frombuffer(memoryview((ctypes.c_uint8 * count).from_address(address)), np.uint8)
 
 
@@ -101,7 +102,7 @@ class HostMemory:
             self.space.allocations.remove(one)
         base = start & -ALIGNED
         padded = -(-(end - base) // ALIGNED) * ALIGNED
-        data = _bytes_at(base, padded)
+        data = bytes_at(base, padded)
         unit = min(t.element_size(), LARGEST_UNIT)
         dtype = str(t.dtype).removeprefix("torch.")
         full_name = f"{name} ({dtype} {list(t.shape)})"
@@ -213,7 +214,7 @@ class HostMemory:
         storage = storage_of(t)
         if storage.nbytes:
             pattern = PATTERNS[min(t.element_size(), 8)]
-            whole = _bytes_at(storage.address, storage.nbytes // len(pattern) * len(pattern))
+            whole = bytes_at(storage.address, storage.nbytes // len(pattern) * len(pattern))
             elements = whole.view(f"u{len(pattern)}")
             elements[:] = np.frombuffer(pattern, elements.dtype)
             self.unwritten[storage] = Unwritten(*storage, pattern)
