@@ -13,7 +13,7 @@
 # that reaches its limit is interrupted, and what it has measured is kept. On an H200 with 16 cores the values
 # took under 150 s.
 #
-# OUTDIR gets validate.log, {values,huge}.xml, and what the benchmarks write into a folder of the stage's
+# OUTDIR gets validate.log, {values,cuda_cpp,huge}.xml, and what the benchmarks write into a folder of the stage's
 # name; validate.tar.gz has all of it after each stage. The log, the XML and the CSV name the commit, which is
 # $TORCHPAR_COMMIT where the checkout has no .git, the versions and the clocks. PYTHONPATH is kept. No setting
 # of the GPU is touched.
@@ -25,10 +25,10 @@ set -uo pipefail
 unset -v CDPATH # with it `cd` prints
 
 stages=(compile values verify calls rule muon graphs captures counters
-    host ladder matmul_t linear_sigmoid operators autotune autotune_float32 max_autotune huge)
+    cuda_cpp host ladder matmul_t linear_sigmoid operators autotune autotune_float32 max_autotune huge)
 # The most seconds that a stage may take: the first nine make eight minutes.
 declare -A limits=([compile]=30 [values]=95 [verify]=30 [calls]=40 [rule]=70 [muon]=30 [graphs]=85 [captures]=40
-    [counters]=60 [host]=160 [ladder]=50 [matmul_t]=60)
+    [counters]=60 [cuda_cpp]=60 [host]=160 [ladder]=50 [matmul_t]=60)
 known() { # whether each argument is a stage
     for one in "$@"; do [[ $one != *" "* && " ${stages[*]} " == *" $one "* ]] || return; done
 }
@@ -114,6 +114,9 @@ run_stage() {
             needs execnet xdist && run_tests values.xml -n "$workers" --dist worksteal -k "cuda or another_stream" \
                 tests/kernels/test_kernels_cuda.py tests/ops/test_operators_{values,errors,autograd,compile}.py tests/ops/test_our_operators.py \
                 tests/ops/test_symmetric_*.py tests/optim/test_launches.py tests/test_nn.py tests/training/test_{graphed,training}.py tests/benchmarks/test_compare.py
+            ;;
+        cuda_cpp) # nogpu's launches by the driver: the corpus of CUDA C++; under a minute
+            run_tests cuda_cpp.xml -k on_a_gpu nogpu/tests/test_on_gpu.py
             ;;
         huge) # one after the other: a test takes up to 32 GiB
             run_tests huge.xml tests/ops/test_operators_huge.py

@@ -20,7 +20,13 @@ SCRIPT = ROOT / "benchmarks" / "validate_gpu.sh"
 FIRST = ("verify", "calls", "rule", "muon", "graphs", "captures", "counters")
 THEN = ("host", "ladder", "matmul_t", "linear_sigmoid", "operators")
 LATER = ("autotune", "autotune_float32", "max_autotune")
-STAGES = {"compile": 0, "values": 500, **dict.fromkeys(FIRST + THEN + LATER, 0), "huge": 4}
+STAGES = {
+    **{"compile": 0, "values": 500},
+    **dict.fromkeys(FIRST, 0),
+    "cuda_cpp": 10,
+    **dict.fromkeys(THEN + LATER, 0),
+    "huge": 4,
+}
 
 
 def validate(*arguments: str, cwd: Path, gpu: bool = True, **environment: str) -> tuple[int, str]:
