@@ -16,6 +16,9 @@ deliver a number each at once. If threads of a warp read several numbers of a ba
 after the other; each time more is a bank conflict. "padded" has rows of 17 numbers in place of 16,
 so that numbers below each other lie in different banks.
 
+The parallel networks' course writes numba.cuda. Its two kernels are in course_kernels_numba.py,
+which numba-cuda compiles.
+
 Arithmetic intensity is the number of operations for each byte that is loaded. A b × b block of the
 result needs b rows of A and b rows of B. For each column it loads 2b numbers for b² multiply-adds:
 
@@ -33,9 +36,13 @@ memory that it reads. A line below each table names the unit that needs the most
 the emulator's estimate, whose model counts the caches and the latency.
 """
 
+import runpy
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import permutations
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -54,7 +61,7 @@ from torchpar.testing.operators.compare import farthest
 
 try:
     import nogpu.cuda
-    from nogpu import DATA_SHEETS, emulate
+    from nogpu import DATA_SHEETS, cuda_is_cpu, emulate
     from nogpu.cpp.nvrtc import CompileError
 except ImportError as error:
     sys.exit(f"course_kernels.py executes kernels by nogpu ({error}); pip install ./nogpu")
@@ -63,6 +70,7 @@ from support.kernels import by_unit, check_faults, compiling
 
 GPU, SECTOR = "H100", 32  # bytes
 CUDA = Path(__file__).with_suffix(".cu")
+NUMBA = Path(__file__).with_name("course_kernels_numba.py")
 TILE = 16  # threads of a side of a block in CUDA C++
 HALF = "in float16"  # of which the roofline of float32 has no point
 # An error above these bounds has ended the lesson.
@@ -99,6 +107,7 @@ class Work(NamedTuple):
         reference: of PyTorch.
         ways: by name.
         on_gpu: whether they run on a GPU, too.
+        by_numba: whether they are of numba.cuda, which launches on arrays of the device.
     """
 
     name: str
@@ -106,6 +115,7 @@ class Work(NamedTuple):
     operands: Sequence[Tensor]
     ways: dict[str, Product]
     on_gpu: bool = True
+    by_numba: bool = False
 
 
 def linear_sigmoid(a: Tensor, b: Tensor) -> Tensor:
@@ -147,24 +157,63 @@ def cuda_products(a: Tensor, b: Tensor) -> list[Work]:
     return [Work(name, lambda a, b: a @ b.T, [a, b], ways, on_gpu=False)]
 
 
+def of_numba(works: Sequence[Work]) -> list[Work]:
+    """Return the works of course_kernels_numba.py, or none with a line where numba-cuda is missing.
+
+    Args:
+        works: the same by other kernels, without their ways.
+    """
+    if find_spec("numba_cuda") is None:
+        print(
+            f"left out: {NUMBA.name}. numba-cuda compiles kernels of numba.cuda: "
+            "pip install 'numba-cuda[cu13]'"
+        )
+        return []
+
+    def by(name: str) -> Product:
+        def way(*operands: Tensor) -> Tensor:
+            function = runpy.run_path(str(NUMBA))[name]  # compiled for the emulator of this call
+            with warnings.catch_warnings():
+                # The table shows that one block is few.
+                warnings.filterwarnings("ignore", ".*Grid size")
+                return torch.from_numpy(function(*(one.numpy() for one in operands)))
+
+        return way
+
+    return [
+        work._replace(
+            name=f"{work.name}, in numba.cuda",
+            ways={name: by(function)},
+            on_gpu=False,
+            by_numba=True,
+        )
+        for work, (name, function) in zip(
+            works, {"by rows": "maximum", "one block": "matmul_t"}.items(), strict=True
+        )
+    ]
+
+
 def works(flags: Flags) -> list[Work]:
     """Return what is counted. Add a way of your own here."""
     n = flags.size
     integers = [torch.randint(0, 256, (flags.side,) * 2, dtype=torch.int32) for _ in range(2)]
     x, a, b = torch.randn(flags.rows, flags.columns), torch.randn(n, n), torch.randn(n, n)
+    maximum = Work(
+        f"maximum, {flags.side} × {flags.side}",
+        torch.maximum,
+        integers,
+        {"by rows": triton_kernels.maximum_by_rows, "torchpar": torchpar.maximum},
+    )
+    matmul_t = Work(
+        f"X·Xᵀ, {flags.rows} × {flags.columns}",
+        lambda x: x @ x.T,
+        [x],
+        {"one block": triton_kernels.matmul_t_by_one_program, "torchpar": torchpar.matmul_t},
+    )
     return [
-        Work(
-            f"maximum, {flags.side} × {flags.side}",
-            torch.maximum,
-            integers,
-            {"by rows": triton_kernels.maximum_by_rows, "torchpar": torchpar.maximum},
-        ),
-        Work(
-            f"X·Xᵀ, {flags.rows} × {flags.columns}",
-            lambda x: x @ x.T,
-            [x],
-            {"one block": triton_kernels.matmul_t_by_one_program, "torchpar": torchpar.matmul_t},
-        ),
+        maximum,
+        matmul_t,
+        *of_numba([maximum, matmul_t]),
         Work(
             f"A·Bᵀ, {n}³",
             lambda a, b: a @ b.T,
@@ -215,7 +264,11 @@ def count(work: Work) -> list[console.Row]:
     rows: list[console.Row] = []
     for name, way in work.ways.items():
         part = f"{work.name} by {name}"
-        with emulate("sm_90") as gpu, compiling(part):
+        with (
+            emulate("sm_90") as gpu,
+            cuda_is_cpu(gpu) if work.by_numba else nullcontext(),
+            compiling(part),
+        ):
             result = way(*work.operands)
         check_faults(gpu, part)
         check(part, result, work)
@@ -290,8 +343,8 @@ def low_bounds(rows: Sequence[console.Row]) -> Iterator[str]:
             f"because the bound lets caches serve {slow['reuse']:.0%} of {slow['sectors']:,} "
             f"sectors in no time, and {slow['unit']} alone counts. The bound of {fast['by']}, "
             f"which takes {fast['sectors']:,} sectors, is by the {fast['unit']} of "
-            f"{fast['programs']} blocks{instead}. By the estimate, which counts caches and latency"
-            f", {fast['by']} is {times:.3g} times as fast"
+            f"{fast['programs']} block{'s' * (fast['programs'] != 1)}{instead}. By the estimate, "
+            f"which counts caches and latency, {fast['by']} is {times:.3g} times as fast"
         )
 
 

@@ -87,6 +87,47 @@ def test_a_product_in_cuda_that_nvrtc_refuses_is_one_line(monkeypatch, tmp_path)
         course_kernels.cuda_products(torch.ones(2, 2), torch.ones(2, 2))
 
 
+def first_works() -> list[course_kernels.Work]:
+    flags = course_kernels.Flags(side=40, rows=24, columns=30, size=16)
+    return course_kernels.works(flags)
+
+
+def test_kernels_of_numba_have_the_counts_of_their_launches():
+    pytest.importorskip("numba_cuda", reason="numba-cuda compiles them")
+    torch.manual_seed(0)
+    works = {work.name: work for work in first_works()}
+    (maximum,) = course_kernels.count(works["maximum, 40 × 40, in numba.cuda"])
+    assert (maximum["by"], maximum["programs"]) == ("by rows", 40)
+    assert maximum["sectors"] == 3 * 40 * 40 * 4 / 32  # each number is read or written once
+    (product,) = course_kernels.count(works["X·Xᵀ, 24 × 30, in numba.cuda"])
+    assert (product["by"], product["programs"]) == ("one block", 1)
+    assert product["intensity"] <= 1 / 4  # of a multiply-add, which loads two numbers
+
+
+@pytest.mark.parametrize(
+    "right, wrong, said",
+    [
+        ("range(x.shape[1])", "range(x.shape[1] + 1)", r"mine\.py:2\d, .*out of bounds"),
+        ("x[i, k] * x[j, k]", "x[i, k] * x[i, k]", r"one block is off by"),
+    ],
+)
+def test_a_kernel_of_numba_that_is_wrong_ends_the_lesson(monkeypatch, tmp_path, right, wrong, said):
+    pytest.importorskip("numba_cuda", reason="numba-cuda compiles it")
+    text = course_kernels.NUMBA.read_text("utf-8")
+    assert right in text
+    (file := tmp_path / "mine.py").write_text(text.replace(right, wrong), "utf-8")
+    monkeypatch.setattr(course_kernels, "NUMBA", file)
+    (work,) = (one for one in first_works() if one.name == "X·Xᵀ, 24 × 30, in numba.cuda")
+    with pytest.raises(ConfigError, match=said):
+        course_kernels.count(work)
+
+
+def test_where_numba_cuda_is_missing_a_line_names_it(monkeypatch, capsys):
+    monkeypatch.setattr(course_kernels, "find_spec", lambda name: None)
+    assert not [work for work in first_works() if work.by_numba]
+    assert "left out: course_kernels_numba.py. numba-cuda compiles" in capsys.readouterr().out
+
+
 def test_a_bound_below_that_of_a_faster_way_has_its_reason():
     names = "by", "at_least_µs", "about_µs", "reuse", "sectors", "unit", "programs"
     naive, tiled, mine = (
@@ -177,7 +218,9 @@ def test_the_kernels_are_counted_and_drawn(tmp_path):
     has_nvrtc = bool(find_spec("cuda") and find_spec("cuda.bindings"))
     of_cuda = [by for work, by in rows if work == "A·Bᵀ, 128³, in CUDA C++"]
     assert of_cuda == (["naive", "blocked", "padded"] if has_nvrtc else [])
-    assert len(rows) == 8 + len(of_cuda)
+    of_numba = [by for work, by in rows if work.endswith("in numba.cuda")]
+    assert of_numba == (["by rows", "one block"] if find_spec("numba_cuda") else [])
+    assert len(rows) == 8 + len(of_cuda) + len(of_numba)
     # Two matrices are read and one is written, each number once: 3 · 100² / 8 sectors.
     for by in ("by rows", "torchpar"):
         assert rows["maximum, 100 × 100", by]["sectors"] >= 3750
