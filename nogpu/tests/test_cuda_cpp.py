@@ -20,6 +20,7 @@ from nogpu.cpp.summary import summary
 from nogpu.machine.gpu import Gpu
 from nogpu.machine.gpu_state import SCHEDULES
 from nogpu.native import core
+from nogpu.triton import emulator
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
 
@@ -423,11 +424,32 @@ def gpu_script(tmp_path):
     return run
 
 
+def test_a_fault_that_is_repeated_hides_no_other():
+    """The launch goes on behind 1,500 errors at one line, and all of them are counted."""
+    source = """
+    extern "C" __global__ void f(float* x)
+    {
+        float sum = 0;
+        for (int i = 0; i < 1500; i++)
+            sum += x[32 + i];
+        x[threadIdx.x] = sum;
+        x[64] = sum;
+    }
+    """
+    with nogpu.emulate() as gpu:
+        nogpu.cuda.compile(source)["f"][1, 1](np.zeros(32, np.float32))
+    assert [(one.name, one.source[1], one.count) for one in gpu.faults] == [
+        ("out of bounds", 6, 1500),
+        ("out of bounds", 8, 1),
+    ]
+    assert not gpu.launches[0].ended
+
+
 def test_a_launch_with_many_errors_ends():
     source = """
     extern "C" __global__ void f(float* x) { for (int i = 0; i < 100; i++) x[i] += 1; }
     """
-    with nogpu.emulate() as gpu:
+    with nogpu.emulate() as gpu, patch.object(emulator, "MOST_REPEATED", 1000):
         nogpu.cuda.compile(source)["f"][64, 1](np.zeros(100, np.float32))
     assert gpu.launches[0].ended == "many errors"
     assert [(one.kind, one.name) for one in gpu.faults] == [

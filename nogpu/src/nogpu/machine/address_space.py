@@ -26,6 +26,7 @@ Rows = Values  # positions in an allocation, in units of an access
 Part = tuple[Allocation, Rows, Rows | slice]
 # An address is near an allocation if it lies within so many times its size, or so many bytes.
 NEAR_SIZES, NEAR_BYTES = 16, 4096
+OUT_OF_BOUNDS, MISALIGNED = "out of bounds", "misaligned access"
 NOWHERE = 1, 0  # a gap that has no address
 # All addresses: of registers of 64 bits, signed or not.
 START = attrgetter("start")
@@ -130,7 +131,7 @@ class AddressSpace:
         if not wrong.any():
             names = " and ".join(place.name for place, _, _ in found)
             message = f"an access to {names} at once, expected one of them"
-            return PtxError(line, message, "out of bounds")
+            return PtxError(line, message, OUT_OF_BOUNDS)
         address = int(addresses.flat[int(wrong.argmax())])
         return self._error(self.at(address), address, width, line, "an access to ")
 
@@ -150,15 +151,16 @@ class AddressSpace:
             does: who does what, before the place.
             meant, overflow: as in `outside`.
         """
-        if place is not None and (address - place.base) % width:
+        name = _name_of(place, address, width)
+        if place is not None and name == MISALIGNED:
             message = f"an address in {place.name} is not a multiple of {width}"
-            return PtxError(line, message, "misaligned access")
+            return PtxError(line, message, name)
         where = (
             self.outside(address, width, meant, overflow)
             if place is None
             else f"{width} bytes that begin in {place.name} and end outside of it"
         )
-        return PtxError(line, f"{does}{where}", "out of bounds")
+        return PtxError(line, f"{does}{where}", name)
 
     def outside(
         self,
@@ -274,10 +276,15 @@ class AddressSpace:
             place: where it begins.
             does: who does what, as "thread 3 loads".
         """
-        overflow = lost(warp, address) if self is warp.block.gpu.space else NOT_FOLLOWED
+        gpu = warp.block.gpu
+        name = _name_of(place, address, width)
+        if gpu.is_counted_only(name, line):
+            gpu.fault("error", name, line, "", warp.block.program)
+            return
+        overflow = lost(warp, address) if self is gpu.space else NOT_FOLLOWED
         meant = self._meant(warp, line)
         error = self._error(place, address, width, line, f"{does} ", meant, overflow)
-        warp.block.gpu.fault("error", error.name, line, error.reason, warp.block.program)
+        gpu.fault("error", error.name, line, error.reason, warp.block.program)
 
     def _meant(self, warp: Warp, line: int) -> Allocation | None:
         """Return the tensor at which the addresses of an instruction begin, if there is one."""
@@ -304,6 +311,12 @@ class AddressSpace:
         width = values.shape[-1]
         for place, rows, at in self.parts(addresses, width):
             place.data.reshape(-1, width)[rows] = values[at]
+
+
+def _name_of(place: Allocation | None, address: int, width: int) -> str:
+    """Name the fault of an access that begins in a place, and is not in it or misaligned."""
+    is_misaligned = place is not None and (address - place.base) % width
+    return MISALIGNED if is_misaligned else OUT_OF_BOUNDS
 
 
 def _distance(place: Allocation, address: int) -> int:

@@ -89,6 +89,10 @@ class GpuState:
         if kind != "note":
             raise PtxError(line, message)
 
+    def is_counted_only(self, name: str, line: int) -> bool:
+        """Whether a fault has been described so often at a line that its message is not needed."""
+        return False
+
     def place_of(self, line: int) -> str:
         """Name a line of the PTX in a message."""
         return f"line {line} of the PTX"

@@ -37,9 +37,11 @@ from nogpu.triton.host_memory import HostMemory
 # By capability; shared memory of a program at most.
 SHARED_BYTES = {sheet.capability: sheet.shared_of_program for sheet in DATA_SHEETS.values()}
 MULTIPROCESSORS = {sheet.capability: sheet.multiprocessors for sheet in DATA_SHEETS.values()}
-# Errors of a launch of CUDA C++ after which it ends: each one takes Python, and a missing barrier
-# has one for each access.
-MOST_ERRORS, MANY_ERRORS = 1000, "many errors"
+# A launch of CUDA C++ ends after so many errors: each one takes Python, and a missing barrier has one
+# for each access. Those of one kind at one line are described so often; others are only counted,
+# and more of them may follow, so that they do not hide faults at other lines.
+MOST_DESCRIBED, MOST_ERRORS, MOST_REPEATED = 100, 1000, 20_000
+MANY_ERRORS = "many errors"
 LEAST_DEPENDENT = 90  # the first capability with programmatic dependent launch
 OF_WARP = r" of warp \d+( of CTA \d+)?$"  # in the name of an access
 NUMBER = r"-?\b(0x[0-9a-f]+|\d+)\b"  # in a message
@@ -117,7 +119,10 @@ class Emulator(gpu.Gpu):
         self._name = self._file = ""
         self._launched: tuple[str, int] | None = None
         self._present: Launch | None = None
-        self._errors = 0  # of the present launch, under its schedule
+        # Of the present launch, under its schedule: errors that were described and others, and how
+        # many faults each kind and line have, with the last one that was described.
+        self._errors = self._repeated = 0
+        self._at_line: dict[tuple[str, int], tuple[int, Fault]] = {}
         self._ended = ""  # the fault that has ended a program or the present launch
         self._asserts = False  # what a kernel assumes is executed, and not the kernel
         self._last: LastLaunch | None = None
@@ -182,6 +187,7 @@ class Emulator(gpu.Gpu):
         self.host_memory.begin(self.space)
         self.counted.clear()
         self._sources = {}
+        self._errors, self._repeated, self._at_line = 0, 0, {}
 
     def _source_of(self, line: int) -> Source:
         """Return the file and the line of the source from which a line of the PTX was compiled."""
@@ -207,16 +213,27 @@ class Emulator(gpu.Gpu):
             return
         if name == "deadlock":  # its program has not ended
             self._ended = name
-        self._note(kind, name, line, message, program)
-        self._errors += kind == "error"
-        if self._errors == MOST_ERRORS and self._present is not None and self._present.block:
+        if self.is_counted_only(name, line):
+            count, fault = self._at_line[name, line]
+            self._at_line[name, line] = count + 1, fault
+            fault.count += 1
+            self._repeated += kind == "error"
+        else:
+            self._note(kind, name, line, message, program)
+            self._errors += kind == "error"
+        is_over = self._errors >= MOST_ERRORS or self._repeated >= MOST_REPEATED
+        if is_over and kind == "error" and self._present is not None and self._present.block:
             reason = (
-                f"the launch has {MOST_ERRORS:,} errors so far, and ends here: what other threads "
-                "would write stays as it was"
+                f"the launch has {self._errors + self._repeated:,} errors so far, and ends here: "
+                "what other threads would write stays as it was, and other faults may be hidden; "
+                "mend these first"
             )
             error = PtxError(line, reason, MANY_ERRORS)
             error.program = program
             raise error
+
+    def is_counted_only(self, name: str, line: int) -> bool:
+        return self._at_line.get((name, line), (0, None))[0] >= MOST_DESCRIBED
 
     def _note(
         self, kind: str, name: str, line: int, message: str, program: tuple[int, ...]
@@ -239,6 +256,9 @@ class Emulator(gpu.Gpu):
             what="program" if self._present is None or self._present.block is None else "block",
         )
         self.note(fault, key)
+        if key in self._by_place:  # or it is a repeat's
+            count = self._at_line.get((name, line), (0, None))[0]
+            self._at_line[name, line] = count + 1, self._by_place[key]
 
     def _repeats(self) -> bool:
         """Whether this thread repeats an autotuned kernel's launch, of which nothing is noted."""
@@ -359,7 +379,7 @@ class Emulator(gpu.Gpu):
         schedule: Schedule,
         is_first: bool,
     ) -> None:
-        self.schedule, self.printed, self._errors = schedule, [], 0
+        self.schedule, self.printed = schedule, []
         is_new = launch.key not in self._counted_before
         self.trace = Trace() if is_first and self.traces and is_new else None
         launch.trace = launch.trace or self.trace
