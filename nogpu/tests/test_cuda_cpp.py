@@ -14,6 +14,7 @@ from cuda_programs import FOLDER, PROGRAMS, launched, said_of
 
 import nogpu
 import nogpu.cuda
+from nogpu import command
 from nogpu.cpp.declarations import declarations, shared_arrays
 from nogpu.cpp.nvrtc import CompileError
 from nogpu.cpp.summary import summary
@@ -443,6 +444,147 @@ def test_a_fault_that_is_repeated_hides_no_other():
         ("out of bounds", 8, 1),
     ]
     assert not gpu.launches[0].ended
+
+
+def messages(source: str, size: object, *arguments: object) -> list[str]:
+    """Return what the faults of the kernel "f" say."""
+    with nogpu.emulate() as gpu:
+        nogpu.cuda.compile(source)["f"][size](*arguments)
+    return [one.message for one in gpu.faults]
+
+
+@pytest.mark.parametrize(
+    ("code", "what"),
+    [
+        ("x[0] = *(float*)malloc(4);", "malloc (or new)"),
+        ("float* p = new float[8]; x[0] = p[threadIdx.x];", "malloc (or new)"),
+        ("free(x);", "free (or delete)"),
+    ],
+)
+def test_memory_is_allocated_before_the_launch(code, what):
+    source = f'extern "C" __global__ void f(float* x) {{ {code} }}'
+    (message,) = messages(source, (1, 1), np.zeros(8, np.float32))
+    assert message == (
+        f"{what} in a kernel is not executed here; allocate the memory before the launch, and "
+        "pass it as an argument"
+    )
+
+
+def test_a_null_pointer_is_named():
+    source = """
+    struct Node { float* next; };
+    extern "C" __global__ void f(float* x, float* y, Node* node, int way, int n)
+    {
+        if (way == 0)
+            y[threadIdx.x + n] = x[threadIdx.x + 1];
+        if (way == 1)
+            atomicAdd(y + n, 1.0f);
+        if (way == 2)
+            *x = node->next[threadIdx.x + 1];
+    }
+    """
+    x, node = np.zeros(64, np.float32), np.zeros(1, np.uint64)
+    (of_x,) = messages(source, (1, 32), None, x, node, 0, 0)
+    assert of_x == (
+        "thread (0, 0, 0) loads through a null pointer: argument 1 is None or 0; pass an array"
+    )
+    (of_y,) = messages(source, (1, 32), x, None, node, 0, 10**6)
+    assert "stores through a null pointer: argument 2 is None" in of_y
+    (of_y,) = messages(source, (1, 1), x, None, node, 1, 10**6)
+    assert "stores through a null pointer: argument 2 is None" in of_y
+    (of_node,) = messages(source, (1, 1), x, x, node, 2, 0)
+    assert "loads through a null pointer, at the address 0x4; let the pointer have" in of_node
+    (far,) = messages(source, (1, 32), x, x, node, 0, 10**6)
+    assert "null" not in far
+
+
+def test_dynamic_shared_memory_has_the_bytes_of_the_launch():
+    source = """
+    extern "C" __global__ void f(float* x)
+    {
+        extern __shared__ float buffer[];
+        __shared__ float own[32];
+        buffer[threadIdx.x] = x[threadIdx.x];
+        own[threadIdx.x + (x[0] > 0)] = 1;
+        __syncthreads();
+        x[threadIdx.x] = own[threadIdx.x];
+    }
+    """
+    assert messages(source, (1, 32, 128), np.zeros(32, np.float32)) == []
+    for size, thread in (((1, 32), 0), ((1, 32, 64), 16)):
+        (message,) = messages(source, size, np.zeros(32, np.float32))
+        given = 4 * thread
+        assert message == (
+            f"thread ({thread}, 0, 0) stores byte {given} of extern __shared__ memory, and the "
+            f"launch gives it {given} bytes; pass enough bytes as the third of [grid, block, "
+            "bytes], or a smaller index"
+        )
+    said = messages(source, (1, 32, 128), np.ones(32, np.float32))
+    assert any("outside of own" in one for one in said), said
+    assert not any("extern" in one for one in said)
+
+
+LAST_BLOCK = """
+__device__ unsigned int count = 0;
+extern "C" __global__ void f(const float* x, float* parts, float* sum)
+{
+    parts[blockIdx.x] = x[blockIdx.x];
+    FIRST
+    unsigned int done = atomicAdd(&count, 1);
+    SECOND
+    if (done < gridDim.x - 1)
+        return;
+    float all = 0;
+    for (int i = 0; i < gridDim.x; i++)
+        all += parts[i];
+    *sum = all;
+}
+"""
+
+
+def test_the_last_block_needs_two_fences():
+    def said(first: str, second: str, source: str = LAST_BLOCK) -> list[str]:
+        code = source.replace("FIRST", first).replace("SECOND", second)
+        arrays = np.ones(4, np.float32), np.zeros(4, np.float32), np.zeros(1, np.float32)
+        return messages(code, (4, 1), *arrays)
+
+    fence = "__threadfence();"
+    assert said(fence, fence) == []
+    for fences in (("", ""), (fence, ""), ("", fence)):
+        (message,) = said(*fences)
+        assert "without __threadfence() between that store and its block's atomic, and" in message
+    (message,) = said("", "", LAST_BLOCK.replace("atomicAdd(&count, 1)", "blockIdx.x"))
+    assert "without an atomic or another launch between them" in message
+
+
+def test_an_error_of_a_cpp_file_advises_no_flag(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def advice(code: str) -> str:
+        (tmp_path / "script.py").write_text(f"import nogpu.cuda\n{code}\n")
+        with pytest.raises(Exception, match=".") as caught:
+            command.main([str(tmp_path / "script.py")])
+        return "".join(getattr(caught.value, "__notes__", ())) + capsys.readouterr().out
+
+    for code in (
+        'nogpu.cuda.compile("__global__ void f() { y; }")',
+        'nogpu.cuda.compile("__global__ void f() { }")["g"]',
+        'raise ValueError("of the script")',
+    ):
+        assert "--cuda-is-cpu" not in advice(code), code
+    assert "--cuda-is-cpu" in advice('raise RuntimeError("CUDA is not there")')
+
+
+def test_a_width_of_printf_may_be_an_argument():
+    code = r"""
+#include <stdio.h>
+extern "C" __global__ void show()
+{
+    printf("%*d|%-*d|%.*f|%*.*f|%*s|%.f|%d%%", 5, 42, 6, 7, 2, 3.14159, 8, 3, 2.5, 4, "ab", 2.0, 1);
+}"""
+    with nogpu.emulate() as gpu:
+        nogpu.cuda.compile(code)["show"][1, 1]()
+    assert gpu.launches[0].printed == ["   42|7     |3.14|   2.500|  ab|2|1%"]
 
 
 def test_a_launch_with_many_errors_ends():

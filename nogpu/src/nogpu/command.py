@@ -23,6 +23,7 @@ from nogpu.cuda.advice import (
     advise,
     advise_numba,
     fault_of_numba,
+    is_of_cpp,
     says_cuda,
     why_simulated,
 )
@@ -224,13 +225,16 @@ def _lacks_cuda(error: BaseException, options: argparse.Namespace, gpu: Emulator
     """Whether a script has ended because it says "cuda", and the flag is missing."""
     if options.cuda_is_cpu or torch.cuda.is_available() or isinstance(error, SyntaxError):
         return False
+    if is_of_cpp(error):
+        return False
     if says_cuda(error):
         return True
     if _is_simulated():
         return False
     # or it ends for another reason
     has_launched = bool(gpu.launches or gpu.graphs or gpu.empty)
-    return not has_launched and "cuda" in options.script.read_text("utf-8", errors="replace")
+    text = options.script.read_text("utf-8", errors="replace")
+    return not has_launched and "cuda" in text.replace("nogpu.cuda", "")
 
 
 def _join_threads(others: set[threading.Thread]) -> None:

@@ -27,6 +27,12 @@ def says_cuda(error: BaseException) -> bool:
     return isinstance(error, AssertionError) and bool(frames) and "cuda" in (frames[-1].line or "")
 
 
+def is_of_cpp(error: BaseException) -> bool:
+    """Whether an error is that of a file of CUDA C++, or of a launch of its kernels."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("nogpu.cpp.")
+
+
 def why_simulated() -> str:
     """Say that Numba's simulator has executed a program's kernels, and what would check them."""
     missing = "" if has_numba_cuda() else f"install numba-cuda ({INSTALL}), and "

@@ -6,18 +6,23 @@ stack of each thread.
 """
 
 import re
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
 from nogpu.machine.block import Warp
 from nogpu.machine.decode import Run, action, instruction
-from nogpu.machine.parse import Instruction, PtxError, Symbol, flat
+from nogpu.machine.parse import UNKNOWN, Instruction, PtxError, Symbol, flat
 from nogpu.machine.registers import DTYPES, reader, writer
 from nogpu.native.encoding import HINTS
 
-# A conversion of a format: flags and width, the length of an integer, and the letter. Other signs
-# "%" are text.
-CONVERSION = re.compile(r"%([-+ 0#]*\d*(?:\.\d+)?)(ll|l|hh|h|z|t|j)?([diuoxXcspeEfFgGaA%])")
+# A conversion of a format: flags, width and precision, the length of an integer, and the letter.
+# Other signs "%" are text. A width or a precision "*" is an argument of its own.
+CONVERSION = re.compile(
+    r"%([-+ 0#]*(?:\d+|\*)?(?:\.(?:\d+|\*)?)?)(ll|l|hh|h|z|t|j)?([diuoxXcspeEfFgGaA%])"
+)
+ALLOCATORS = {"malloc": "malloc (or new)", "free": "free (or delete)"}
 
 
 @instruction(".param", ".branchtargets", results=0)
@@ -41,11 +46,21 @@ def _store_parameter(i: Instruction) -> Run:
 @instruction("call", results=0)
 def _call(i: Instruction) -> Run:
     names = [one.name for operand in i.operands for one in flat(operand) if isinstance(one, Symbol)]
+    if (allocator := next((one for one in ALLOCATORS if one in names), None)) is not None:
+        return partial(_refuse_allocation, i=i, what=ALLOCATORS[allocator])
     known = [name for name in ("vprintf", "__assertfail") if name in names]
     assert known
     if known == ["vprintf"]:
         return lambda warp: _print(warp, i)
     return lambda warp: _fail(warp, i)
+
+
+def _refuse_allocation(warp: Warp, i: Instruction, what: str) -> None:
+    reason = (
+        f"{what} in a kernel is not executed here; allocate the memory before the launch, and "
+        "pass it as an argument"
+    )
+    raise PtxError(i.line, reason, UNKNOWN)
 
 
 def _text(warp: Warp, address: int, line: int) -> str:
@@ -61,7 +76,7 @@ def _print(warp: Warp, i: Instruction) -> None:
     for lane in warp.lanes():
         address = int(warp.arguments["param1", 0][lane])
         values: list[int | float] = []
-        for _, length, letter in _conversions(form):
+        for length, letter in _arguments(form):
             is_wide = length in ("l", "ll", "z", "t", "j") or letter in "fFeEgGaAps"
             size = 8 if is_wide else 4
             address = -(-address // size) * size
@@ -70,21 +85,29 @@ def _print(warp: Warp, i: Instruction) -> None:
             values.append(raw.view(kind)[0].item())
             address += size
         given = iter(
-            _text(warp, int(value), i.line) if found[2] == "s" else value
-            for value, found in zip(values, _conversions(form), strict=True)
+            _text(warp, int(value), i.line) if letter == "s" else value
+            for value, (_, letter) in zip(values, _arguments(form), strict=True)
         )
-        text = CONVERSION.sub(lambda m: "%" if m[3] == "%" else _converted(m, next(given)), form)  # noqa: B023  # used at once
+        text = CONVERSION.sub(lambda m: "%" if m[3] == "%" else _converted(m, given), form)  # noqa: B023  # used at once
         warp.block.gpu.printed.append(text.rstrip("\n"))
     warp.arguments["retval0", 0] = np.zeros(32, np.uint32)
 
 
-def _conversions(form: str) -> list[tuple[str, str, str]]:
-    """Return the conversions of a format that take an argument."""
-    return [one for one in CONVERSION.findall(form) if one[2] != "%"]
+def _arguments(form: str) -> list[tuple[str, str]]:
+    """Return the length and the letter of each argument of a format."""
+    found = []
+    for flags, length, letter in CONVERSION.findall(form):
+        if letter != "%":
+            found += [("", "d")] * flags.count("*") + [(length, letter)]
+    return found
 
 
-def _converted(match: re.Match[str], value: float | str) -> str:
-    flags, letter = match[1], match[3]
+def _converted(match: re.Match[str], given: Iterator[int | float | str]) -> str:
+    """Return the text of a conversion, which takes its arguments from those that are left."""
+    letter = match[3]
+    flags = re.sub(r"\*", lambda _: str(next(given)), match[1])
+    flags = re.sub(r"\.-\d+", "", flags)  # a negative precision is none
+    value = next(given)
     if isinstance(value, str):
         return f"%{flags}s" % value
     if letter == "c":

@@ -14,7 +14,7 @@ from nogpu.machine.allocation import POISON, Allocation
 from nogpu.machine.instruction_counts import Counts
 from nogpu.machine.origins import origins
 from nogpu.machine.overflow import NOT_FOLLOWED, Lost, lost
-from nogpu.machine.parse import PtxError
+from nogpu.machine.parse import SHARED_BASE, STATIC_BASE, PtxError
 from nogpu.machine.registers import Values, all_true
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ Rows = Values  # positions in an allocation, in units of an access
 Part = tuple[Allocation, Rows, Rows | slice]
 # An address is near an allocation if it lies within so many times its size, or so many bytes.
 NEAR_SIZES, NEAR_BYTES = 16, 4096
+MOST_DYNAMIC = STATIC_BASE // 2  # bytes behind the beginning of shared memory, none of a variable
 OUT_OF_BOUNDS, MISALIGNED = "out of bounds", "misaligned access"
 NOWHERE = 1, 0  # a gap that has no address
 # All addresses: of registers of 64 bits, signed or not.
@@ -281,10 +282,42 @@ class AddressSpace:
         if gpu.is_counted_only(name, line):
             gpu.fault("error", name, line, "", warp.block.program)
             return
+        if gpu.kernel.block is not None and (reason := self._missing(warp, address, line)):
+            gpu.fault("error", name, line, f"{does} {reason}", warp.block.program)
+            return
         overflow = lost(warp, address) if self is gpu.space else NOT_FOLLOWED
         meant = self._meant(warp, line)
         error = self._error(place, address, width, line, f"{does} ", meant, overflow)
         gpu.fault("error", error.name, line, error.reason, warp.block.program)
+
+    def _missing(self, warp: Warp, address: int, line: int) -> str:
+        """Say what a launch of CUDA C++ has not passed: an array, or dynamic shared memory.
+
+        Returns:
+            "" if the access is wrong for another reason.
+        """
+        block, gpu = warp.block, warp.block.gpu
+        kernel, parts = gpu.kernel, gpu.kernel.instructions[warp.pc - 1].parts
+        names = origins(kernel).get(line, set())
+        if names and all(gpu.parameters.get(name) == 0 for name in names):
+            numbers = [n for n, name in enumerate(kernel.parameters, 1) if name in names]
+            which = " or ".join(map(str, numbers))
+            return f"through a null pointer: argument {which} is None or 0; pass an array"
+        if 0 <= address < SHARED_BASE and "shared" not in parts and "local" not in parts:
+            return (
+                f"through a null pointer, at the address {address:#x}; let the pointer have an "
+                "array's address first"
+            )
+        offset = address - block.window - SHARED_BASE
+        if self is block.shared and kernel.dynamic_shared and 0 <= offset < MOST_DYNAMIC:
+            of_numba = kernel.file.endswith(".py")
+            what = "dynamic shared memory" if of_numba else "extern __shared__ memory"
+            third = "fourth of [grid, block, stream" if of_numba else "third of [grid, block"
+            return (
+                f"byte {offset:,} of {what}, and the launch gives it {gpu.shared_bytes:,} bytes; "
+                f"pass enough bytes as the {third}, bytes], or a smaller index"
+            )
+        return ""
 
     def _meant(self, warp: Warp, line: int) -> Allocation | None:
         """Return the tensor at which the addresses of an instruction begin, if there is one."""

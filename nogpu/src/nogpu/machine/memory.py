@@ -509,6 +509,11 @@ def _agent(
         by = gpu.place_of(int(events.lines[number]))
         if block != warp.block.number:
             waits = "an atomic or another launch between them"
+            if other == "written" and _have_counted(warp, number):
+                waits = (
+                    "__threadfence() between that store and its block's atomic, and between this "
+                    "block's atomic and this read: an atomic alone orders no other memory"
+                )
             return "race between blocks", f"{who} of {_other_block(warp, block)}", by, waits
         lanes = None
         if place is not None:
@@ -524,6 +529,18 @@ def _agent(
     if block == warp.block.number:
         return "race", who, by, "waiting for it"
     return "race between programs", f"{who} of another program", by, "waiting for it"
+
+
+def _have_counted(warp: Warp, number: int) -> bool:
+    """Whether a block has executed an atomic behind a store, and this warp's block one after it.
+
+    So do blocks that count those which have written, and the last one reads what others wrote.
+    """
+    events = warp.block.gpu.events
+    later = slice(number + 1, events.count)
+    blocks = events.blocks[later][events.atomic[later]]
+    by_writer = np.flatnonzero(blocks == events.blocks[number])
+    return bool(by_writer.size and (blocks[by_writer[0] :] == warp.block.number).any())
 
 
 def _other_block(warp: Warp, number: int) -> str:
