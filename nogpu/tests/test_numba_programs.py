@@ -113,6 +113,48 @@ double[1, 8](torch.ones(8))
     assert "thread (8, 0, 0) stores element 8 of the storage of x, which is outside of x" in out
 
 
+def test_a_launch_has_the_limits_of_one_in_cpp(tmp_path):
+    launches = {
+        "double[1, 2048](np.ones(4))": (
+            "the block of double is (2048, 1, 1), 2,048 threads; expected 1 to 1,024 threads"
+        ),
+        "double[(1, 70_000), 1](np.ones(4))": (
+            "the grid of double is (1, 70000, 1), expected 1 to (2147483647, 65535, 65535)"
+        ),
+        "double[1, 1, 0, 50_000](np.ones(4))": (
+            "double takes 50,000 bytes of shared memory, 0 of them for its variables; a block of "
+            "numba.cuda has at most 49,152"
+        ),
+    }
+    for line, message in launches.items():
+        (tmp_path / "script.py").write_text(KERNEL + line)
+        with pytest.raises(LaunchError, match=re.escape(message)):
+            command.main(["--cuda-is-cpu", str(tmp_path / "script.py")])
+
+
+def test_dynamic_shared_memory_has_the_bytes_of_the_launch(tmp_path, capsys):
+    lines = """
+@cuda.jit
+def reverse(x):
+    buffer = cuda.shared.array(0, np.float64)
+    buffer[cuda.threadIdx.x] = x[cuda.threadIdx.x]
+    cuda.syncthreads()
+    x[cuda.threadIdx.x] = buffer[cuda.blockDim.x - 1 - cuda.threadIdx.x]
+
+reverse[1, 32, 0, 256](np.ones(32))
+reverse[1, 32](np.ones(32))
+"""
+    (tmp_path / "script.py").write_text(KERNEL + lines)
+    assert command.main(["--cuda-is-cpu", str(tmp_path / "script.py")]) == 1
+    out = capsys.readouterr().out
+    message = (
+        "thread (0, 0, 0) stores byte 0 of dynamic shared memory, and the launch gives it 0 bytes; "
+        "pass enough bytes as the fourth of [grid, block, stream, bytes], or a smaller index"
+    )
+    assert message in out
+    assert "(launch 2)" in out
+
+
 def test_kernels_outlive_an_emulator():
     with emulate() as gpu, cuda_is_cpu(gpu):
         from numba import cuda

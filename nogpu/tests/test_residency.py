@@ -83,7 +83,7 @@ def test_a_barrier_of_all_programs_needs_a_place_for_each(name, more, schedules,
         return
     (fault,) = gpu.faults
     assert (fault.name, fault.source) == ("deadlock", line_of(kernel, "# NAMED"))
-    assert fault.message.endswith("; 1 programs wait for a place on the GPU")
+    assert fault.message.endswith("; 1 program waits for a place on the GPU")
     assert counter.tolist() == [fitting]
     assert not out.any()
     # Each program looks a few times: when it begins, and when all others have begun.

@@ -9,7 +9,6 @@ with nogpu.emulate("sm_90") as gpu:
 from __future__ import annotations
 
 import linecache
-import math
 import numbers
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,16 +37,13 @@ from nogpu.machine.parse import Kernel, Parameter, entries, parse
 from nogpu.machine.registers import Values
 from nogpu.record.faults import Fault
 from nogpu.record.launch import Launch
+from nogpu.record.launch_size import Shared, counted, why_refused
 from nogpu.record.source import program_line
 from nogpu.triton.driver import emulations, present
 from nogpu.triton.emulator import SHARED_BYTES, Emulator
 from nogpu.triton.host_memory import bytes_at
 
-MOST_THREADS = 1024  # of a block
-MOST_OF_AXIS = (1024, 1024, 64)
-MOST_BLOCKS = (2**31 - 1, 65_535, 65_535)
 OF_MALLOC = 256  # bytes that an address of cudaMalloc is a multiple of
-WITHOUT_ASKING = 48 * 1024  # bytes of shared memory that a kernel's variables may have
 FLOATS: dict[str, Any] = {"f32": np.float32, "f64": np.float64, "f16": np.float16}
 DEFAULT_ARCH = "sm_90"
 
@@ -293,7 +289,10 @@ def launch_kernel(
         ValueError: a GPU cannot launch that size.
     """
     static = sum(size for _, size in kernel.parsed.shared.values())
-    check_size(emulator, kernel.name, size, static)
+    most = SHARED_BYTES[emulator.capability]
+    shared = Shared(static, size.shared, most, emulator.arch)
+    if fault := why_refused(kernel.name, size.grid, size.block, shared):
+        raise ValueError(fault)
     launch = Launch(
         kernel.name,
         emulator.arch,
@@ -413,34 +412,6 @@ def _aligned(arguments: Sequence[Argument]) -> Iterator[list[int | Tensor]]:
             whole[:] = copy
 
 
-def check_size(emulator: Emulator, name: str, size: Size, static: int) -> None:
-    """Refuse a launch that no GPU of the architecture can do.
-
-    Raises:
-        ValueError: the size is too large, or below 1.
-    """
-    threads, most = math.prod(size.block), SHARED_BYTES[emulator.capability]
-    if min(size.block) < 1 or threads > MOST_THREADS:
-        raise ValueError(
-            f"the block of {name} is {size.block}, {threads:,} threads; expected 1 to "
-            f"{MOST_THREADS:,} threads"
-        )
-    if any(n > limit for n, limit in zip(size.block, MOST_OF_AXIS, strict=True)):
-        raise ValueError(f"the block of {name} is {size.block}, expected at most {MOST_OF_AXIS}")
-    if min(size.grid) < 1 or any(n > m for n, m in zip(size.grid, MOST_BLOCKS, strict=True)):
-        raise ValueError(f"the grid of {name} is {size.grid}, expected 1 to {MOST_BLOCKS}")
-    if size.shared < 0 or static + size.shared > most:
-        raise ValueError(
-            f"{name} takes {static + size.shared:,} bytes of shared memory, {static:,} of them "
-            f"for its variables; a block of {emulator.arch} has at most {most:,}"
-        )
-    if static > WITHOUT_ASKING:
-        raise ValueError(
-            f"the variables of {name} in shared memory take {static:,} bytes, at most "
-            f"{WITHOUT_ASKING:,} are compiled; more must be extern __shared__"
-        )
-
-
 # Arguments
 
 
@@ -466,7 +437,7 @@ def convert(
     names = [(known[n].name if known else "") or f"argument {n + 1}" for n in range(len(signature))]
     if len(arguments) != len(signature):
         raise TypeError(
-            f"{kernel} takes {len(signature)} arguments ({', '.join(names)}), and got "
+            f"{kernel} takes {counted(len(signature), 'argument')} ({', '.join(names)}), and got "
             f"{len(arguments)}"
         )
     found: list[Argument] = []

@@ -463,10 +463,13 @@ class Block:
             if not w.alive[lane] and not w.early[lane]
         ]
         if passed:
+            others = f"{passed[0]} has"
+            if len(passed) > 1:
+                others = f"{len(passed)} others, such as {passed[0]}, have"
             message = (
                 "__syncthreads is in a branch that not all threads take: "
-                f"{warp.threads_of(warp.alive)} wait here, and {len(passed)} others, such as "
-                f"{passed[0]}, have gone past it and ended"
+                f"{warp.threads_of(warp.alive)} {'waits' if warp.alive.sum() == 1 else 'wait'} "
+                f"here, and {others} gone past it and ended"
             )
             raise PtxError(i.line, message, simt.DIVERGED)
         gone = next(
@@ -475,9 +478,11 @@ class Block:
             for lane in range(max(0, min(32, count - w.first_thread)))
             if not w.alive[lane]
         )
+        who = f"{ended} threads of the block, such as {gone}, have" if ended > 1 else f"{gone} has"
+        them = "them" if ended > 1 else "it"
         message = (
-            f"{ended} threads of the block, such as {gone}, have ended without this __syncthreads, "
-            "which CUDA wants all threads to reach; let them skip the work, and not return"
+            f"{who} ended without this __syncthreads, which CUDA wants all threads to reach; let "
+            f"{them} skip the work, and not return"
         )
         self.gpu.fault("warning", simt.DIVERGED, i.line, message, self.program)
 

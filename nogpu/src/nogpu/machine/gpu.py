@@ -321,7 +321,8 @@ class Gpu(GpuState):
     def _deadlock(self, block: Block, left: int) -> PtxError:
         reason = "each program waits for a value that no other program writes"
         if left:
-            reason += f"; {left} programs wait for a place on the GPU"
+            who = "1 program waits" if left == 1 else f"{left} programs wait"
+            reason += f"; {who} for a place on the GPU"
         deadlock = PtxError(block.cluster.spins.line, reason, "deadlock")
         deadlock.program = block.position
         return deadlock

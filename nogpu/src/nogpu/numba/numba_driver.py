@@ -7,8 +7,9 @@ from typing import Any, NoReturn
 
 from nogpu.data_sheets import DATA_SHEETS, GPUS, MEMORY, REGISTERS, WARPS
 from nogpu.numba.device_memory import DeviceMemory
-from nogpu.numba.numba_kernels import MOST_BLOCK, MOST_GRID, MOST_THREADS, SHARED, refused
+from nogpu.numba.numba_kernels import refused
 from nogpu.record.faults import HostFault
+from nogpu.record.launch_size import MOST_OF_BLOCK, MOST_OF_GRID, MOST_THREADS, WITHOUT_ASKING
 from nogpu.record.source import program_line
 from nogpu.triton.emulator import SHARED_BYTES, Emulator
 
@@ -50,7 +51,7 @@ def attributes(emulator: Emulator) -> dict[str, int]:
     capability, sheet = emulator.capability, DATA_SHEETS[GPUS[emulator.capability]]
     sizes = {
         f"MAX_{what}_DIM_{axis}": most
-        for what, limits in (("BLOCK", MOST_BLOCK), ("GRID", MOST_GRID))
+        for what, limits in (("BLOCK", MOST_OF_BLOCK), ("GRID", MOST_OF_GRID))
         for axis, most in zip("XYZ", limits, strict=True)
     }
     yes = ("UNIFIED_ADDRESSING", "CAN_MAP_HOST_MEMORY", "CONCURRENT_KERNELS", "ECC_ENABLED")
@@ -63,7 +64,7 @@ def attributes(emulator: Emulator) -> dict[str, int]:
         "MAX_THREADS_PER_BLOCK": MOST_THREADS,
         "MAX_THREADS_PER_MULTIPROCESSOR": 32 * WARPS,
         "MAX_BLOCKS_PER_MULTIPROCESSOR": 32,
-        "MAX_SHARED_MEMORY_PER_BLOCK": SHARED,
+        "MAX_SHARED_MEMORY_PER_BLOCK": WITHOUT_ASKING,
         "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN": SHARED_BYTES[capability],
         "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR": sheet.shared,
         "MAX_REGISTERS_PER_BLOCK": REGISTERS,

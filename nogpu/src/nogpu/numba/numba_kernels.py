@@ -15,13 +15,11 @@ from nogpu.data_sheets import REGISTERS
 from nogpu.numba.device_memory import DeviceArray, DeviceMemory
 from nogpu.record.faults import HostFault
 from nogpu.record.launch import Launch
+from nogpu.record.launch_size import MOST_THREADS, WITHOUT_ASKING, Shared, why_refused
 from nogpu.record.resources import Resources, resources
 from nogpu.record.source import program_line
 from nogpu.triton.driver import present
 
-MOST_THREADS = 1024  # of a block
-MOST_BLOCK, MOST_GRID = (1024, 1024, 64), (2**31 - 1, 65_535, 65_535)
-SHARED = 48 * 1024  # bytes of a block, more than which numba-cuda does not ask for
 STATIC_SHARED = re.compile(
     r"^\s*(?:\.\w+\s+)*\.shared\s+\.align\s+\d+\s+\.b8\s+\S+\[(\d+)\];", re.M
 )
@@ -160,28 +158,6 @@ def _three(sizes: int | Sequence[int]) -> tuple[int, int, int]:
     return x, y, z
 
 
-def _fault_of(
-    name: str, grid: Sequence[int], block: Sequence[int], static: int, dynamic: int
-) -> str:
-    """Return why no GPU launches this, and what to do; "" if it does."""
-    x, y, z = block
-    shown = f"{name}[{tuple(grid)}, {tuple(block)}]"
-    if x * y * z > MOST_THREADS:
-        return (
-            f"{shown} has {x * y * z:,} threads in a block, expected at most {MOST_THREADS:,}; "
-            "launch more blocks"
-        )
-    for what, given, most in (("grid", grid, MOST_GRID), ("block", block, MOST_BLOCK)):
-        if not all(0 < one <= limit for one, limit in zip(given, most, strict=True)):
-            return f"the {what} of {shown} is {tuple(given)}, expected 1 to {most}"
-    if static + dynamic > SHARED:
-        return (
-            f"{shown} needs {static + dynamic:,} bytes of shared memory in a block, and Numba "
-            f"gives at most {SHARED:,}; share fewer elements at a time"
-        )
-    return ""
-
-
 def launch(
     memory: DeviceMemory, stream: object, config: LaunchConfig, kernel: Kernel, *arguments: object
 ) -> None:
@@ -198,7 +174,9 @@ def launch(
     name = getattr(function, "__name__", kernel.name)
     grid, block = _three(config.grid), _three(config.block)
     static, place = kernel.attributes.shared_size_bytes, program_line()
-    if fault := _fault_of(name, grid, block, static, config.shmem_size):
+    # numba-cuda does not ask for more.
+    shared = Shared(static, config.shmem_size, WITHOUT_ASKING, "numba.cuda")
+    if fault := why_refused(name, grid, block, shared):
         emulator.note(HostFault("error", "launch failure", fault, source=place), (fault, place))
         raise LaunchError(fault)
     code = getattr(function, "__code__", None)

@@ -27,6 +27,7 @@ from triton.runtime.errors import PTXASError
 from nogpu.data_sheets import REGISTERS
 from nogpu.record.faults import HostFault
 from nogpu.record.launch import Launch
+from nogpu.record.launch_size import MOST_OF_GRID, MOST_THREADS
 from nogpu.record.resources import Resources, resources
 from nogpu.record.source import program_line
 from nogpu.report.assembly import refusals
@@ -37,8 +38,7 @@ from nogpu.triton.emulator import SHARED_BYTES, Emulator
 from nogpu.triton.parameters import flatten
 from nogpu.triton.stages import KernelSource, Metadata, Stages
 
-LARGEST_GRID_X, LARGEST_GRID_YZ = 2**31 - 1, 65_535  # of each NVIDIA GPU
-MOST_THREADS = 1024  # of a CTA
+LARGEST_GRID_X, LARGEST_GRID_YZ, _ = MOST_OF_GRID
 THREADS = re.compile(r"^\s*\.(?:req|max)ntid\s+(\d+)", re.MULTILINE)  # that a kernel is made for
 NO_GSAN = (
     "TRITON_INSTRUMENTATION_MODE is gsan, whose kernels need memory of a GPU; unset it: races "

@@ -37,9 +37,9 @@ from nogpu.triton.host_memory import HostMemory
 # By capability; shared memory of a program at most.
 SHARED_BYTES = {sheet.capability: sheet.shared_of_program for sheet in DATA_SHEETS.values()}
 MULTIPROCESSORS = {sheet.capability: sheet.multiprocessors for sheet in DATA_SHEETS.values()}
-# A launch of CUDA C++ ends after so many errors: each one takes Python, and a missing barrier has one
-# for each access. Those of one kind at one line are described so often; others are only counted,
-# and more of them may follow, so that they do not hide faults at other lines.
+# A launch of CUDA C++ ends after so many errors: each one takes Python, and a missing barrier has
+# one for each access. Those of one kind at one line are described so often. Others are only
+# counted, and more of them may follow, so that they do not hide faults at other lines.
 MOST_DESCRIBED, MOST_ERRORS, MOST_REPEATED = 100, 1000, 20_000
 MANY_ERRORS = "many errors"
 LEAST_DEPENDENT = 90  # the first capability with programmatic dependent launch
