@@ -119,6 +119,8 @@ def refused(*arguments: object, size: object = (1, 32)) -> str:
 def test_arguments_are_those_of_the_declaration():
     x, y = np.ones(8, np.float32), torch.zeros(8)
     assert "scale takes 5 arguments (x, y, factor, n, flag), and got 3" in refused(x, y, 1.0)
+    with nogpu.emulate(), pytest.raises(TypeError, match=r"f takes 1 argument \(x\), and got 0"):
+        nogpu.cuda.compile("__global__ void f(int x) { }")["f"][1, 1]()
     assert "n of scale is int, and got 8.5; pass an integer" in refused(x, y, 1.0, 8.5, 1)
     assert "x of scale is float*, and got 3; pass an array" in refused(3, y, 1.0, 8, 1)
     assert "factor of scale is float, and got an array" in refused(x, y, x, 8, 1)
@@ -132,6 +134,8 @@ def test_sizes_are_those_of_a_gpu():
     given = x, y, 1.0, 8, 1
     assert "2,048 threads; expected 1 to 1,024" in refused(*given, size=(1, (64, 32)))
     assert "expected an integer or up to three" in refused(*given, size=(1, (1, 1, 1, 1)))
+    assert "is (0, 1, 1), 0 threads; expected 1 to 1,024" in refused(*given, size=(1, 0))
+    assert "is (1, 1, 65), expected 1 to" in refused(*given, size=(1, (1, 1, 65)))
     assert "the grid is 1.5" in refused(*given, size=(1.5, 1))
     assert "takes 300,000 bytes of shared memory" in refused(*given, size=(1, 1, 300_000))
     with pytest.raises(RuntimeError, match=r"is executed within nogpu.emulate\(\)"):
@@ -200,8 +204,9 @@ def test_a_file_says_how_it_is_launched(tmp_path):
     file = tmp_path / "scale.cu"
     file.write_text(SCALE)
     text = summary(file)
-    assert 'kernels["scale"][grid, block](x, y, factor, n, flag)' in text
-    assert "x: an array of float32" in text
+    assert 'kernels["scale"][1, 32](x, y, factor, n, flag)' in text
+    assert "x = np.zeros(1024, np.float32)  # float*" in text
+    assert "Code for the CPU" not in text
     done = subprocess.run(
         [sys.executable, "-m", "nogpu", str(file)], capture_output=True, text=True, check=False
     )
@@ -212,6 +217,68 @@ def test_a_file_says_how_it_is_launched(tmp_path):
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert "scale.cu:1: identifier" in done.stderr
+
+
+MANY = """
+#include <cuda_fp16.h>
+#include <cuda_bf16.h>
+struct Line { float slope; double offset; };
+typedef float real;
+extern "C" __global__ void mixed(const float* x, real* y, float factor, real more, int n,
+                                 unsigned char flag, bool on, half h, Line line)
+{
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n)
+        y[i] = factor * x[i] + more + (float)h + line.slope + flag + on;
+}
+template <typename T, int N> __global__ void transpose(const T* a, T* b, T alpha, int n)
+{
+    int i = blockIdx.y * N + threadIdx.y, j = blockIdx.x * N + threadIdx.x;
+    if (i < n && j < n)
+        b[i * n + j] = alpha * a[j * n + i];
+}
+__global__ void halved(__nv_bfloat16* in, unsigned long long lambda)
+{
+    extern __shared__ float s[];
+    s[threadIdx.x] = __bfloat162float(in[threadIdx.x]);
+    in[threadIdx.x] = s[threadIdx.x] / 2;
+}
+"""
+
+
+def test_the_printed_example_runs_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "many.cu").write_text(MANY)
+    monkeypatch.chdir(tmp_path)
+    text = summary("many.cu")
+    example = text.partition("\n\n")[2].partition("\n\nIts sizes")[0]
+    with nogpu.emulate() as gpu:
+        exec(example, {})
+    assert [(one.kernel, one.grid, one.block, one.shared) for one in gpu.launches] == [
+        ("mixed", (1, 1, 1), (32, 1, 1), 0),
+        ("transpose<float, 16>", (2, 2, 1), (16, 16, 1), 0),
+        ("halved", (1, 1, 1), (32, 1, 1), 4096),
+    ]
+    assert gpu.faults == []
+
+
+def test_a_refused_kernel_has_a_row_as_others_have(tmp_path):
+    refused = """
+__global__ void big(float* x, int n)
+{
+    __shared__ float t[20000];
+    t[threadIdx.x] = x[0];
+    __syncthreads();
+    x[1] = t[n];
+}
+__global__ void odd(float* x) { asm volatile("nonsense.f32 %0, %0;" : "+f"(x[0])); }
+int main() { float* d; cudaMalloc(&d, 4); odd<<<1, 1>>>(d); }
+"""
+    (tmp_path / "scale.cu").write_text(SCALE + refused)
+    text = summary(tmp_path / "scale.cu")
+    assert re.search(r"^scale +2 +\d+ +0 B +0 B +0 B +100%", text, re.MULTILINE)
+    assert re.search(r"^big +9 +ptxas refuses the kernel: .*too much shared data", text, re.M)
+    assert re.search(r"^odd +16 +ptxas refuses the kernel: .*'nonsense'", text, re.MULTILINE)
+    assert "Code for the CPU is left out (main, cudaMalloc, <<<…>>>)" in text
 
 
 def test_what_is_printed_is_in_the_order_of_threads():
@@ -454,7 +521,7 @@ def messages(source: str, size: object, *arguments: object) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("code", "what"),
+    "code, what",
     [
         ("x[0] = *(float*)malloc(4);", "malloc (or new)"),
         ("float* p = new float[8]; x[0] = p[threadIdx.x];", "malloc (or new)"),
@@ -524,6 +591,20 @@ def test_dynamic_shared_memory_has_the_bytes_of_the_launch():
     assert not any("extern" in one for one in said)
 
 
+def test_one_thread_that_has_ended_is_no_plural():
+    source = """
+    extern "C" __global__ void f(float* x)
+    {
+        if (threadIdx.x == 5)
+            return;
+        __syncthreads();
+        x[threadIdx.x] = 1;
+    }
+    """
+    (message,) = messages(source, (1, 64), np.zeros(64, np.float32))
+    assert message.startswith("thread (5, 0, 0) has ended without this __syncthreads")
+
+
 LAST_BLOCK = """
 __device__ unsigned int count = 0;
 extern "C" __global__ void f(const float* x, float* parts, float* sum)
@@ -562,7 +643,7 @@ def test_an_error_of_a_cpp_file_advises_no_flag(tmp_path, monkeypatch, capsys):
 
     def advice(code: str) -> str:
         (tmp_path / "script.py").write_text(f"import nogpu.cuda\n{code}\n")
-        with pytest.raises(Exception, match=".") as caught:
+        with pytest.raises((CompileError, KeyError, RuntimeError, ValueError)) as caught:
             command.main([str(tmp_path / "script.py")])
         return "".join(getattr(caught.value, "__notes__", ())) + capsys.readouterr().out
 

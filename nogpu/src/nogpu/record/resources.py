@@ -13,6 +13,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from nogpu.data_sheets import DATA_SHEETS, PROGRAMS, REGISTERS, RESERVED, WARPS
 
 MOST_REGISTERS = 255  # of a thread
+REFUSAL = re.compile(r"^ptxas.*?\berror\s*:\s*(.*)", re.MULTILINE)  # which ptxas says
+KERNEL = re.compile(r"^[ \t]*(?:\.\w+\s+)*\.entry\s+([\w$]+)[^{]*\{", re.MULTILINE)  # its head
 
 
 class Resources(NamedTuple):
@@ -77,22 +79,34 @@ def assemble(ptx: str, arch: str) -> tuple[int, str]:
     return status, said
 
 
+def _alone(ptx: str, entry: str) -> str:
+    """Return a module without its other kernels; lines keep their numbers."""
+    for head in reversed(list(KERNEL.finditer(ptx))):
+        if head[1] == entry:
+            continue
+        depth, end = 1, head.end()
+        while depth and end < len(ptx):
+            depth += {"{": 1, "}": -1}.get(ptx[end], 0)
+            end += 1
+        ptx = ptx[: head.start()] + re.sub(r"[^\n]", "", ptx[head.start() : end]) + ptx[end:]
+    return ptx
+
+
 @lru_cache(256)
 def resources(ptx: str, arch: str, entry: str = "") -> Resources:
     """Assemble PTX for ``arch``, such as "sm_90", and return what the kernel takes.
 
     Args:
-        entry: the kernel's name, if the text has several.
+        entry: the kernel's name, if the text has several; the others may be refused.
 
     Raises:
         OSError: there is no ptxas.
-        RuntimeError: ptxas refuses the text.
+        RuntimeError: ptxas refuses the kernel.
     """
-    status, said = assemble(ptx, arch)
+    status, said = assemble(_alone(ptx, entry) if entry else ptx, arch)
     if status:
-        raise RuntimeError(f"ptxas refuses the kernel: {said.strip().splitlines()[0]}")
-    if entry:
-        said = said.partition(f"entry function '{entry}'")[2].partition("Compiling entry")[0]
+        errors = REFUSAL.findall(said) or said.strip().splitlines()
+        raise RuntimeError(f"ptxas refuses the kernel: {errors[0]}")
     registers = re.search(r"Used (\d+) registers", said)
     spilled = re.search(r"(\d+) bytes spill stores", said)
     stack = re.search(r"(\d+) bytes stack frame", said)
