@@ -279,7 +279,7 @@ class AddressSpace:
         """
         gpu = warp.block.gpu
         name = _name_of(place, address, width)
-        if gpu.is_counted_only(name, line):
+        if gpu.is_counted_only("error", name, line):
             gpu.fault("error", name, line, "", warp.block.program)
             return
         if gpu.kernel.block is not None and (reason := self._missing(warp, address, line)):

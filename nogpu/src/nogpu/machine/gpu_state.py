@@ -89,7 +89,7 @@ class GpuState:
         if kind != "note":
             raise PtxError(line, message)
 
-    def is_counted_only(self, name: str, line: int) -> bool:
+    def is_counted_only(self, kind: str, name: str, line: int) -> bool:
         """Whether a fault has been described so often at a line that its message is not needed."""
         return False
 

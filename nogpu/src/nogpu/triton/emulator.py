@@ -119,10 +119,10 @@ class Emulator(gpu.Gpu):
         self._name = self._file = ""
         self._launched: tuple[str, int] | None = None
         self._present: Launch | None = None
-        # Of the present launch, under its schedule: errors that were described and others, and how
-        # many faults each kind and line have, with the last one that was described.
+        # Of the present launch, under its schedule: errors that were described and others, and by
+        # kind, name and line how many faults there are, with the last one that was described.
         self._errors = self._repeated = 0
-        self._at_line: dict[tuple[str, int], tuple[int, Fault]] = {}
+        self._at_line: dict[tuple[str, str, Source | int], tuple[int, Fault]] = {}
         self._ended = ""  # the fault that has ended a program or the present launch
         self._asserts = False  # what a kernel assumes is executed, and not the kernel
         self._last: LastLaunch | None = None
@@ -213,9 +213,10 @@ class Emulator(gpu.Gpu):
             return
         if name == "deadlock":  # its program has not ended
             self._ended = name
-        if self.is_counted_only(name, line):
-            count, fault = self._at_line[name, line]
-            self._at_line[name, line] = count + 1, fault
+        if self.is_counted_only(kind, name, line):
+            key = kind, name, self._source_of(line) or line
+            count, fault = self._at_line[key]
+            self._at_line[key] = count + 1, fault
             fault.count += 1
             self._repeated += kind == "error"
         else:
@@ -232,8 +233,11 @@ class Emulator(gpu.Gpu):
             error.program = program
             raise error
 
-    def is_counted_only(self, name: str, line: int) -> bool:
-        return self._at_line.get((name, line), (0, None))[0] >= MOST_DESCRIBED
+    def is_counted_only(self, kind: str, name: str, line: int) -> bool:
+        if self._present is None or self._present.block is None:
+            return False
+        key = kind, name, self._source_of(line) or line
+        return self._at_line.get(key, (0, None))[0] >= MOST_DESCRIBED
 
     def _note(
         self, kind: str, name: str, line: int, message: str, program: tuple[int, ...]
@@ -257,8 +261,9 @@ class Emulator(gpu.Gpu):
         )
         self.note(fault, key)
         if key in self._by_place:  # or it is a repeat's
-            count = self._at_line.get((name, line), (0, None))[0]
-            self._at_line[name, line] = count + 1, self._by_place[key]
+            at = kind, name, source or line
+            count = self._at_line.get(at, (0, None))[0]
+            self._at_line[at] = count + 1, self._by_place[key]
 
     def _repeats(self) -> bool:
         """Whether this thread repeats an autotuned kernel's launch, of which nothing is noted."""
