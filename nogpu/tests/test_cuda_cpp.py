@@ -589,6 +589,9 @@ def test_dynamic_shared_memory_has_the_bytes_of_the_launch():
     said = messages(source, (1, 32, 128), np.ones(32, np.float32))
     assert any("outside of own" in one for one in said), said
     assert not any("extern" in one for one in said)
+    wide = source.replace("buffer[threadIdx.x] =", "*(double*)(buffer + 1) =")
+    (message,) = messages(wide, (1, 1, 128), np.zeros(32, np.float32))
+    assert message == "an address in shared memory is not a multiple of 8"
 
 
 def test_one_thread_that_has_ended_is_no_plural():

@@ -282,7 +282,8 @@ class AddressSpace:
         if gpu.is_counted_only("error", name, line):
             gpu.fault("error", name, line, "", warp.block.program)
             return
-        if gpu.kernel.block is not None and (reason := self._missing(warp, address, line)):
+        is_of_threads = place is None and gpu.kernel.block is not None
+        if is_of_threads and (reason := self._missing(warp, address, line)):
             gpu.fault("error", name, line, f"{does} {reason}", warp.block.program)
             return
         overflow = lost(warp, address) if self is gpu.space else NOT_FOLLOWED
@@ -298,7 +299,8 @@ class AddressSpace:
         """
         block, gpu = warp.block, warp.block.gpu
         kernel, parts = gpu.kernel, gpu.kernel.instructions[warp.pc - 1].parts
-        names = origins(kernel).get(line, set())
+        of_numba = kernel.file.endswith(".py")  # whose arrays are several parameters
+        names = set() if of_numba else origins(kernel).get(line, set())
         if names and all(gpu.parameters.get(name) == 0 for name in names):
             numbers = [n for n, name in enumerate(kernel.parameters, 1) if name in names]
             which = " or ".join(map(str, numbers))
@@ -310,7 +312,6 @@ class AddressSpace:
             )
         offset = address - block.window - SHARED_BASE
         if self is block.shared and kernel.dynamic_shared and 0 <= offset < MOST_DYNAMIC:
-            of_numba = kernel.file.endswith(".py")
             what = "dynamic shared memory" if of_numba else "extern __shared__ memory"
             third = "fourth of [grid, block, stream" if of_numba else "third of [grid, block"
             return (
