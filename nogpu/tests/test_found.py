@@ -9,7 +9,7 @@ import triton
 
 from nogpu import command
 
-PAGE = Path(__file__).parents[1] / "docs" / "found.md"
+PAGE = Path(__file__).parents[2] / "docs" / "found.md"
 FENCED = r"```(?:py)?\n(.*?)```"
 SECTIONS = re.findall(
     rf"^{FENCED}\n\n`python -m nogpu (.*?)(\w+\.py)` says:\n\n{FENCED}",
