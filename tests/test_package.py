@@ -271,6 +271,7 @@ def test_only_tests_change_the_import_path():
         "torchpar/baselines/grader.py",
         "torchpar/baselines/mpi_watch.py",
         "nogpu/src/nogpu/command.py",
+        "nogpu/src/nogpu/judge/problem.py",
     }
 
 

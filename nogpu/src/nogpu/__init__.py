@@ -25,14 +25,16 @@ A launch passes these folders, one after the other:
 - `instructions`: what each instruction of PTX does, in Python.
 - `native`: the common instructions, and whole blocks, in C: `layout` (what Python and C share),
   `core` (built once, and loaded, from a folder of `cache`), `encoding`, `warps`, `blocks`.
-- `record`: what is kept of a launch: `launch`, its `faults` with their `source`, `resources` (by
-  ptxas), `roofline` (bounds by data sheets) and `time` (an estimate).
+- `record`: what is kept of a launch: `launch`, whose `launch_size` has limits, its `faults` with
+  their `source`, `resources` (by ptxas), `roofline` (bounds by data sheets) and `time` (an
+  estimate); `operator_work` is that of PyTorch's operators.
 - `report`: `groups` of launches, and `report`, as `text`, as a `page` with each `drawing`, or as
   JSON (`data`); `assembly` is what ptxas refuses, and `limits` are what a program asserts of
   counters.
 
 `cpp` stands beside `triton` for kernels in CUDA C++, which `nogpu.cuda.load` returns: `nvrtc`
-compiles, `declarations` reads parameters, `launching` launches, and `summary` says how.
+compiles, `declarations` reads parameters, `launching` launches, `on_gpu` does so where there is a
+GPU, and `summary` says how.
 
 `cuda` stands beside `triton` for scripts that say "cuda":
 
@@ -49,9 +51,11 @@ compiles, `declarations` reads parameters, `launching` launches, and `summary` s
 `numba_stand_in` replaces the driver: `numba_driver` has its functions, `device_memory` the memory,
 and `numba_kernels` the launches.
 
-`command`, `pytest` with `pytest_hooks`, and `check` are the ways to run it. `check` compares a
-kernel with its reference: `kernels`, by `compare`, to a `table` of `rows`. All of them may use
-`console`, `data_sheets`, `decorating`, `libraries` and `version`.
+`command`, `pytest` with `pytest_hooks`, `check` and `judge` are the ways to run it. `check`
+compares a kernel with its reference: `kernels`, by `compare`, to a `table` of `rows`. `judge` does
+so for kernels of unknown authors: `judging` takes a `problem`, makes `variants` of its inputs,
+starts a `candidate_process` that is `confined`, and has a `verdict`. All of them may use `console`,
+`data_sheets`, `decorating`, `libraries` and `version`.
 
 Imports go one way, which import-linter checks: `cuda`, `triton`, `report` and `record` import the
 folders after them, and the modules of `cuda`, `triton`, `machine`, `instructions` and `native` have

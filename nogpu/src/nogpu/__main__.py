@@ -14,6 +14,11 @@ def main() -> int:
 
             with printing("python -m nogpu"):
                 return command_line(sys.argv[1:])
+        if sys.argv[1:2] == ["judge"]:
+            from nogpu.judge.judging import main as judge
+
+            with printing("python -m nogpu judge"):
+                return judge(sys.argv[2:])
         from nogpu import command
     except ModuleNotFoundError as e:
         print(f"python -m nogpu: error: {e}; pip install {e.name}", file=sys.stderr)

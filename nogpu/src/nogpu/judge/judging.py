@@ -1,0 +1,466 @@
+# SPDX-License-Identifier: MIT
+"""``python -m nogpu judge REFERENCE CANDIDATE …``: a verdict on each candidate, and its reason."""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import nogpu
+from nogpu.check.compare import farthest
+from nogpu.data_sheets import DATA_SHEETS
+from nogpu.judge import variants
+from nogpu.judge.confined import Limits, confined
+from nogpu.judge.problem import Inputs, Problem, ProblemError, Right, same
+from nogpu.judge.verdict import Verdict, unwritten_inputs, wrong
+from nogpu.record.operator_work import OperatorWork
+from nogpu.record.time import ESTIMATE_ACCURACY, shown
+
+SAMPLE = 64  # programs of a launch at the whole size
+PLAIN = ("Tensor", "Parameter", "NoneType", "int", "float", "bool", "str")  # types of results
+OWN = 0.5  # the least share of the arithmetic that a candidate's own kernels compute
+
+
+@dataclass
+class Case:
+    """A call of a candidate, and what is right.
+
+    Attributes:
+        kind: the row of the table: "values", "shapes", "special values" or "layouts"; "size" is the
+            whole size, of which a sample is executed.
+        near: the exact result of inputs that differ by a rounding.
+        again: whether the call takes the memory of the call before.
+    """
+
+    kind: str
+    name: str
+    inputs: Inputs
+    seed: int
+    native: Right | None
+    exact: Right | None
+    near: Right | None = None
+    schedules: str = "one"
+    again: bool = False
+
+
+class Judge:
+    """The judge of candidates for one reference.
+
+    Args:
+        gpu: of `DATA_SHEETS`, for the estimates.
+    """
+
+    def __init__(self, problem: Problem, gpu: str, limits: Limits):
+        self.problem, self.gpu, self.limits = problem, gpu, limits
+
+    def judge(self, path: Path) -> Verdict:
+        """Return the verdict on a candidate. Each time it gets other inputs."""
+        verdict = Verdict(path.name)
+        with nogpu.emulate(self.arch) as emulator, nogpu.cuda_is_cpu(emulator):
+            cases, whole = self.cases(random.SystemRandom().randrange(2**31))
+            needed = self.work(whole)
+            least = self.work(cases[0])
+        with tempfile.TemporaryDirectory(prefix="nogpu-judge-") as name:
+            folder = Path(name)
+            self.write(folder, path, [*cases, whole])
+            ended = confined(
+                [sys.executable, "-P", str(Path(__file__).with_name("candidate_process.py")), name],
+                folder,
+                self.limits,
+                {**os.environ, "HOME": os.environ.get("HOME", name), "TMPDIR": name},
+            )
+            facts = _json(folder / "facts.json")
+            results = [_result(folder / f"result_{n}.pt") for n in range(len(cases))]
+        if not facts:
+            return verdict.end("stopped", ended.why or "it ended before it had a result")
+        first = facts[1] if len(facts) > 1 else facts[0]
+        if "error" in first:
+            return verdict.end("does not run", _asks(first["error"], self.problem))
+        if ended.why:
+            return verdict.end("stopped", ended.why)
+        if len(facts) < 2 + len(cases) or results[0] is None:
+            return verdict.end("stopped", "it ended before all its results were there")
+        calls = facts[1:]
+        self.values(verdict, cases, calls, results)
+        self.faults(verdict, calls)
+        self.same_twice(verdict, cases, results)
+        self.memory(verdict, cases, calls, results)
+        self.honesty(verdict, facts[0], calls, results, cases, least)
+        self.figures(verdict, whole, calls, needed)
+        return verdict
+
+    @property
+    def arch(self) -> str:
+        return f"sm_{DATA_SHEETS[self.gpu].capability}"
+
+    # Cases
+
+    def cases(self, seed: int) -> tuple[list[Case], Case]:
+        """Return the calls that are executed as a whole, and the one of the given size."""
+        problem = self.problem
+        given, other = (problem.inputs(seed + n) for n in range(2))
+        sizes = variants.smaller(given, partial(self.accepts, seed=seed))
+        base, changed = (variants.resized(one, sizes) if sizes else one for one in (given, other))
+        if self.right(base, seed) is None:
+            raise ProblemError(self.error)
+        found = [
+            self.case("values", "as given", base, seed, schedules="all"),
+            self.case("values", "other numbers", changed, seed, again=True),
+            self.case("values", "the first again", base, seed, again=True),
+        ]
+        for kind, made in (
+            ("shapes", variants.shapes(base)),
+            ("special values", variants.values(base)),
+            ("layouts", variants.layouts(base)),
+        ):
+            found += [self.case(kind, name, one, seed) for name, one in made]
+        whole = Case("size", "whole", given, seed, None, None)
+        return [one for one in found if one is not None], whole
+
+    def accepts(self, inputs: Inputs, seed: int) -> bool:
+        """Whether the reference takes inputs; large ones are tried by their shapes alone."""
+        if variants.elements(inputs) <= 8 * variants.ELEMENTS:
+            return self.right(inputs, seed) is not None
+        try:
+            self.problem.work(inputs, seed, "meta")
+        except Exception:
+            return False
+        return True
+
+    def case(self, kind: str, name: str, inputs: Inputs, seed: int, **options: Any) -> Any:
+        """Return a case, or None if the reference does not take it."""
+        native = self.right(inputs, seed)
+        if native is None:
+            return None
+        exact, near = (
+            self.right(one, seed, torch.float64) for one in (inputs, variants.rounded(inputs))
+        )
+        return Case(kind, name, inputs, seed, native, exact, near, **options)
+
+    def work(self, case: Case) -> OperatorWork:
+        """Return the reference's operators: by shapes alone, if it can be called so."""
+        try:
+            return self.problem.work(case.inputs, case.seed, "meta")
+        except Exception:  # such as one that reads a number
+            return self.problem.work(case.inputs, case.seed, "cpu")
+
+    def right(self, inputs: Inputs, seed: int, dtype: torch.dtype | None = None) -> Right | None:
+        try:
+            return self.problem.right(inputs, seed, dtype)
+        except Exception as e:
+            said = f"{e}".strip().partition("\n")[0]
+            self.error = f"{self.problem.path.name} ends with {type(e).__name__}: {said}"
+            return None
+
+    def write(self, folder: Path, path: Path, cases: Sequence[Case]) -> None:
+        """Write what the candidate's process reads: the candidate, its inputs, and settings."""
+        shutil.copy(path, folder / path.name)
+        models: dict[str, str] = {}
+        calls = []
+        for n, case in enumerate(cases):
+            torch.save(case.inputs.data, folder / f"inputs_{n}.pt")
+            key = str(list(case.inputs.init))
+            if self.problem.form == "model" and key not in models:
+                models[key] = f"model_{len(models)}.pt"
+                state = self.problem.model(case.inputs.init, case.seed).state_dict()
+                init = list(case.inputs.init)
+                torch.save({"init": init, "seed": case.seed, "state": state}, folder / models[key])
+            calls.append(
+                {
+                    "model": models.get(key, ""),
+                    "again": case.again,
+                    "schedules": case.schedules,
+                    "sample": SAMPLE if case.kind == "size" else None,
+                }
+            )
+        settings = {
+            "file": path.name,
+            "entry": self.problem.entry,
+            "form": self.problem.form,
+            "arch": self.arch,
+            "gpu": self.gpu,
+            "calls": calls,
+        }
+        (folder / "request.json").write_text(json.dumps(settings), "utf-8")
+
+    # What is asked
+
+    def values(
+        self,
+        verdict: Verdict,
+        cases: Sequence[Case],
+        calls: Sequence[dict[str, Any]],
+        results: Sequence[Any],
+    ) -> None:
+        for kind in ("values", "shapes", "special values", "layouts"):
+            mine = [n for n, one in enumerate(cases) if one.kind == kind]
+            refused = [
+                f"{cases[n].name} ({calls[n]['error'][1]})" for n in mine if "error" in calls[n]
+            ]
+            for n in mine:
+                case, result = cases[n], results[n]
+                if result is None or case.native is None:
+                    continue
+                given = tree_leaves(case.inputs.data)
+                if found := wrong(result["outputs"], case.native, case.exact, case.near, given):
+                    verdict.add(kind, "wrong", f"{case.name}: {found}{_by_tf32(calls[n], found)}")
+                    break
+            else:
+                names = ", ".join(cases[n].name for n in mine if "error" not in calls[n])
+                if refused:
+                    verdict.add(kind, "refuses", f"{refused[0]}; right: {names or 'none'}")
+                elif mine:
+                    verdict.add(kind, "works", names)
+                else:
+                    verdict.add(kind, "not run", "the reference takes no others")
+
+    def faults(self, verdict: Verdict, calls: Sequence[dict[str, Any]]) -> None:
+        found = [one for call in calls for one in call["faults"]]
+        errors = [one for one in found if one[0] == "error"]
+        for _, _, line in (errors or found)[:1]:
+            verdict.add("no faults", "wrong" if errors else "works", line)
+        if not found:
+            verdict.add("no faults", "works", "three schedules")
+
+    def same_twice(self, verdict: Verdict, cases: Sequence[Case], results: Sequence[Any]) -> None:
+        names = [one.name for one in cases[:3]]
+        if names[-1] != "the first again" or results[0] is None or results[2] is None:
+            verdict.add("same result twice", "not run", "it was called once")
+            return
+        for one, other in zip(results[0]["outputs"], results[2]["outputs"], strict=True):
+            if isinstance(one, Tensor) and not same(one, other):
+                verdict.add(
+                    "same result twice", "wrong", f"in another order: {farthest(other, one)}"
+                )
+                return
+        verdict.add("same result twice", "works", "bit for bit, in two orders of its warps")
+
+    def memory(
+        self,
+        verdict: Verdict,
+        cases: Sequence[Case],
+        calls: Sequence[dict[str, Any]],
+        results: Sequence[Any],
+    ) -> None:
+        found = ""
+        for case, result in zip(cases, results, strict=True):
+            if result is not None and case.native is not None and not found:
+                given = tree_leaves(case.inputs.data)
+                found = unwritten_inputs(given, result["inputs"], case.native.changed)
+        verdict.add("inputs unwritten", "wrong" if found else "works", found)
+        missing = next(
+            (
+                f"{case.name}: {call['unwritten']:,} bytes of the result were never written"
+                for case, call in zip(cases, calls, strict=False)
+                if call.get("unwritten")
+            ),
+            "",
+        )
+        verdict.add("outputs complete", "wrong" if missing else "works", missing)
+
+    def honesty(
+        self,
+        verdict: Verdict,
+        imported: dict[str, Any],
+        calls: Sequence[dict[str, Any]],
+        results: Sequence[Any],
+        cases: Sequence[Case],
+        reference: OperatorWork,
+    ) -> None:
+        """Ask whether the candidate's own kernels compute, when they are called, and no trick."""
+        first = calls[0]
+        own = sum(one["flops"] for one in first["launches"])
+        own_bytes = sum(one["bytes"] for one in first["launches"])
+        aten = sum(one[1] for one in first["operations"])
+        aten_bytes = sum(one[2] + one[3] for one in first["operations"])
+        most = max(first["operations"], key=lambda one: one[1], default=None)
+        share = aten / reference.flops if reference.flops else 0.0
+        shares = (
+            f"own kernels: {own:,.0f} operations, {own_bytes:,} bytes; ATen: {aten:,.0f}, "
+            f"{aten_bytes:,} bytes"
+        )
+        if not first["launches"]:
+            what = f"; {most[0]} computes" if most else ""
+            verdict.add("own kernels", "cheats", f"it launches no kernel{what}")
+        elif share > 1 - OWN:
+            verdict.add(
+                "own kernels",
+                "cheats",
+                f"ATen computes {min(share, 1):.0%} of what the reference does, by {most[0]}"
+                if most
+                else shares,
+            )
+        else:
+            verdict.add("own kernels", "works", shares)
+        tricks = (
+            _replaced([imported, *calls]),
+            _beforehand(imported, reference.flops),
+            *map(_put_off, calls),
+            _earlier(cases, results),
+        )
+        reason = next(filter(None, tricks), "")
+        nothing = "nothing cached, replaced, put off or done beforehand"
+        verdict.add("honest", "cheats" if reason else "works", reason or nothing)
+
+    def figures(
+        self, verdict: Verdict, whole: Case, calls: Sequence[dict[str, Any]], needed: OperatorWork
+    ) -> None:
+        call = calls[-1]
+        sheet, gpu = DATA_SHEETS[self.gpu], self.gpu
+        tensors = [one for one in tree_leaves(whole.inputs.data) if isinstance(one, Tensor)]
+        shape = ", ".join(str(tuple(one.shape)) for one in tensors)
+        if "error" in call:
+            verdict.figures["size"] = f"{shape}: not run: {call['error'][1]}"
+            return
+        launches = call["launches"]
+        sampled = [one for one in launches if one["executed"]]
+        note = f"; at most {SAMPLE} programs of a launch were executed" if sampled else ""
+        verdict.figures["size"] = f"{shape}{note}"
+        for one in launches[:8]:
+            verdict.figures[one["kernel"]] = (
+                f"{one['flops']:,.0f} operations, {one['sectors']:,} sectors, {one['resources']}"
+            )
+        moved = needed.operations
+        least_bytes = sum(one.numel() * one.element_size() for one in tensors)
+        least_bytes += max((one.written for one in moved[-1:]), default=0)
+        half = any(one.is_product and one.bits == 16 for one in moved)
+        peak = sheet.tensor["f16"] if half else sheet.flops["f32"]
+        least = max(least_bytes / (sheet.memory * 1e6), needed.flops / (peak * 1e6))
+        verdict.figures["least"] = (
+            f"{least_bytes:,} bytes, {needed.flops:,.0f} operations: at least {least:.2g} µs on "
+            f"one {gpu}"
+        )
+        own = sum(one["µs"].get(gpu, 0.0) for one in launches) + call["operator_µs"]
+        theirs = sum(one.microseconds(gpu) for one in moved)
+        verdict.figures["estimate"] = (
+            f"about {shown(own)} on one {gpu}; the reference by PyTorch's kernels about "
+            f"{shown(theirs)}"
+        )
+
+
+def _replaced(calls: Sequence[dict[str, Any]]) -> str:
+    names = [name for call in calls for name in call["changed"]]
+    return f"it replaces {names[0]}" if names else ""
+
+
+def _beforehand(imported: dict[str, Any], needed: float) -> str:
+    """Say what was computed when the candidate was imported; "" if nothing was."""
+    if imported["launches"]:
+        return f"it launches {imported['launches'][0]['kernel']} when it is imported"
+    before = sum(one[1] for one in imported["operations"])
+    if needed and before > (1 - OWN) * needed:
+        return f"it computes {before:,.0f} operations when it is imported"
+    return ""
+
+
+def _put_off(call: dict[str, Any]) -> str:
+    """Say what a call leaves for later; "" if nothing."""
+    if call["threads"]:
+        return "it leaves a thread that goes on after the call"
+    if call["unordered"]:
+        return f"{call['unordered'][0]} runs on a stream that nothing waits for"
+    kinds = [one for one in call.get("types", ()) if one not in PLAIN]
+    if kinds:
+        return f"its result is {kinds[0]}, which may compute when it is read; expected a tensor"
+    return ""
+
+
+def _earlier(cases: Sequence[Case], results: Sequence[Any]) -> str:
+    """Say whether a call returned what an earlier one had, for other numbers in its memory."""
+    if not (cases[1].again and results[1] is not None):
+        return ""
+    pairs = zip(*(one["outputs"] for one in results[:2]), strict=True)
+    for n, (mine, later) in enumerate(pairs):
+        wanted = [one.native.outputs[n] for one in cases[:2] if one.native is not None]
+        if isinstance(mine, Tensor) and same(mine, later) and not same(*wanted):
+            return "it returns the result of an earlier call for other numbers"
+    return ""
+
+
+def _by_tf32(call: dict[str, Any], found: str) -> str:
+    has = any(one.get("tf32") for one in call["launches"])
+    return "; tl.dot takes TF32 unless input_precision='ieee'" * (has and "error of" in found)
+
+
+def _asks(error: Sequence[str], problem: Problem) -> str:
+    kind, said = error
+    if kind == "ModuleNotFoundError" and problem.path.stem in said:
+        return f"it imports the reference ({said}), which is not there"
+    return f"{kind}: {said}"
+
+
+def _json(path: Path) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return []
+    return found if isinstance(found, list) else []
+
+
+def _result(path: Path) -> Any:
+    """Return what the candidate's process wrote, if it is tensors: a file may hold anything."""
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception:
+        return None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Judge candidates, and print a table for each.
+
+    Returns:
+        0 if all are right, 1 if one is not, and 2 if the reference cannot be used.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m nogpu judge",
+        description="Say whether kernels are right, honest and how fast, beside a reference.",
+    )
+    parser.add_argument("reference", type=Path, help="a file with Model, or with ref_kernel")
+    parser.add_argument(
+        "candidates", type=Path, nargs="+", help="files with ModelNew, or custom_kernel"
+    )
+    parser.add_argument("--gpu", choices=[*DATA_SHEETS], default="H100", help="by default H100")
+    parser.add_argument(
+        "--sizes", nargs="*", default=[], metavar="NAME=N", help="arguments of generate_input"
+    )
+    parser.add_argument("--seconds", type=float, default=Limits().seconds, help="of a candidate")
+    parser.add_argument("--memory", type=float, default=8.0, help="GiB of a candidate")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts for machines")
+    options = parser.parse_intermixed_args(arguments)
+    for path in (options.reference, *options.candidates):
+        if not path.is_file():
+            parser.error(f"{path} is no file")
+    sizes = {}
+    for one in options.sizes:
+        name, _, value = one.partition("=")
+        if not (name.isidentifier() and value.lstrip("-").isdecimal()):
+            parser.error(f"--sizes {one}: expected NAME=N, such as size=1024")
+        sizes[name] = int(value)
+    limits = Limits(seconds=options.seconds, memory=int(options.memory * 2**30))
+    verdicts = []
+    try:
+        with nogpu.emulate() as emulator, nogpu.cuda_is_cpu(emulator):
+            problem = Problem(options.reference, sizes)
+        judge = Judge(problem, options.gpu, limits)
+        for path in options.candidates:
+            verdicts.append(judge.judge(path))
+            print(verdicts[-1], end="\n\n")
+    except ProblemError as e:
+        print(f"python -m nogpu judge: error: {e}", file=sys.stderr)
+        return 2
+    print(f"Times are estimates. {ESTIMATE_ACCURACY.partition('. ')[2]}")
+    if options.json is not None:
+        options.json.write_text(json.dumps([one.as_json() for one in verdicts], indent=1), "utf-8")
+    return int(not all(one.ok for one in verdicts))

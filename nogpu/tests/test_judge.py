@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""Verdicts on right, wrong and cheating kernels, and on programs that do not end by themselves.
+
+The first comment of a candidate names its reference, and the row and the reason that it must get.
+"""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import nogpu
+from nogpu.judge.confined import Limits
+from nogpu.judge.judging import Judge, main
+from nogpu.judge.problem import Problem
+from nogpu.judge.verdict import Verdict
+
+FOLDER = Path(__file__).with_name("judged")
+LIMITS = Limits(seconds=120, files=64 * 2**20, memory=4 * 2**30)
+QUICK = ("softmax_one_block", "softmax_without_maximum", "cached", "decoy")
+
+
+def candidates(kind: str) -> list[object]:
+    return [
+        pytest.param(one, id=one.stem, marks=() if one.stem in QUICK else pytest.mark.slow)
+        for one in sorted((FOLDER / kind).glob("*.py"))
+    ]
+
+
+def said_of(path: Path) -> tuple[str, str]:
+    """Return the name of a candidate's reference, and the row and the reason as a pattern."""
+    reference, _, reason = (
+        path.read_text("utf-8").splitlines()[1].removeprefix("# ").partition(": ")
+    )
+    return reference, reason
+
+
+@cache
+def judge(reference: str, limits: Limits = LIMITS) -> Judge:
+    with nogpu.emulate() as gpu, nogpu.cuda_is_cpu(gpu):
+        problem = Problem(FOLDER / "references" / f"{reference}.py", {})
+    return Judge(problem, "H100", limits)
+
+
+def has_reason(verdict: Verdict, reason: str) -> bool:
+    lines = [f"{row.name}: {row.detail}" for row in verdict.rows if row.outcome != "works"]
+    return any(re.match(reason, line) for line in lines)
+
+
+@pytest.mark.parametrize("path", candidates("right"))
+def test_a_right_kernel_passes(path):
+    verdict = judge(said_of(path)[0]).judge(path)
+    assert verdict.ok, str(verdict)
+    assert {row.outcome for row in verdict.rows} <= {"works"}, str(verdict)
+
+
+@pytest.mark.parametrize("path", candidates("wrong"))
+def test_a_subtly_wrong_kernel_does_not_pass(path):
+    """Its values are within 1e-2 of the right ones."""
+    reference, reason = said_of(path)
+    verdict = judge(reference).judge(path)
+    assert verdict.word == "wrong", str(verdict)
+    assert has_reason(verdict, reason), str(verdict)
+
+
+@pytest.mark.parametrize("path", candidates("cheats"))
+def test_a_cheat_does_not_pass(path):
+    reference, reason = said_of(path)
+    verdict = judge(reference).judge(path)
+    assert not verdict.ok, str(verdict)
+    assert has_reason(verdict, reason), str(verdict)
+
+
+def test_what_a_reference_lacks_is_one_line(tmp_path, capsys):
+    """The status is 2; nothing of a candidate has run."""
+    candidate = FOLDER / "right" / "softmax_one_block.py"
+    for text, said in (
+        ("x = 1", "has neither Model and get_inputs, nor ref_kernel and generate_input"),
+        ("import nothing_here", "ends with ModuleNotFoundError: No module named 'nothing_here'"),
+        (
+            "def ref_kernel(data): ...\ndef generate_input(m, n, seed): ...",
+            "generate_input takes m, n; give them by --sizes m=128 n=128",
+        ),
+        (
+            "import torch\nclass Model(torch.nn.Module):\n    def forward(self, x):\n"
+            "        raise ValueError('mine')\ndef get_inputs(): return [torch.ones(2)]",
+            "reference.py ends with ValueError: mine",
+        ),
+    ):
+        (reference := tmp_path / "reference.py").write_text(text, "utf-8")
+        assert main([str(reference), str(candidate)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("python -m nogpu judge: error: ")
+        assert said in line
+
+
+@pytest.mark.slow
+def test_the_example_of_the_page(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "judge.md").read_text("utf-8")
+    for code in re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        (tmp_path / code.split()[1]).write_text(code, "utf-8")
+    files = [str(tmp_path / name) for name in ("softmax.py", "mine.py", "theirs.py")]
+    assert main([*files, "--json", str(tmp_path / "verdicts.json")]) == 1
+    printed, pattern = capsys.readouterr().out, re.compile(r"\d+ of 1320")
+    shown = [
+        line
+        for block in re.findall(r"^```\n(\w+\.py: .*?)^```", page, re.MULTILINE | re.DOTALL)
+        for line in block.splitlines()
+    ]
+    assert len(shown) > 15
+    lines = pattern.sub("N of 1320", printed).splitlines()
+    # Registers are ptxas's, and times a model's, which later versions may mend.
+    stable = [line for line in shown if not line.startswith(("softmax ", "estimate"))]
+    assert [one for one in stable if pattern.sub("N of 1320", one) not in lines] == []
+    mine, theirs = json.loads((tmp_path / "verdicts.json").read_text("utf-8"))
+    assert (mine["verdict"], theirs["verdict"]) == ("wrong", "cheats")
+    assert mine["reason"].startswith("special values: large: NaN at")
+
+
+@pytest.mark.slow
+def test_a_product_of_4096_is_sampled(tmp_path, capsys):
+    code = (FOLDER / "references" / "linear.py").read_text("utf-8")
+    large = code.replace("torch.randn(24, 48)", "torch.randn(4096, 4096)")
+    (reference := tmp_path / "linear.py").write_text(large.replace("48, 40", "4096, 4096"), "utf-8")
+    assert main([str(reference), str(FOLDER / "right" / "linear_larger_tiles.py")]) == 0
+    printed = capsys.readouterr().out
+    assert "(4096, 4096); at most 64 programs of a launch were executed" in printed
+    assert f"{2 * 4096**3 + 4096**2:,} operations: at least" in printed  # and sigmoids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", candidates("hostile"))
+def test_a_program_without_an_end_is_stopped_and_named(path):
+    reason = path.read_text("utf-8").splitlines()[1].removeprefix("# ")
+    seconds = 20 if path.stem == "loops" else 60
+    verdict = judge("softmax", LIMITS._replace(seconds=seconds)).judge(path)
+    assert verdict.word == "stopped", str(verdict)
+    assert has_reason(verdict, f"runs: {reason}"), str(verdict)
