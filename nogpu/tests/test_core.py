@@ -604,6 +604,7 @@ def test_what_python_takes_for_the_layout_in_c_is_checked(monkeypatch):
             ("allocations", ctypes.c_void_p),
             ("count", ctypes.c_int32),
             ("last", ctypes.c_void_p),
+            ("is_deferred", ctypes.c_int32),
         )
 
     others = [SpaceStruct if one is layout.SpaceStruct else one for one in layout.STRUCTURES]

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nogpu.machine.packed_definedness import SUMS, of_conversion, of_sum, of_table
+from nogpu.machine.packed_definedness import MOVES, SUMS, of_conversion, of_sum, of_table
 from nogpu.machine.parse import Address, Instruction, Register, flat
 from nogpu.machine.registers import (
     DTYPES,
     FLOATS,
+    NEVER_WRITTEN,
     UNWRITTEN,
     Cause,
     DType,
@@ -36,11 +37,6 @@ if TYPE_CHECKING:
 
 # Instructions whose operands matter: they write memory, or send messages.
 SINKS = ("st", "atom", "red", "stmatrix", "cp", "call", "mbarrier")
-# Instructions that move bits, which they move of a mask, too; and which operands are moved.
-MOVES = {
-    **{"mov": (1,), "prmt": (1, 2), "shfl": (-4,), "shl": (1,), "shr": (1,), "cvta": (1,)},
-    **{"bfe": (1,), "bfi": (1, 2), "brev": (1,), "shf": (1, 2)},
-}
 
 
 def tainted(warp: Warp, index: int, value: object) -> Tainted | None:
@@ -49,8 +45,7 @@ def tainted(warp: Warp, index: int, value: object) -> Tainted | None:
         return value
     if value is UNWRITTEN:
         dtype = DTYPES[warp.block.gpu.kernel.registers[index]]
-        cause = Cause("uninitialised register", "a register that was never written", 0)
-        return Tainted(np.zeros(32, dtype), full(dtype), cause)
+        return Tainted(np.zeros(32, dtype), full(dtype), NEVER_WRITTEN)
     return None
 
 
@@ -160,7 +155,7 @@ def _propagate(
     cause = next(iter(read.values())).cause
     name = i.parts[0]
     if name in MOVES and not any(part in FLOATS for part in i.parts[1:-1]):
-        moved = _move(warp, i, read)
+        moved = _move(warp, i, values, read)
         if moved is not None:
             return {index: (mask, cause) for index, mask in moved.items()}
     kinds = warp.block.gpu.kernel.registers
@@ -275,18 +270,28 @@ def _of_pairs(read: dict[int, Tainted]) -> Values:
     return np.where(halves, half.type(np.iinfo(half).max), half.type(0)).view(whole)[:, 0]
 
 
-def _move(warp: Warp, i: Instruction, read: dict[int, Tainted]) -> dict[int, Values] | None:
+def _moved(i: Instruction) -> tuple[set[int], set[int]]:
+    """Return the registers whose bits an instruction moves, and the others that it reads."""
+    places = [n % len(i.operands) for n in MOVES[i.parts[0]]]
+    found = [
+        (one.index, n in places)
+        for n, operand in enumerate(i.operands)
+        for one in flat(operand)
+        if isinstance(one, Register)
+    ][len(i.writes) :]  # behind those that it writes
+    moved = {index for index, is_moved in found if is_moved}
+    return moved, {index for index, is_moved in found if not is_moved}
+
+
+def _move(
+    warp: Warp, i: Instruction, values: dict[int, Values], read: dict[int, Tainted]
+) -> dict[int, Values] | None:
     """Execute a move on the masks of its operands, or return None if another operand is undefined.
 
     A predicate that it writes, such as that of a shuffle, is defined.
     """
-    moved = {
-        one.index
-        for n in MOVES[i.parts[0]]
-        for one in flat(i.operands[n])
-        if isinstance(one, Register)
-    }
-    if not set(read) <= moved:
+    moved, others = _moved(i)
+    if not set(read) <= moved or moved & others:
         return None
     registers, kinds = warp.registers, warp.block.gpu.kernel.registers
     before = {index: registers[index] for index in (*moved, *i.writes)}
@@ -295,7 +300,9 @@ def _move(warp: Warp, i: Instruction, read: dict[int, Tainted]) -> dict[int, Val
         mask = read[index].mask if index in read else np.zeros(32, full(dtype).dtype)
         registers[index] = mask.view(dtype)
     for index in i.writes:
-        if index not in moved:
+        if index in others:  # such as the amount of a shift, as it was
+            registers[index] = values[index]
+        elif index not in moved:
             registers[index] = np.zeros(32, DTYPES[kinds[index]])
     assert i.run is not None
     i.run(warp)

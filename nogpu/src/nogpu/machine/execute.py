@@ -12,7 +12,16 @@ import numpy as np
 from nogpu.machine import definedness
 from nogpu.machine.decode import prepare
 from nogpu.machine.parse import Constant, Instruction, PtxError, Register
-from nogpu.machine.registers import ALL, DTYPES, UNWRITTEN, Cause, Tainted, Unready, Values
+from nogpu.machine.registers import (
+    ALL,
+    DTYPES,
+    UNWRITTEN,
+    Tainted,
+    Unready,
+    Values,
+    left_out,
+    left_out_values,
+)
 
 if TYPE_CHECKING:
     from nogpu.machine.block import Warp
@@ -248,9 +257,7 @@ def _fill(warp: "Warp", registers: list[int], what: str) -> None:
     """Give undefined bits to registers that were not written, in the threads left out now."""
     for index in registers:
         if warp.registers[index] is UNWRITTEN:
-            raw = np.frombuffer(warp.block.gpu.random.randbytes(256), np.uint8)
-            dtype = DTYPES[warp.block.gpu.kernel.registers[index]]
-            values = raw[:32] > 127 if dtype == np.bool_ else raw.view(dtype)[:32]
-            message = f"the result of {what} in a thread whose mask is false"
-            cause = Cause("undefined value", message, 0)
-            warp.registers[index] = Tainted(values, definedness.full(dtype), cause)
+            block, dtype = warp.block, DTYPES[warp.block.gpu.kernel.registers[index]]
+            seed = block.gpu.schedule.seed
+            values = left_out_values(seed, block.number, warp.index, index, dtype)
+            warp.registers[index] = Tainted(values, definedness.full(dtype), left_out(what))

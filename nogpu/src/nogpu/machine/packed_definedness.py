@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Undefined bits of results of instructions that pack, unpack and add numbers.
+"""Undefined bits of results of instructions that move, pack, unpack and add numbers.
 
 Inline assembly with ``pack=4`` computes with four numbers of a register, some of which a thread may
 not have. So a number of a result is undefined only where the same number of an operand is.
@@ -12,6 +12,11 @@ from nogpu.machine.registers import DTYPES, DType, Values
 # The bits of one of two numbers in a register, by the end of an opcode; of others they are 8.
 BITS_OF_PAIRS = {"f16x2": 16, "bf16x2": 16, "e2m1x2": 4}
 SUMS = ("add", "sub", "mul", "mad")
+# Instructions that move bits, which they move of a mask, too; and which operands are moved.
+MOVES = {
+    **{"mov": (1,), "prmt": (1, 2), "shfl": (-4,), "shl": (1,), "shr": (1,), "cvta": (1,)},
+    **{"bfe": (1,), "bfi": (1, 2), "brev": (1,), "shf": (1, 2)},
+}
 
 
 def of_table(table: int, sources: list[tuple[Values, Values]]) -> Values:
@@ -31,11 +36,23 @@ def of_table(table: int, sources: list[tuple[Values, Values]]) -> Values:
     return may_be[0] & may_be[1]
 
 
-def of_sum(parts: list[str], masks: list[Values], result: DType) -> Values | None:
-    """Sums and products of integers: bits below the lowest undefined one are defined; or None."""
+def is_sum(parts: list[str]) -> bool:
+    """Whether an instruction adds or multiplies integers, and keeps the lowest bits."""
     kind = parts[-1]
     is_plain = kind[0] in "sub" and kind in DTYPES and not {"sat", "cc", "hi"} & set(parts)
-    if parts[0] not in SUMS or not is_plain:
+    return parts[0] in SUMS and is_plain
+
+
+def converts_integers(parts: list[str]) -> bool:
+    """Whether an instruction converts one integer to another, of whose bits it keeps the lowest."""
+    kinds = parts[-2:]
+    are_integers = all(kind in DTYPES and kind[0] in "su" for kind in kinds)
+    return parts[0] == "cvt" and are_integers and "sat" not in parts
+
+
+def of_sum(parts: list[str], masks: list[Values], result: DType) -> Values | None:
+    """Sums and products of integers: bits below the lowest undefined one are defined; or None."""
+    if not is_sum(parts):
         return None
     of_result = np.dtype(f"u{result.itemsize}")
     together = np.zeros(32, of_result)
@@ -55,9 +72,7 @@ def of_conversion(parts: list[str], masks: list[Values], result: DType) -> Value
     """
     to, source = parts[-2:]
     of_result = np.dtype(f"u{result.itemsize}")
-    if to in DTYPES and source in DTYPES and to[0] in "su" and source[0] in "su":
-        if "sat" in parts:
-            return None
+    if converts_integers(parts):
         # Undefined signs are extended, as signs are.
         held = masks[0].astype(f"u{DTYPES[source].itemsize}").view(DTYPES[source])
         return held.astype(DTYPES[to]).astype(result.str.replace("f", "u")).view(of_result)

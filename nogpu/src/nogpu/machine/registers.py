@@ -48,6 +48,35 @@ class Cause(NamedTuple):
 
 
 NO_CAUSE = Cause("", "", 0)
+NEVER_WRITTEN = Cause("uninitialised register", "a register that was never written", 0)
+
+
+def unsigned(dtype: DType) -> DType:
+    """Return the type of the undefined bits of values of a type; of predicates booleans."""
+    return dtype if dtype == np.bool_ else np.dtype(f"u{dtype.itemsize}")
+
+
+def left_out(opcode: str) -> Cause:
+    """Return why a result is undefined in threads that have not executed an instruction."""
+    message = f"the result of {opcode} in a thread whose mask is false"
+    return Cause("undefined value", message, 0)
+
+
+def left_out_values(seed: int, block: int, warp: int, register: int, dtype: DType) -> Values:
+    """Return any values for a register that threads have left out, always the same ones.
+
+    They do not depend on what is executed before, so that both executors have them (`fill` of
+    definedness.c). The last steps are those of SplitMix64 (Steele, Lea and Flood, "Fast splittable
+    pseudorandom number generators", OOPSLA 2014).
+    """
+    key, step = seed, 0x9E3779B97F4A7C15
+    for part in (block, warp, register):
+        key = ((key ^ part) * step + 1) % 2**64
+    words = np.uint64(key) + LANES.astype(np.uint64) * np.uint64(step)
+    words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    raw = (words ^ words >> np.uint64(31)).view(np.uint8)
+    return raw[:32] > 127 if dtype == np.bool_ else raw.view(dtype)[:32]
 
 
 class Unready:

@@ -4,9 +4,9 @@
  * `memory` do in Python, at several hundred times their speed.
  *
  * `run` executes instructions until it meets one that it leaves to Python: one that it does not
- * know, one that may be a fault, or one whose registers have undefined bits. It checks first, and
- * changes registers and memory only if nothing is wrong. So each fault is found and named by Python
- * alone, and both executors give the same values, events and faults.
+ * know, or one that may be a fault, as where undefined bits matter. It checks first, and changes
+ * registers and memory only if nothing is wrong. So each fault is found and named by Python alone,
+ * and both executors give the same values, undefined bits, events and faults.
  *
  * A register is a row of 256 bytes with the values of 32 threads. Constants and special registers
  * have rows, too, behind those of the registers.
@@ -23,6 +23,7 @@
 #define OPERANDS 16
 #define MOST_UNDONE (1 << 26) /* bytes */
 #define MOST_STORED 128       /* bytes that a thread stores */
+#define MOST_LOADED 64        /* bytes that it loads, of which some are undefined */
 #define GIVEN 0
 #define UNWRITTEN 1
 #define PAGE 4096 /* bytes */
@@ -48,8 +49,24 @@ enum {
     EXECUTIONS, THREADS, REQUESTS, BYTES, SECTORS, LEAST_SECTORS, SHARED_REQUESTS, SHARED_BYTES,
     WAVEFRONTS, LEAST_WAVEFRONTS, TENSOR_FLOPS, WAITS, IN_FLIGHT, MOST_IN_FLIGHT, COLUMNS
 };
-/* The state of a register: is its row up to date? Then C may read it. */
-enum { IN_ROW = 1, IN_LIST = 2, PENDING = 4 }; /* the last one of an asynchronous product */
+/* The state of a register: its row is up to date, and all of it is defined; Python has it in a list;
+   an asynchronous product will write it; its row is up to date, and its shadow has the bits that are
+   undefined (definedness.c); nobody has written it. */
+enum { IN_ROW = 1, IN_LIST = 2, PENDING = 4, UNDEFINED = 8, NEVER = 16 };
+/* Why bits are undefined: the register was never written; or that, and the index of an instruction
+   that has left out their threads. Python has further numbers. */
+enum { UNINITIALISED, LEFT_OUT };
+/* How undefined bits of operands make those of the results: `definedness._propagate`. */
+enum {
+    OF_THREADS, /* all bits of a thread that has an undefined one */
+    OF_WARP,    /* all bits of all threads */
+    MOVED,      /* where the instruction moves them: `definedness.MOVES` */
+    OF_AND, OF_OR, OF_EITHER,
+    OF_SUM,     /* the lowest one, and those above it */
+    OF_HALVES,  /* of a pair of halves, each by itself */
+    JOINED,     /* a pair is made of two numbers */
+    SELECTED    /* those of the operand that a predicate chooses */
+};
 
 typedef void Elementwise(void *to, const void *a, const void *b, const void *c);
 
@@ -64,6 +81,7 @@ typedef struct {
     int32_t slot;         /* of the sectors that it touches, or -1 */
     const int32_t *table; /* the registers of a wgmma: its sums, and those of A if it has some */
     int32_t members;      /* the register that has the mask of the threads that go together, or -1 */
+    uint8_t rule, moved;  /* of undefined bits; and which sources are moved, as bits */
 } Instruction;
 
 /* An allocation, as in `allocation.Allocation`. */
@@ -88,6 +106,7 @@ typedef struct {
     Allocation **allocations;
     int64_t count;
     Allocation *last;
+    int32_t is_deferred; /* `Space.is_deferred`: loads may be of undefined bytes */
 } Space;
 
 /* The accesses of a launch, as in `vector_clocks.Events`. */
@@ -138,8 +157,11 @@ typedef struct Warp {
     uint8_t *states;       /* of the registers */
     uint32_t *versions;    /* of the registers, counted up when they are written */
     const uint8_t *widths; /* of the registers, in bytes */
+    uint8_t *undefined;    /* the shadow of each register: a row with its undefined bits */
+    int32_t *causes;       /* why they are undefined */
     int64_t *counts;       /* of each instruction, `COLUMNS` numbers */
     Events *events;
+    uint64_t seed;    /* of the values of registers that threads have left out */
     Space *spaces[3]; /* global, shared, local */
     int32_t *times;   /* what the warp knows of each agent of its block */
     struct Copies *copies; /* the group of cp.async that is not committed, if it has begun */
@@ -168,6 +190,17 @@ typedef struct Warp {
 
 static int of_block(Warp *w, const Instruction *i, uint32_t mask);
 static int wait_early(Warp *w, int32_t sum);
+/* The undefined bits of an instruction's results, and why they are undefined. */
+typedef struct {
+    _Alignas(64) uint8_t of[OPERANDS][ROW];
+    int32_t cause;
+} Bits;
+
+static int may_be_kept(Warp *w, const Instruction *i, int n);
+static int find_bits(Warp *w, const Instruction *i, uint32_t mask, Bits *bits);
+static void mark_results(Warp *w, const Instruction *i, uint32_t mask, const Bits *bits);
+static int keep_undefined(Warp *w, int32_t n, uint32_t mask);
+static void mark_undefined(Warp *w, int32_t n, const uint8_t *bits, uint32_t mask, int32_t cause);
 
 /* Keep what is changed next. Shared memory and registers begin anew with each block. */
 static void keep(const Warp *w, const Allocation *place, void *where, int64_t size)
@@ -742,7 +775,8 @@ static void put(Warp *w, int32_t n, const void *values, uint32_t mask)
         for (int k = 0; k < LANES; k++)
             if (mask >> k & 1)
                 memcpy(to + k * width, (const uint8_t *)values + k * width, (size_t)width);
-    w->states[n] = IN_ROW;
+    const int is_kept = mask != ALL && w->states[n] & UNDEFINED && keep_undefined(w, n, mask);
+    w->states[n] = is_kept ? UNDEFINED : IN_ROW;
     w->versions[n]++;
 }
 
@@ -777,14 +811,15 @@ static void elementwise(Warp *w, const Instruction *i, uint32_t mask)
 }
 
 /* Vectors are packed into one register, or taken from it: `mov.b64 %rd, {%r1, %r2}`. */
-static void pack(Warp *w, const Instruction *i, uint32_t mask)
+static void pack_rows(const Warp *w, const Instruction *i, const uint8_t *const *from,
+                      uint8_t (*values)[ROW])
 {
-    _Alignas(64) uint8_t values[OPERANDS][ROW], whole[LANES][16];
+    uint8_t whole[LANES][16];
     int width = 0;
     for (int n = 0; n < i->sources; n++) {
         int one = w->widths[i->from[n]];
         for (int k = 0; k < LANES; k++)
-            memcpy(whole[k] + width, row(w, i->from[n]) + k * one, (size_t)one);
+            memcpy(whole[k] + width, from[n] + k * one, (size_t)one);
         width += one;
     }
     width = 0;
@@ -794,17 +829,25 @@ static void pack(Warp *w, const Instruction *i, uint32_t mask)
             memcpy(values[n] + k * one, whole[k] + width, (size_t)one);
         width += one;
     }
+}
+
+static void pack(Warp *w, const Instruction *i, uint32_t mask)
+{
+    _Alignas(64) uint8_t values[OPERANDS][ROW];
+    const uint8_t *from[OPERANDS];
+    for (int n = 0; n < i->sources; n++)
+        from[n] = row(w, i->from[n]);
+    pack_rows(w, i, from, values);
     for (int n = 0; n < i->results; n++)
         if (i->to[n] >= 0)
             put(w, i->to[n], values[n], mask);
 }
 
-static int shuffle(Warp *w, const Instruction *i, uint32_t mask)
+/* What each thread takes of another's value. Return 0 if that one is not here. */
+static inline int shuffle_values(const Warp *w, const Instruction *i, uint32_t mask,
+                                 const uint32_t *value, uint32_t *result, uint8_t *valid)
 {
-    uint32_t result[LANES];
-    uint8_t valid[LANES];
-    const uint32_t *value = (void *)row(w, i->from[0]), *lane = (void *)row(w, i->from[1]);
-    const uint32_t *limit = (void *)row(w, i->from[2]);
+    const uint32_t *lane = (void *)row(w, i->from[1]), *limit = (void *)row(w, i->from[2]);
     for (int n = 0; n < LANES; n++) {
         int bits = lane[n] & 31, last = limit[n] & 31, segment = limit[n] >> 8 & 31;
         int least = n & segment, most = (n & segment) | (last & ~segment), taken;
@@ -816,9 +859,18 @@ static int shuffle(Warp *w, const Instruction *i, uint32_t mask)
         }
         valid[n] = i->mode == 0 ? taken >= most : taken <= most;
         if (valid[n] && mask >> n & 1 && !(mask >> taken & 1))
-            return PYTHON; /* of a thread that is not here */
+            return 0;
         result[n] = value[valid[n] ? taken : n];
     }
+    return 1;
+}
+
+static int shuffle(Warp *w, const Instruction *i, uint32_t mask)
+{
+    uint32_t result[LANES];
+    uint8_t valid[LANES];
+    if (!shuffle_values(w, i, mask, (void *)row(w, i->from[0]), result, valid))
+        return PYTHON;
     put(w, i->to[0], result, mask);
     if (i->results > 1)
         put(w, i->to[1], valid, mask);
@@ -1024,12 +1076,8 @@ static int knows_writers(const Warp *w, const Allocation *place, int64_t first, 
 }
 
 /* `memory.Space._read` without a fault, in two halves: whether it has none, and what it changes. */
-static int may_read_units(const Warp *w, Allocation *place, int64_t first, int64_t end,
-                          const int32_t *fenced)
+static int may_note_read(const Warp *w, Allocation *place, int64_t first, int64_t end)
 {
-    begin(place, first, end);
-    if (!all_given(place->writes, first, end) && !knows_writers(w, place, first, end, fenced))
-        return 0;
     if (all_given(place->reads, first, end))
         return 1;
     for (int64_t k = first; k < end; k++) {
@@ -1042,6 +1090,15 @@ static int may_read_units(const Warp *w, Allocation *place, int64_t first, int64
             return 0;
     }
     return 1;
+}
+
+static int may_read_units(const Warp *w, Allocation *place, int64_t first, int64_t end,
+                          const int32_t *fenced)
+{
+    begin(place, first, end);
+    if (!all_given(place->writes, first, end) && !knows_writers(w, place, first, end, fenced))
+        return 0;
+    return may_note_read(w, place, first, end);
 }
 
 static int may_read(const Warp *w, Allocation *place, const int64_t *offsets, int64_t count,
@@ -1123,6 +1180,31 @@ static int may_write(const Warp *w, const Access *at, int width)
         if (!may_write_units(w, place, first, (at->offsets[n - 1] + width) / place->unit))
             return 0;
     }
+    return 1;
+}
+
+/* `memory.Space._same`: warps may store the same values unordered, since Triton's layouts have copies
+   in several warps. */
+static __attribute__((noinline)) int may_write_again(const Warp *w, const Access *at,
+                                                     uint8_t (*values)[MOST_STORED], int width)
+{
+    const Allocation *place = at->place;
+    const int unit = place->unit;
+    if (hits_barrier(place, at->least, at->most + width))
+        return 0;
+    for (int n = 0; n < at->count; n++)
+        for (int k = 0; k < width; k += unit) {
+            const int64_t at_byte = at->offsets[n] + k, number = at_byte / unit;
+            const int32_t writer = place->writes[number];
+            const int is_known = writer == UNWRITTEN ? 1 : knows(w, writer);
+            if (knows(w, place->reads[number]) != 1 ||
+                (place->others && knows(w, place->others[number]) != 1))
+                return 0;
+            if (is_known < 0 || (!is_known && (w->events->blocks[writer] != w->block ||
+                                               memcmp(place->data + at_byte, values[n] + k,
+                                                      (size_t)unit))))
+                return 0;
+        }
     return 1;
 }
 
@@ -1315,15 +1397,62 @@ static void count_access(const Warp *w, const Instruction *i, const Access *at, 
         count_shared(w, i, at, width);
 }
 
+/* The bytes of a load that have no defined value, since the warp does not know who has written them.
+   Return 0 if that is a fault, or if Python must say why they are undefined. */
+static __attribute__((noinline)) int find_undefined(Warp *w, const Instruction *i,
+                                                    const Access *at, int width,
+                                                    uint8_t (*undefined)[MOST_LOADED])
+{
+    Allocation *place = at->place;
+    const int units = width / place->unit;
+    if (!w->runner || !w->spaces[space_of(w, i)]->is_deferred || width > MOST_LOADED)
+        return 0;
+    for (int n = 0; n < at->count; n++) {
+        const int64_t first = at->offsets[n] / place->unit;
+        begin(place, first, first + units);
+        if (!may_note_read(w, place, first, first + units))
+            return 0;
+        for (int k = 0; k < units; k++) {
+            const int32_t writer = place->writes[first + k];
+            const int known = knows(w, writer);
+            if (known < 0)
+                return 0;
+            const int is_known = known || (w->swaps && w->events->atomic[writer]);
+            memset(undefined[n] + k * place->unit, is_known ? 0 : 0xFF, (size_t)place->unit);
+        }
+    }
+    return 1;
+}
+
+/* `definedness.mark`, of the n-th result. */
+static __attribute__((noinline)) void mark_loaded(Warp *w, const Instruction *i, const Access *at,
+                                                  int n, uint8_t (*undefined)[MOST_LOADED],
+                                                  uint32_t mask)
+{
+    uint8_t bits[ROW];
+    const int wide = w->widths[i->to[n]];
+    for (int k = 0; k < at->count; k++) {
+        uint8_t *to = bits + at->lanes[k] * wide;
+        const uint8_t *from = undefined[k] + n * i->width;
+        memcpy(to, from, i->width);
+        memset(to + i->width, from[i->width - 1], (size_t)(wide - i->width)); /* the sign */
+    }
+    /* The cause is never read: where these bits matter, Python executes the block anew. */
+    mark_undefined(w, i->to[n], bits, mask, UNINITIALISED);
+}
+
 static int load(Warp *w, const Instruction *i, uint32_t mask)
 {
     _Alignas(64) uint8_t values[LANES * 8];
+    uint8_t undefined[LANES][MOST_LOADED];
     Access at;
     const int width = i->width * i->results;
     if (!locate(w, i, mask, width, LANES, &at))
         return PYTHON;
     const int together = at.least == at.most ? 1 : at.count; /* all read one element */
-    if (!may_read(w, at.place, at.offsets, together, width, 0) || !note_lanes(w, &at, width, 0))
+    const int is_defined = may_read(w, at.place, at.offsets, together, width, 0);
+    if ((!is_defined && !find_undefined(w, i, &at, width, undefined)) ||
+        !note_lanes(w, &at, width, 0))
         return PYTHON;
     note_read(w, at.place, at.offsets, together, width, load_event(w, i));
     count_access(w, i, &at, width);
@@ -1348,6 +1477,9 @@ static int load(Warp *w, const Instruction *i, uint32_t mask)
         }
         put(w, i->to[n], values, mask);
     }
+    for (int n = 0; !is_defined && n < i->results; n++)
+        if (i->to[n] >= 0)
+            mark_loaded(w, i, &at, n, undefined, mask);
     return BUDGET;
 }
 
@@ -1362,7 +1494,10 @@ static int store_values(Warp *w, const Instruction *i, const Access *at,
             if (at->offsets[n] == at->offsets[k] && memcmp(values[n], values[k], (size_t)width))
                 return PYTHON;
     }
-    if (!may_write(w, at, width) || !note_lanes(w, at, width, 1))
+    const int may_be_again = i->kind == STORE || i->kind == STORE_MATRIX;
+    if (!may_write(w, at, width) && !(may_be_again && may_write_again(w, at, values, width)))
+        return PYTHON;
+    if (!note_lanes(w, at, width, 1))
         return PYTHON;
     note_write(w, at, width,
                add_event(w, i->line, w->store_name, w->index, w->times[w->index]));
@@ -1710,6 +1845,7 @@ static int becomes_ready(Warp *w, int32_t n)
 /* Execute at most `budget` instructions, and none from `limit` on. Return why it stopped. */
 int run(Warp *w, int64_t budget, int32_t limit)
 {
+    Bits undefined;
     for (; budget > 0; budget--) {
         const int32_t pc = w->pc;
         if (pc >= limit)
@@ -1728,16 +1864,18 @@ int run(Warp *w, int64_t budget, int32_t limit)
         }
         if (mask != ALL && !i->table)
             for (int n = 0; n < i->results; n++)
-                if (i->to[n] >= 0 && !in_row(w, i->to[n]))
+                if (i->to[n] >= 0 && !in_row(w, i->to[n]) && !may_be_kept(w, i, n))
                     return PYTHON;
         if (mask) {
             if (i->whole && mask != ALL)
                 return PYTHON;
+            int is_defined = 1;
             for (int n = 0; n < i->sources; n++)
-                if (!in_row(w, i->from[n]) && !becomes_ready(w, i->from[n]))
-                    return PYTHON;
+                is_defined &= in_row(w, i->from[n]) || becomes_ready(w, i->from[n]);
             if (w->events->count == w->events->capacity)
                 return GROW;
+            if (!is_defined && !find_bits(w, i, mask, &undefined))
+                return PYTHON;
             int left = BUDGET;
             switch (i->kind) {
             case ELEMENTWISE: elementwise(w, i, mask); break;
@@ -1761,6 +1899,8 @@ int run(Warp *w, int64_t budget, int32_t limit)
             }
             if (left == PYTHON || left == GROW)
                 return left;
+            if (!is_defined)
+                mark_results(w, i, mask, &undefined);
             int64_t *row = w->counts + COLUMNS * pc;
             row[EXECUTIONS]++;
             row[THREADS] += __builtin_popcount(mask);

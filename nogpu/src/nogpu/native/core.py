@@ -24,7 +24,7 @@ from nogpu.native.layout import CopiesStruct, check, table
 
 SOURCES = tuple(
     Path(__file__).with_name(f"{name}.c")
-    for name in ("blocks", "tma", "atomics", "knowledge", "simt", "core")
+    for name in ("blocks", "tma", "atomics", "knowledge", "simt", "definedness", "core")
 )
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 

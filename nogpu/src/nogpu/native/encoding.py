@@ -8,6 +8,7 @@ from typing import ClassVar, TypeVar
 import numpy as np
 
 from nogpu.machine.allocation import LARGEST_UNIT
+from nogpu.machine.packed_definedness import MOVES, converts_integers, is_sum
 from nogpu.machine.parse import (
     EVERY_THREAD,
     Address,
@@ -19,7 +20,7 @@ from nogpu.machine.parse import (
     flat,
     qualifiers,
 )
-from nogpu.machine.registers import DTYPES, HALVES, SHARED_BASE
+from nogpu.machine.registers import DTYPES, FLOATS, HALVES, SHARED_BASE
 from nogpu.native.layout import (
     ACTIVE,
     ASYNC_PRODUCT,
@@ -38,6 +39,7 @@ from nogpu.native.layout import (
     GRID_WAIT,
     IN_LIST,
     IN_ROW,
+    JOINED,
     LEFT,
     LOAD,
     LOAD_BOX,
@@ -51,9 +53,18 @@ from nogpu.native.layout import (
     MBARRIER_INVAL,
     MBARRIER_WAIT,
     MOST_ELEMENTS,
+    MOVED,
+    NEVER,
     NOTHING,
+    OF_AND,
     OF_COPIES,
+    OF_EITHER,
+    OF_HALVES,
+    OF_OR,
     OF_PRODUCTS,
+    OF_SUM,
+    OF_THREADS,
+    OF_WARP,
     OPERANDS,
     PACK,
     PRODUCT,
@@ -62,6 +73,7 @@ from nogpu.native.layout import (
     REDUCE,
     RETURN,
     ROW,
+    SELECTED,
     SHUFFLE,
     STORE,
     STORE_BOX,
@@ -106,6 +118,7 @@ HINTS = ("setmaxnreg", "nanosleep", "prefetch", "discard")
 # Of operands of wgmma, and the bytes of a number
 KINDS = {"bf16": 0, "f16": 1, "tf32": 2, "s8": 3, "u8": 4, "e4m3": 5, "e5m2": 6}
 KIND_BYTES = {kind: 4 if kind == "tf32" else 2 if "f16" in kind else 1 for kind in KINDS}
+LOGICAL = {"and": OF_AND, "or": OF_OR, "xor": OF_EITHER, "not": OF_EITHER}
 SPACES = {"global": 0, "shared": 1, "local": 2}
 
 
@@ -170,7 +183,7 @@ class Program:
         count = len(kernel.registers)
         self.states = np.full(len(self.widths), IN_ROW, np.uint8)
         if kernel.block is None:
-            self.states[:count] = IN_LIST
+            self.states[:count] = IN_LIST | NEVER
         self.addresses = (
             ctypes.addressof(self.instructions),
             self.width_array.ctypes.data,
@@ -223,6 +236,25 @@ class Program:
         except (LookupError, ValueError):  # another number of operands, too
             return
         code.kind = kind
+        code.rule = self._rule(i)
+        places = MOVES.get(i.parts[0], (1,))  # that of a shuffle is the first one, too
+        code.moved = sum(1 << max(n - 1, 0) for n in places)
+
+    def _rule(self, i: Instruction) -> int:
+        """Return how undefined bits of operands make those of the results (`definedness`)."""
+        name, parts = i.parts[0], i.parts
+        is_move = name in MOVES and not any(part in FLOATS for part in parts[1:-1])
+        if is_move or converts_integers(parts):
+            return MOVED
+        if name in LOGICAL:
+            return LOGICAL[name]
+        if is_sum(parts):
+            return OF_SUM
+        if name == "selp" and isinstance(i.operands[3], Register):
+            return SELECTED
+        if name != "setp" and any(part.endswith("x2") for part in parts[1:]):
+            return JOINED if name == "cvt" else OF_HALVES  # the core knows cvt of two numbers
+        return OF_WARP if i.whole and name != "shfl" else OF_THREADS
 
     def _operands(self, code: InstructionStruct, to: Iterable[int], sources: Iterable[int]) -> None:
         results, given = list(to), list(sources)

@@ -55,7 +55,21 @@ ROW, OPERANDS = 256, 16
 GENERIC, MOST_GROUPS, MANY = 3, 40, 32
 OF_COPIES, OF_PRODUCTS = range(2)  # families of groups
 MOST_ELEMENTS = 4  # of an atomic
-IN_ROW, IN_LIST = 1, 2
+IN_ROW, IN_LIST, PENDING, UNDEFINED, NEVER = 1, 2, 4, 8, 16  # states of a register
+UNINITIALISED, LEFT_OUT = 0, 1  # causes of undefined bits; LEFT_OUT and the instruction's index
+# How the undefined bits of a result follow from those of the operands
+(
+    OF_THREADS,
+    OF_WARP,
+    MOVED,
+    OF_AND,
+    OF_OR,
+    OF_EITHER,
+    OF_SUM,
+    OF_HALVES,
+    JOINED,
+    SELECTED,
+) = range(10)
 BARRIERS, MOST_WARPS, MOST_MBARRIERS = 16, 64, 64
 PAGE = 4096  # bytes of an allocation whose first access is noted
 # What a block has done of griddepcontrol: it has let the next grid begin, has waited for earlier
@@ -79,6 +93,7 @@ class InstructionStruct(ctypes.Structure):
         ("slot", ctypes.c_int32),
         ("table", ctypes.c_void_p),
         ("members", ctypes.c_int32),
+        *((name, ctypes.c_uint8) for name in ("rule", "moved")),
     )
 
 
@@ -102,6 +117,7 @@ class SpaceStruct(ctypes.Structure):
         ("allocations", ctypes.c_void_p),
         ("count", ctypes.c_int64),
         ("last", ctypes.c_void_p),
+        ("is_deferred", ctypes.c_int32),
     )
 
 
@@ -120,7 +136,8 @@ class GroupStruct(ctypes.Structure):
 class WarpStruct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("program", "rows", "states", "versions", "widths")),
-        *((name, ctypes.c_void_p) for name in ("counts", "events")),
+        *((name, ctypes.c_void_p) for name in ("undefined", "causes", "counts", "events")),
+        ("seed", ctypes.c_uint64),
         ("spaces", ctypes.c_void_p * 3),
         ("times", ctypes.c_void_p),
         ("copies", ctypes.c_void_p),

@@ -5,7 +5,7 @@
  * first.
  */
 
-#include "core.c"
+#include "definedness.c"
 
 #define PATIENCE 4096 /* `simt.PATIENCE` and `simt.HELD` */
 #define HELD 512
@@ -243,6 +243,7 @@ static int branch_by_index(Warp *w, const Instruction *i, uint32_t mask)
 /* Execute at most `budget` instructions. Return why it stopped. */
 int run_threads(Warp *w, int64_t budget)
 {
+    Bits undefined;
     int has_found = 0;
     int32_t limit = w->held > 0 ? INT32_MAX : least_of_others(w);
     for (; budget > 0; budget--) {
@@ -285,12 +286,12 @@ int run_threads(Warp *w, int64_t budget)
                 limit = least_of_others(w);
             }
         }
+        int is_defined = 1;
         for (int n = 0; n < i->sources; n++)
-            if (!in_row(w, i->from[n]))
-                return PYTHON;
+            is_defined &= in_row(w, i->from[n]);
         if (mask != ALL)
             for (int n = 0; n < i->results; n++)
-                if (i->to[n] >= 0 && !in_row(w, i->to[n]))
+                if (i->to[n] >= 0 && !in_row(w, i->to[n]) && !may_be_kept(w, i, n))
                     return PYTHON;
         if (w->events->count == w->events->capacity)
             return GROW;
@@ -305,6 +306,8 @@ int run_threads(Warp *w, int64_t budget)
                 return PYTHON; /* such as products of matrices */
         }
         has_found = 0;
+        if (!is_defined && !find_bits(w, i, mask, &undefined))
+            return PYTHON;
         int left = BUDGET;
         w->generic = i->space;
         switch (i->kind) {
@@ -353,6 +356,8 @@ int run_threads(Warp *w, int64_t budget)
                 w->pc++;
             return left;
         }
+        if (!is_defined)
+            mark_results(w, i, mask, &undefined);
         int64_t *row = w->counts + COLUMNS * pc;
         row[EXECUTIONS]++;
         row[THREADS] += __builtin_popcount(mask);

@@ -9,13 +9,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nogpu.machine.registers import ALL, DTYPES, UNWRITTEN, DType, Values, content
+from nogpu.machine.registers import (
+    ALL,
+    DTYPES,
+    NEVER_WRITTEN,
+    UNWRITTEN,
+    Cause,
+    DType,
+    Tainted,
+    Values,
+    content,
+    left_out,
+    unsigned,
+)
 from nogpu.native.encoding import KIND_BYTES, KINDS, Program
 from nogpu.native.layout import (
     GROW,
     IN_LIST,
     IN_ROW,
+    LEFT_OUT,
+    NEVER,
     ROW,
+    UNDEFINED,
+    UNINITIALISED,
     AllocationStruct,
     CopiesStruct,
     EventsStruct,
@@ -55,18 +71,40 @@ def _mask_of(bits: int) -> Values:
 class NativeRegisters:
     """The registers of a warp: a row of the core, or an object in a list, or both.
 
-    Objects of Python, such as `registers.Tainted`, are in the list alone.
+    Of a `registers.Tainted` the core has the values in the row, and the undefined bits in the row
+    of ``undefined``. Other objects of Python are in the list alone.
+
+    Args:
+        causes: of undefined bits, as numbers of ``known_causes``.
     """
 
-    def __init__(self, dtypes: list[DType], rows: Values, states: Values, versions: Values):
-        self.dtypes, self.rows, self.states, self.versions = dtypes, rows, states, versions
+    def __init__(
+        self,
+        dtypes: list[DType],
+        rows: Values,
+        undefined: Values,
+        states: Values,
+        versions: Values,
+        causes: Values,
+        known_causes: Causes,
+    ):
+        self.dtypes, self.rows, self.undefined = dtypes, rows, undefined
+        self.states, self.versions = states, versions
+        self.causes, self.known_causes = causes, known_causes
         self.held: list[Any] = [UNWRITTEN] * len(dtypes)
+
+    def _part(self, rows: Values, index: int) -> Values:
+        """Return the values of a register in its row, or in that of its undefined bits."""
+        dtype = self.dtypes[index]
+        return rows[index, : 32 * dtype.itemsize].view(dtype)
 
     def __getitem__(self, index: int) -> Any:
         if self.states[index] & IN_LIST:
             return self.held[index]
-        dtype = self.dtypes[index]
-        value = self.rows[index, : 32 * dtype.itemsize].view(dtype).copy()
+        value: Any = self._part(self.rows, index).copy()
+        if self.states[index] & UNDEFINED:
+            bits = self._part(self.undefined, index).view(unsigned(value.dtype)).copy()
+            value = Tainted(value, bits, self.known_causes[int(self.causes[index])])
         self.held[index] = value
         self.states[index] |= IN_LIST
         return value
@@ -75,16 +113,20 @@ class NativeRegisters:
         self.held[index] = value
         self.versions[index] += 1
         if isinstance(value, np.ndarray):
-            dtype = self.dtypes[index]
-            self.rows[index, : 32 * dtype.itemsize].view(dtype)[:] = value
+            self._part(self.rows, index)[:] = value
             self.states[index] = IN_ROW | IN_LIST
+        elif isinstance(value, Tainted):
+            self._part(self.rows, index)[:] = value.values
+            self._part(self.undefined, index)[:] = value.mask.view(self.dtypes[index])
+            self.causes[index] = self.known_causes.number(value.cause)
+            self.states[index] = UNDEFINED | IN_LIST
         else:
-            self.states[index] = IN_LIST
+            self.states[index] = IN_LIST | (NEVER if value is UNWRITTEN else 0)
 
     def content(self) -> tuple[object, ...]:
         """Return the registers' contents, for comparisons."""
         apart = np.flatnonzero(self.states[: len(self.held)] & IN_ROW == 0).tolist()
-        return self.rows.tobytes(), *((n, content(self.held[n])) for n in apart)
+        return self.rows.tobytes(), *((n, content(self[n])) for n in apart)
 
     def get_many(self, indices: Sequence[int]) -> list[Any]:
         if (self.states[indices] & IN_LIST).all():
@@ -116,6 +158,29 @@ class NativeRegisters:
         stamp[index] = self.versions[index]
 
 
+class Causes:
+    """Causes of undefined bits in a launch, by numbers: first those that the core gives."""
+
+    def __init__(self, program: Program):
+        self.instructions = program.kernel.instructions
+        self.first = LEFT_OUT + len(self.instructions)  # the number of the first one of Python's
+        self.found: list[Cause] = []
+        self.numbers = {NEVER_WRITTEN: UNINITIALISED}
+
+    def __getitem__(self, number: int) -> Cause:
+        if number == UNINITIALISED:
+            return NEVER_WRITTEN
+        if number < self.first:
+            return left_out(self.instructions[number - LEFT_OUT].opcode)
+        return self.found[number - self.first]
+
+    def number(self, cause: Cause) -> int:
+        if cause not in self.numbers:
+            self.numbers[cause] = self.first + len(self.found)
+            self.found.append(cause)
+        return self.numbers[cause]
+
+
 class LaunchState:
     """What the core knows of a launch: its events and its global memory."""
 
@@ -125,6 +190,7 @@ class LaunchState:
         self.events, self.space = EventsView(events), SpaceView(space)
         self.counts = counts
         self.no_space = SpaceStruct()
+        self.causes = Causes(program)
         self.rows: Values | None = None  # of the warps of a block, when it begins
 
     def begin(self, block: Block) -> None:
@@ -145,6 +211,7 @@ class LaunchState:
         code, widths = program.addresses
         for n, struct in enumerate(self.warps):
             struct.program, struct.widths, struct.index = code, widths, n
+            struct.seed = block.gpu.schedule.seed
             struct.counts = self.counts.table.ctypes.data
             struct.events = ctypes.addressof(self.events.struct)
             struct.spaces[0] = ctypes.addressof(self.space.struct)
@@ -218,6 +285,7 @@ class SpaceView:
 
     def __init__(self, space: Space):
         self.space, self.struct = space, SpaceStruct()
+        self.struct.is_deferred = space.is_deferred
         space.view = self
         self.update()
 
@@ -242,6 +310,9 @@ class BlockState:
         self.rows: Values = launch.rows.copy()
         self.states: Values = launch.states.copy()
         self.versions = np.zeros(self.states.shape, np.uint32)
+        # The system gives these pages where something is undefined.
+        self.undefined = np.zeros(self.rows.shape, np.uint8)
+        self.causes = np.zeros(self.states.shape, np.int32)
         for row, width, axis in launch.positions:
             self.rows[:, row, : 32 * width].view(f"u{width}")[:] = block.position[axis]
         if block.window:
@@ -252,13 +323,15 @@ class BlockState:
         if block.local.allocations:
             self.spaces.append(SpaceView(block.local))
         addresses = [ctypes.addressof(view.struct) for view in self.spaces]
-        rows, states, versions = (
-            array.ctypes.data for array in (self.rows, self.states, self.versions)
+        rows, states, versions, undefined, causes = (
+            array.ctypes.data
+            for array in (self.rows, self.states, self.versions, self.undefined, self.causes)
         )
         size = self.states.shape[1]
         for n, (warp, struct) in enumerate(zip(block.warps, self.warps, strict=True)):
             struct.rows, struct.states = rows + n * size * ROW, states + n * size
             struct.versions, struct.block = versions + n * size * 4, block.number
+            struct.undefined, struct.causes = undefined + n * size * ROW, causes + n * size * 4
             struct.spaces[1 : 1 + len(addresses)] = addresses
             if block.window:  # `launch` has those of the first block
                 struct.index = warp.index
@@ -266,7 +339,13 @@ class BlockState:
                 struct.store_name = launch.events.events.name(f"a store of {warp.name}")
                 struct.atomic_name = launch.events.events.name(f"an atomic of {warp.name}")
             warp.registers = NativeRegisters(
-                launch.dtypes, self.rows[n], self.states[n], self.versions[n]
+                launch.dtypes,
+                self.rows[n],
+                self.undefined[n],
+                self.states[n],
+                self.versions[n],
+                self.causes[n],
+                launch.causes,
             )
             warp.native = WarpState(launch, struct)
 
