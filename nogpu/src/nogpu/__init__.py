@@ -10,8 +10,9 @@ A launch passes these folders, one after the other:
 - `triton`: `emulate`, which lets Triton take an emulated GPU for its own; `driver` (what Triton
   asks and launches), `stages` (of its compiler), `parameters` (of a launch, from its arguments),
   `conditions` and `assumptions` (of the compiled code), `emulator` (the GPU, its launches and
-  faults), `host_memory` (of tensors), `torch_operators` (beside launches), and `autotuner`, whose
-  state of a call is `tuning`.
+  faults), its `account` (what launches have taken together), `host_memory` (of tensors),
+  `torch_operators` (beside launches), `autotuner`, whose state of a call is `tuning`, and
+  `defined_kernels` (those of a project, launched or not).
 - `machine`: one launch on a `gpu`, whose blocks share its `gpu_state`. What is executed: `parse`
   (text to instructions), `kinds` (of instructions), `decode` (instructions to functions),
   `registers` (kinds of numbers), `block` (warps and barriers), `cluster`, `execute` (steps of a
@@ -26,10 +27,11 @@ A launch passes these folders, one after the other:
 - `native`: the common instructions, and whole blocks, in C: `layout` (what Python and C share),
   `core` (built once, and loaded, from a folder of `cache`), `encoding`, `warps`, `blocks`.
 - `record`: what is kept of a launch: `launch`, whose `launch_size` has limits, its `faults` with
-  their `source`, `resources` (by ptxas), `roofline` (bounds by data sheets) and `time` (an
-  estimate); `operator_work` is that of PyTorch's operators.
+  their `source` and `fault_names`, `resources` (by ptxas), `roofline` (bounds by data sheets) and
+  `time` (an estimate); `operator_work` is that of PyTorch's operators.
 - `report`: `groups` of launches, and `report`, as `text`, as a `page` with each `drawing`, or as
-  JSON (`data`); `assembly` is what ptxas refuses, and `limits` are what a program asserts of
+  JSON (`data`); `findings` are its faults for others: for `github`, as `sarif`, and summed up for
+  a `suite` of tests. `assembly` is what ptxas refuses, and `limits` are what a program asserts of
   counters.
 
 `cpp` stands beside `triton` for kernels in CUDA C++, which `nogpu.cuda.load` returns: `nvrtc`

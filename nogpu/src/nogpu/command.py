@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TextIO
@@ -30,7 +31,10 @@ from nogpu.cuda.advice import (
 from nogpu.cuda.stand_in import cuda_is_cpu
 from nogpu.data_sheets import ARCHITECTURES
 from nogpu.machine.program_sample import LEAST
+from nogpu.report.findings import found, merged
+from nogpu.report.github import annotations
 from nogpu.report.report import Report
+from nogpu.report.sarif import as_sarif
 from nogpu.triton.driver import how_far
 from nogpu.triton.emulate import emulate, why_not_compiled
 from nogpu.triton.emulator import Emulator
@@ -39,7 +43,11 @@ WITHIN = "only kernels that the script's own process launches are executed"
 INNER = "the script's own emulate or check_kernel reports its launches"
 
 # What a file of the report is, and how its name ends; others are not overwritten.
-FILES = {"report": ("page", ".html", ".htm"), "json": ("file of JSON", ".json")}
+FILES = {
+    "report": ("page", ".html", ".htm"),
+    "json": ("file of JSON", ".json"),
+    "sarif": ("file of SARIF", ".sarif", ".json"),
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -81,6 +89,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--launches", action="store_true", help="list each launch, too")
     parser.add_argument("--report", type=_file, metavar="FILE", help="write the report as a page")
     parser.add_argument("--json", type=_file, metavar="FILE", help="write the report for machines")
+    parser.add_argument("--sarif", type=_file, metavar="FILE", help="write the faults as SARIF")
+    parser.add_argument(
+        "--annotate", choices=("github",), help="print each fault as an annotation of its line"
+    )
     parser.add_argument("script", type=Path, help="a file of Python")
     flags = parser.add_argument("flags", nargs=argparse.REMAINDER, help="the script's own")
     flags.required = False  # or a message says that it is
@@ -254,13 +266,12 @@ def _fault_of(options: argparse.Namespace) -> str:
         return f"{options.script} is no file; name a Python script"
     if reason := why_not_compiled():
         return reason
-    files = [getattr(options, name) for name in FILES]
-    if None not in files and len({file.resolve() for file in files}) < len(files):
-        return f"--report and --json both name {options.json}; name two files"
-    for name, (what, *endings) in FILES.items():
-        file: Path | None = getattr(options, name)
-        if file is None:
-            continue
+    given = {name: file for name in FILES if (file := getattr(options, name)) is not None}
+    for one, other in combinations(given, 2):
+        if given[one].resolve() == given[other].resolve():
+            return f"--{one} and --{other} both name {given[other]}; name two files"
+    for name, file in given.items():
+        what, *endings = FILES[name]
         if file.is_dir() or not file.resolve().parent.is_dir():
             return f"--{name} {file} cannot be written; name a file in a folder"
         if file.is_file() and file.suffix.lower() not in endings:
@@ -324,9 +335,13 @@ def _show(report: Report, options: argparse.Namespace, stdout: TextIO, advice: s
         print(report.as_text(options.launches))
         if advice and is_empty:
             print(f"no kernel was launched{' here' if advice is INNER else ''}; {advice}")
+        for line in annotations(merged(found(report.faults))) if options.annotate else ():
+            print(line)
     finally:
         if options.json is not None:
             _write(options.json, report.as_json())
+        if options.sarif is not None:
+            _write(options.sarif, as_sarif(merged(found(report.faults))))
         if options.report is not None and is_empty:
             print(f"{options.report} is not written: no kernel was launched", file=sys.stderr)
         elif options.report is not None:

@@ -3,12 +3,16 @@
 
     pytest --nogpu
     pytest --nogpu --nogpu-arch=sm_100 --cuda-is-cpu
+    pytest --nogpu --nogpu-annotate=github --nogpu-sarif=nogpu.sarif
 
 With ``--cuda-is-cpu`` the device "cuda" means the CPU, also where test modules are imported.
 
 A test fails if one of its kernels has an error. The warnings and notes are in the test's report. A
 fixture of a module or a session belongs to the test that sets it up, or that tears it down. The
 fixture ``gpu`` is the emulator, whose ``launches`` and `assert_counters` are those of the test.
+
+``@pytest.mark.nogpu_allow("uninitialised memory")`` lets a test have faults of that name. The last
+lines of a run are a summary of the suite, which has the faults of all workers of pytest-xdist.
 
 Without ``--nogpu`` the plugin imports neither PyTorch nor Triton, and changes nothing.
 """
@@ -22,8 +26,16 @@ from nogpu.data_sheets import ARCHITECTURES
 if TYPE_CHECKING:
     from nogpu.triton.emulator import Emulator
 
-NEED = ("cuda_is_cpu", "nogpu_arch", "nogpu_schedules", "nogpu_configurations")
+NEED = (
+    "cuda_is_cpu",
+    "nogpu_arch",
+    "nogpu_schedules",
+    "nogpu_configurations",
+    "nogpu_annotate",
+    "nogpu_sarif",
+)
 HOOKS = "nogpu.hooks"
+MARKER = "nogpu_allow(name, ...): faults with these names do not let the test fail"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,6 +51,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="those of autotuned kernels that are executed",
     )
     group.addoption(
+        "--nogpu-annotate", choices=["github"], help="print each fault as an annotation of its line"
+    )
+    group.addoption("--nogpu-sarif", metavar="FILE", help="write the faults as SARIF")
+    group.addoption(
         "--cuda-is-cpu", action="store_true", help='let device="cuda" mean the CPU, with --nogpu'
     )
 
@@ -50,6 +66,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", MARKER)
     _begin(config)  # where a conftest.py names the plugin
 
 
@@ -66,7 +83,7 @@ def _begin(config: pytest.Config) -> None:
 
     if reason := why_not_compiled():
         raise pytest.UsageError(f"--nogpu: {reason}")
-    hooks = Hooks(options)
+    hooks = Hooks(config, options)
     config.pluginmanager.register(hooks, HOOKS)
     if options.cuda_is_cpu:  # modules ask `torch.cuda` when they are imported
         hooks.enter()

@@ -7,14 +7,23 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from functools import wraps
 from inspect import iscoroutinefunction
-from typing import ParamSpec, TypeVar
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import pytest
 import torch
 
 from nogpu.cuda.advice import advise, advise_numba, says_cuda
 from nogpu.cuda.stand_in import cuda_is_cpu
+from nogpu.record.fault_names import NAMES
+from nogpu.record.faults import Fault
+from nogpu.report.findings import found
+from nogpu.report.github import annotations
 from nogpu.report.report import Report
+from nogpu.report.sarif import as_sarif
+from nogpu.report.suite import OfTest, Suite
+from nogpu.triton.account import Account
+from nogpu.triton.defined_kernels import defined_kernels
 from nogpu.triton.emulate import emulate
 from nogpu.triton.emulator import Emulator
 
@@ -23,20 +32,27 @@ T = TypeVar("T")
 
 
 class _Phase:
-    """The setup, the call or the teardown of a test: what it launches, and the faults."""
+    """The setup, the call or the teardown of a test: what it launches, and the faults.
 
-    def __init__(self, gpu: Emulator):
+    Args:
+        allowed: names of faults that do not let it fail.
+    """
+
+    def __init__(self, gpu: Emulator, allowed: set[str]):
         self.gpu, self.launches, self.faults = gpu, len(gpu.launches), len(gpu.faults)
-        self.checked = self.faults
+        self.checked, self.allowed = self.faults, allowed
+
+    def _fails(self, fault: Fault) -> bool:
+        return fault.kind == "error" and fault.name not in self.allowed
 
     def rest(self) -> Report:
         """The report without the errors that a check has failed for."""
-        said = [one for one in self.gpu.faults[self.faults : self.checked] if one.kind != "error"]
+        said = [one for one in self.gpu.faults[self.faults : self.checked] if not self._fails(one)]
         return Report(self.gpu.launches[self.launches :], [*said, *self.gpu.faults[self.checked :]])
 
     def check(self) -> None:
         """Fail for each error that no earlier check has failed for."""
-        errors = Report([], self.gpu.faults[self.checked :]).errors
+        errors = [one for one in self.gpu.faults[self.checked :] if self._fails(one)]
         self.checked = len(self.gpu.faults)
         if errors:
             pytest.fail("\n".join(map(str, errors)), pytrace=False)
@@ -47,10 +63,19 @@ class Hooks:
 
     One emulator is active from the first test to the last one: a fixture of a module may enter a
     mode of PyTorch in one test and leave it in another, and modes are left in reverse order.
+
+    The reports of a test's teardown carry what it has launched. pytest-xdist takes them from its
+    workers to the process that controls them, where `suite` has the tests of all.
     """
 
-    def __init__(self, options: argparse.Namespace):
-        self.options, self.active = options, ExitStack()
+    def __init__(self, config: pytest.Config, options: argparse.Namespace):
+        self.config, self.options, self.active = config, options, ExitStack()
+        self.suite, self.allowed, self.is_expected = Suite(), set[str](), False
+        self.sarif = options.nogpu_sarif and Path(options.nogpu_sarif).absolute()
+        if self.sarif and (self.sarif.is_dir() or not self.sarif.parent.is_dir()):
+            raise pytest.UsageError(
+                f"--nogpu-sarif {options.nogpu_sarif} cannot be written; name a file in a folder"
+            )
 
     def enter(self) -> None:
         options = self.options
@@ -68,32 +93,92 @@ class Hooks:
         if not self.options.cuda_is_cpu:
             self.enter()
 
-    @pytest.hookimpl(wrapper=True)
+    @pytest.hookimpl(wrapper=True, trylast=True)  # before the summary is printed
     def pytest_sessionfinish(self) -> Generator[None, object, object]:
         with self.active:  # the last fixtures are torn down here, if the session was stopped
-            return (yield)
+            result = yield
+        kernels = [(*key, line) for key, line in defined_kernels(self.config.rootpath).items()]
+        output = getattr(self.config, "workeroutput", None)
+        if output is None:
+            self.suite.define(kernels)
+            if self.sarif:
+                self.sarif.write_text(as_sarif(self.suite.findings()), "utf-8")
+        else:  # of a worker, for the process that controls it
+            output["nogpu"] = kernels
+        return result
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """A worker of pytest-xdist has ended."""
+        self.suite.define(getattr(node, "workeroutput", {}).get("nogpu", ()))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
         self.gpu.launches.clear()
         self.gpu.faults.clear()
         self.gpu._by_place.clear()  # or a fault of an earlier test would only be counted
-        return (yield from self._run(item, "setup", _Phase(self.gpu)))
+        self.gpu.account, self.is_expected = Account(), False
+        self.allowed = _allowed(item)
+        return (yield from self._run(item, "setup"))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
-        phase = _Phase(self.gpu)
-        test = getattr(item, "obj", None)
-        is_of_unittest = isinstance(getattr(item, "instance", None), unittest.TestCase)
-        if is_of_unittest and callable(test) and not iscoroutinefunction(test):
-            item.obj = _checked(test, phase)  # type: ignore[attr-defined]
-        return (yield from self._run(item, "call", phase))
+        return (yield from self._run(item, "call"))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
-        return (yield from self._run(item, "teardown", _Phase(self.gpu)))
+        return (yield from self._run(item, "teardown"))
 
-    def _run(self, item: pytest.Item, when: str, phase: _Phase) -> Generator[None, object, object]:
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        self.is_expected |= report.skipped and hasattr(report, "wasxfail")
+        if call.when == "teardown":
+            report.nogpu = self._of_test(item).as_plain()  # type: ignore[attr-defined]
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if hasattr(report, "nogpu"):
+            self.suite.add(report.nogpu)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.config.option.collectonly:
+            return
+        terminalreporter.section("kernels, executed by nogpu")
+        for line in self.suite.summary():
+            terminalreporter.write_line(line)
+        if self.options.nogpu_annotate:
+            for line in annotations(self.suite.findings()):
+                terminalreporter.write_line(line)
+
+    def _of_test(self, item: pytest.Item) -> OfTest:
+        """Return what a test has launched, and its faults, when all of it has run."""
+        account, findings = self.gpu.account, found(self.gpu.faults)
+        for one in findings:
+            one.tests = [item.nodeid]
+            if one.name in self.allowed:
+                one.excused = "allowed"
+            elif self.is_expected:
+                one.excused = "expected to fail"
+        kernels = sorted(account.kernels)
+        return OfTest(
+            item.nodeid,
+            account.launches,
+            account.seconds,
+            kernels,
+            sorted(account.constants),
+            len(account.sampled),
+            findings,
+        )
+
+    def _run(self, item: pytest.Item, when: str) -> Generator[None, object, object]:
+        phase = _Phase(self.gpu, self.allowed)
+        test = getattr(item, "obj", None)
+        is_of_unittest = isinstance(getattr(item, "instance", None), unittest.TestCase)
+        if when == "call" and is_of_unittest and callable(test) and not iscoroutinefunction(test):
+            item.obj = _checked(test, phase)  # type: ignore[attr-defined]
         try:
             result = yield
             phase.check()
@@ -108,6 +193,19 @@ class Hooks:
             rest = phase.rest()
             if rest.faults:
                 item.add_report_section(when, "kernels", str(rest))
+                item.user_properties.append(("kernels", str(rest)))  # for JUnit
+
+
+def _allowed(item: pytest.Item) -> set[str]:
+    """Return the names of faults that the marks of a test allow."""
+    names = [name for mark in item.iter_markers("nogpu_allow") for name in mark.args]
+    unknown = [repr(name) for name in names if name not in NAMES]
+    if unknown:
+        pytest.fail(
+            f"nogpu_allow does not know {', '.join(unknown)}; it knows {', '.join(sorted(NAMES))}",
+            pytrace=False,
+        )
+    return set(names)
 
 
 def _checked(test: Callable[P, T], phase: _Phase) -> Callable[P, T]:

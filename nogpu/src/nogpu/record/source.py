@@ -62,6 +62,27 @@ def shown_path(path: str) -> str:
     return path
 
 
+def in_repository(path: str) -> str | None:
+    """Return the name of a file from the root of its repository on.
+
+    A repository is the nearest folder with ``.git``; without one it is the folder that Python was
+    started in. The name is None for files outside, and for packages that are installed within.
+    """
+    file = Path(path).absolute()
+    if file.parts.count("site-packages") or not file.is_file():
+        return None
+    root = _repository(file.parent)
+    return None if root is None else file.relative_to(root).as_posix()
+
+
+@lru_cache
+def _repository(folder: Path) -> Path | None:
+    for one in (folder, *folder.parents):
+        if (one / ".git").exists():
+            return one
+    return Path(STARTED_IN) if folder.is_relative_to(STARTED_IN) else None
+
+
 def line_of(path: str, number: int, strip: bool = True) -> str:
     """Return a line of a file; "" if there is none."""
     linecache.checkcache(path)  # it may have changed

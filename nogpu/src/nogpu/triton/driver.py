@@ -279,11 +279,11 @@ class Launcher:
         """
         if self.metadata.global_scratch_size and isinstance(_allocator.get(), NullAllocator):
             message = (
-                "Triton would raise: Kernel requires a runtime memory allocation, but no allocator "
-                "was set; call triton.set_allocator in this thread"
+                f"for {launch.kernel} Triton would raise: Kernel requires a runtime memory "
+                "allocation, but no allocator was set; call triton.set_allocator in this thread"
             )
-            name, place = f"no allocator for {launch.kernel}", launch.launched
-            emulator.note(HostFault("error", name, message, source=place), (name, place))
+            fault = HostFault("error", "no allocator", message, source=launch.launched)
+            emulator.note(fault, (fault.name, launch.kernel, fault.source))
 
 
 class Entered(NamedTuple):

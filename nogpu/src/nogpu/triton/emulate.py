@@ -152,6 +152,7 @@ def emulate(
     with lock:
         if emulations:
             present().has_inner = True
+            emulator.account = present().account
         else:
             _install()
         emulations.append(entered)

@@ -31,6 +31,7 @@ from nogpu.record.source import moved
 from nogpu.report.limits import Limits
 from nogpu.report.report import Report
 from nogpu.triton import tuning
+from nogpu.triton.account import Account
 from nogpu.triton.assumptions import Assertions
 from nogpu.triton.host_memory import HostMemory
 
@@ -80,6 +81,7 @@ class Emulator(gpu.Gpu):
         watcher: an object that records operators and launches for CUDA graphs, or None.
         has_inner: whether another one was entered within this one, and took its launches.
         inner_launches: the number of those that it and others within it have executed.
+        account: what the launches have taken together, and those of an emulator within this one.
     """
 
     keeps_allocations = False  # `_reset` begins each launch
@@ -116,6 +118,7 @@ class Emulator(gpu.Gpu):
         self.watcher: Watcher | None = None
         self.has_inner = False
         self.inner_launches = 0
+        self.account = Account()
         self._name = self._file = ""
         self._launched: tuple[str, int] | None = None
         self._present: Launch | None = None
@@ -414,9 +417,12 @@ class Emulator(gpu.Gpu):
             launch.printed = self.printed
 
     def _end(self, launch: Launch, started: float) -> None:
+        seconds = time.perf_counter() - started
+        self.account.seconds += seconds
         if self._repeats():
             return
-        launch.seconds = time.perf_counter() - started
+        launch.seconds = seconds
+        self.account.note(launch)
         # Launches that do the same share what was counted, so that many need little memory.
         kind = launch.key
         before = self._counted_before.setdefault(kind, launch.counts)
