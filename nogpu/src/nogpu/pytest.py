@@ -17,6 +17,9 @@ lines of a run are a summary of the suite, which has the faults of all workers o
 Without ``--nogpu`` the plugin imports neither PyTorch nor Triton, and changes nothing.
 """
 
+import argparse
+import math
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -33,6 +36,8 @@ NEED = (
     "nogpu_configurations",
     "nogpu_annotate",
     "nogpu_sarif",
+    "nogpu_limit",
+    "nogpu_budget",
 )
 HOOKS = "nogpu.hooks"
 MARKER = "nogpu_allow(name, ...): faults with these names do not let the test fail"
@@ -55,8 +60,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--nogpu-sarif", metavar="FILE", help="write the faults as SARIF")
     group.addoption(
+        "--nogpu-limit",
+        type=_seconds,
+        metavar="S",
+        help="let a test fail as too large whose launches take longer",
+    )
+    group.addoption(
+        "--nogpu-budget",
+        type=_seconds,
+        metavar="S",
+        help="execute only samples of large launches, so that those of a test take about so long",
+    )
+    group.addoption(
         "--cuda-is-cpu", action="store_true", help='let device="cuda" mean the CPU, with --nogpu'
     )
+
+
+def _seconds(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"is {text}, expected a number of seconds above 0")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -15,6 +15,7 @@ import torch
 
 from nogpu.cuda.advice import advise, advise_numba, says_cuda
 from nogpu.cuda.stand_in import cuda_is_cpu
+from nogpu.machine.gpu_state import TooLarge
 from nogpu.record.fault_names import NAMES
 from nogpu.record.faults import Fault
 from nogpu.report.findings import found
@@ -25,8 +26,9 @@ from nogpu.report.suite import OfTest, Suite
 from nogpu.triton.account import Account
 from nogpu.triton.defined_kernels import defined_kernels
 from nogpu.triton.emulate import emulate
-from nogpu.triton.emulator import Emulator
+from nogpu.triton.emulator import TOO_LARGE, Emulator
 
+SAMPLED = "values are not judged, since only samples of programs were executed"
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -43,7 +45,8 @@ class _Phase:
         self.checked, self.allowed = self.faults, allowed
 
     def _fails(self, fault: Fault) -> bool:
-        return fault.kind == "error" and fault.name not in self.allowed
+        is_known = fault.name == TOO_LARGE or not fault.is_after_sample
+        return fault.kind == "error" and is_known and fault.name not in self.allowed
 
     def rest(self) -> Report:
         """The report without the errors that a check has failed for."""
@@ -52,10 +55,34 @@ class _Phase:
 
     def check(self) -> None:
         """Fail for each error that no earlier check has failed for."""
+        if (failed := self._failed()) is not None:
+            raise failed
+
+    def _failed(self) -> BaseException | None:
         errors = [one for one in self.gpu.faults[self.checked :] if self._fails(one)]
         self.checked = len(self.gpu.faults)
-        if errors:
-            pytest.fail("\n".join(map(str, errors)), pytrace=False)
+        return pytest.fail.Exception("\n".join(map(str, errors)), pytrace=False) if errors else None
+
+    def verdict(self, error: Exception) -> BaseException | None:
+        """Return what is said instead of an error of the test; None: the error stands.
+
+        A launch that is too large fails in one line. Where a launch has executed a sample of its
+        programs, the memory that the others would have written is as it was, so that an assertion
+        of values fails also for a right kernel: the test is skipped, unless it has a fault.
+        """
+        sampled = self.gpu.account.sampled
+        if isinstance(error, TooLarge):
+            said = f"{TOO_LARGE}: {error}"
+            if TOO_LARGE in self.allowed:
+                return self._failed() or pytest.skip.Exception(said)
+            # An emulator within the test has its own faults.
+            return self._failed() or pytest.fail.Exception(said, pytrace=False)
+        if sampled:
+            said = f"{SAMPLED}: {'; '.join(dict.fromkeys(sampled))}"
+            if isinstance(error, AssertionError):
+                return self._failed() or pytest.skip.Exception(said)
+            error.add_note(said)
+        return None
 
 
 class Hooks:
@@ -117,7 +144,8 @@ class Hooks:
         self.gpu.launches.clear()
         self.gpu.faults.clear()
         self.gpu._by_place.clear()  # or a fault of an earlier test would only be counted
-        self.gpu.account, self.is_expected = Account(), False
+        limit, budget = self.options.nogpu_limit, self.options.nogpu_budget
+        self.gpu.account, self.is_expected = Account(limit, budget), False
         self.allowed = _allowed(item)
         return (yield from self._run(item, "setup"))
 
@@ -156,12 +184,14 @@ class Hooks:
     def _of_test(self, item: pytest.Item) -> OfTest:
         """Return what a test has launched, and its faults, when all of it has run."""
         account, findings = self.gpu.account, found(self.gpu.faults)
-        for one in findings:
+        for one, fault in zip(findings, self.gpu.faults, strict=True):
             one.tests = [item.nodeid]
             if one.name in self.allowed:
                 one.excused = "allowed"
             elif self.is_expected:
                 one.excused = "expected to fail"
+            elif fault.is_after_sample and one.name != TOO_LARGE:
+                one.excused = "after a sampled launch"
         kernels = sorted(account.kernels)
         return OfTest(
             item.nodeid,
@@ -184,6 +214,8 @@ class Hooks:
             phase.check()
             return result
         except Exception as e:
+            if (verdict := phase.verdict(e)) is not None:
+                raise verdict from None
             is_cpu = self.options.cuda_is_cpu  # then `torch.cuda.is_available` says so
             has_advice = advise_numba(e, is_cpu) or (says_cuda(e) and not is_cpu)
             if has_advice and (is_cpu or not torch.cuda.is_available()):
@@ -213,7 +245,12 @@ def _checked(test: Callable[P, T], phase: _Phase) -> Callable[P, T]:
 
     @wraps(test)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        result = test(*args, **kwargs)
+        try:
+            result = test(*args, **kwargs)
+        except Exception as e:
+            if (verdict := phase.verdict(e)) is not None:
+                raise verdict from None
+            raise
         phase.check()
         return result
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from nogpu.machine import definedness
 from nogpu.machine.decode import prepare
+from nogpu.machine.gpu_state import BETWEEN_CHECKS
 from nogpu.machine.parse import Constant, Instruction, PtxError, Register
 from nogpu.machine.registers import (
     ALL,
@@ -44,6 +45,8 @@ def advance(warp: "Warp", budget: int) -> None:
             if left == 0 or (done and warp.parked):
                 continue
         left -= 1
+        if left % BETWEEN_CHECKS == 0:
+            gpu.check_limits()
         i, pc = instructions[warp.pc], warp.pc
         warp.count += 1
         try:

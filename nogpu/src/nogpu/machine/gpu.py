@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from random import Random
 
@@ -36,7 +36,7 @@ from nogpu.machine.decode import decode
 from nogpu.machine.gpu_state import GpuState, Schedule
 from nogpu.machine.instruction_counts import Counts, Progress
 from nogpu.machine.parse import Kernel, PtxError, parse
-from nogpu.machine.program_sample import ProgramSample
+from nogpu.machine.program_sample import LEAST, ProgramSample
 from nogpu.machine.registers import Values
 from nogpu.machine.spins import PATIENCE
 from nogpu.machine.trace import Trace
@@ -112,6 +112,7 @@ class Gpu(GpuState):
 
     keeps_allocations = True  # for the next launch
     most_programs: int | None = None  # of a launch that are executed; None: all
+    most_seconds: float | None = None  # for which more of them are executed than `LEAST`; None: any
     sample: ProgramSample | None = None  # of the last launch; None: all were executed
 
     def __init__(self, schedule: Schedule, change: Callable[[str], str] | None = None):
@@ -123,6 +124,11 @@ class Gpu(GpuState):
         # Grids that may still run when the next launch begins, the last one first.
         self.earlier: list[dependents.EarlierGrid] = []
         self.core_blocks: Blocks | None = None  # of the last launch
+
+    @property
+    def takes_samples(self) -> bool:
+        """Whether programs may be executed in another order than that of the grid."""
+        return self.most_programs is not None or self.most_seconds is not None
 
     def prepare(self, kernel: Kernel) -> None:
         """A launch of ``kernel`` begins."""
@@ -167,6 +173,8 @@ class Gpu(GpuState):
             self.counts.watch(allocation)
         self.programs = self._programs()
         self.sample, most = None, self.most_programs
+        if self.most_seconds is not None:
+            most = LEAST  # which say how many there is time for
         if most is not None and most < math.prod(self.programs):
             self.sample = ProgramSample(self.programs, most, self.counts)
         blocks = self._positions()
@@ -240,7 +248,11 @@ class Gpu(GpuState):
             chosen = [index[::-1] for index in np.ndindex(self.programs[::-1])]
         else:  # `np.ndindex` would hold a number for each program of the grid
             chosen = self.sample.positions
-        return [tuple(map(int.__mul__, index, self.kernel.cluster)) for index in chosen]
+        return self._placed(chosen)
+
+    def _placed(self, programs: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Return the first block of each of these clusters."""
+        return [tuple(map(int.__mul__, index, self.kernel.cluster)) for index in programs]
 
     def released_addresses(self) -> set[int]:
         """Return where blocks of the last launch have released what they know."""
@@ -261,11 +273,26 @@ class Gpu(GpuState):
         return first
 
     def _run(self, positions: list[tuple[int, ...]]) -> None:
-        """Run blocks one after the other; where one waits for another, run those in turn."""
-        resident, started = Residents(), 0
-        count, as_array, blocks = len(positions), np.array(positions, np.int32), None
-        self.core_blocks = None
-        self.progress = Progress(0, count)
+        """Run blocks, and those behind them that there is time for, if these are a sample."""
+        self.core_blocks, self.progress = None, Progress(0, 0)
+        started, done = time.perf_counter(), 0
+        while done < len(positions):
+            positions = self._run_all(positions, done)
+            done = len(positions)
+            positions = self._with_more(positions, time.perf_counter() - started)
+
+    def _run_all(self, positions: list[tuple[int, ...]], started: int) -> list[tuple[int, ...]]:
+        """Run blocks one after the other; where one waits for another, run those in turn.
+
+        Args:
+            started: how many of them have run before.
+
+        Returns:
+            The positions, with those behind them for which one of a sample has waited.
+        """
+        resident, blocks = Residents(), self.core_blocks
+        count, as_array = len(positions), np.array(positions, np.int32)
+        self.progress.count = count
         while started < count or len(resident):
             before = self.changes, started
             begins = started < count and self._has_room(len(resident))
@@ -292,6 +319,22 @@ class Gpu(GpuState):
                 positions = self._take_all(positions)
                 count, as_array = len(positions), np.array(positions, np.int32)
                 self.progress.count, resident.idle = count, 0  # others begin
+        return positions
+
+    def _with_more(self, positions: list[tuple[int, ...]], seconds: float) -> list[tuple[int, ...]]:
+        """Return the positions with those behind them that there is time for, too.
+
+        Args:
+            seconds: that executing the positions has taken.
+        """
+        if self.sample is None or self.most_seconds is None:
+            return positions
+        most = int(self.most_seconds / max(seconds, 1e-9) * len(positions))
+        if most >= self.sample.size:
+            return self._take_all(positions)
+        if most < 2 * len(positions):  # to grow by less is not worth it
+            return positions
+        return [*positions, *self._placed(self.sample.grow(most))]
 
     def _has_room(self, resident: int) -> bool:
         """Whether the GPU holds one more cluster.
@@ -328,7 +371,7 @@ class Gpu(GpuState):
         return deadlock
 
     def _take_all(self, positions: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """A program of the sample waits for one that may be outside of it: execute the others, too.
+        """Execute the others, too: there is time, or a program waits for one of them.
 
         Returns:
             The positions with those that were left out behind them.

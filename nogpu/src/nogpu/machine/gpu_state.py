@@ -16,6 +16,7 @@ from nogpu.machine.vector_clocks import Events
 from nogpu.native.warps import LaunchState
 
 LIMIT = 3_000_000  # instructions of a warp
+BETWEEN_CHECKS = 64  # instructions of Python, about, between two looks at the launch's limits
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ SCHEDULES = (
     Schedule("late", "reverse"),
     Schedule("random", "random", 1),
 )
+
+
+class TooLarge(MemoryError):
+    """A launch takes more memory than is free, or more time than it may take."""
 
 
 class GpuState:
@@ -92,6 +97,9 @@ class GpuState:
     def is_counted_only(self, kind: str, name: str, line: int) -> bool:
         """Whether a fault has been described so often at a line that its message is not needed."""
         return False
+
+    def check_limits(self) -> None:
+        """Raise `TooLarge` if the launch has no time or memory left; it is asked now and then."""
 
     def place_of(self, line: int) -> str:
         """Name a line of the PTX in a message."""

@@ -546,7 +546,7 @@ def _have_counted(warp: Warp, number: int) -> bool:
 def _other_block(warp: Warp, number: int) -> str:
     """Name a block by its position where its number tells that."""
     gpu = warp.block.gpu
-    if gpu.schedule.order != "forward" or getattr(gpu, "sample", None) is not None:
+    if gpu.schedule.order != "forward" or getattr(gpu, "takes_samples", False):
         return "another block"
     x, y, _ = gpu.grid
     return f"block ({number % x}, {number // x % y}, {number // (x * y)})"

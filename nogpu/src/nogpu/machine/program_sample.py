@@ -109,13 +109,23 @@ class ProgramSample:
     def __init__(self, programs: tuple[int, int, int], most: int, counts: Counts):
         self.size, self.counts = math.prod(programs), counts
         self.kinds = kinds(programs, most)
-        random, self._numbers = Random(SEED), dict[Position, int]()
-        executed = shares([one.size for one in self.kinds], most)
-        for number, (kind, count) in enumerate(zip(self.kinds, executed, strict=True)):
-            self._numbers |= dict.fromkeys(kind.spread(count, random), number)
-        self.positions = sorted(self._numbers, key=lambda position: position[::-1])
+        self._random, self._numbers = Random(SEED), dict[Position, int]()
         self._before = counts.table.copy()
         self._touches: dict[int, _Touches] = {}  # by the identity of the allocation
+        self.positions = self.grow(most)
+
+    def grow(self, most: int) -> list[Position]:
+        """Let the sample have up to ``most`` programs, and return the new ones, in their order.
+
+        Some that are drawn are in the sample already, so that there may be fewer.
+        """
+        before = set(self._numbers)
+        counts = shares([one.size for one in self.kinds], most)
+        for number, (kind, count) in enumerate(zip(self.kinds, counts, strict=True)):
+            if count > kind.executed:
+                more = kind.spread(count - kind.executed, self._random)
+                self._numbers |= dict.fromkeys(more, number)
+        return sorted(set(self._numbers) - before, key=lambda position: position[::-1])
 
     def end(self, position: Position, places: Iterable[Allocation]) -> None:
         """A program has ended: note what it alone has counted."""

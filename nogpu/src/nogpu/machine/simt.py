@@ -15,6 +15,7 @@ import numpy as np
 
 from nogpu.machine import definedness
 from nogpu.machine.decode import prepare
+from nogpu.machine.gpu_state import BETWEEN_CHECKS
 from nogpu.machine.parse import Instruction, PtxError
 from nogpu.machine.registers import ALL, Tainted, Values, reader
 
@@ -39,6 +40,8 @@ def advance(warp: Warp, budget: int) -> None:
             if left <= 0 or not warp.active.any() or warp.native.left[warp.pc] or done:
                 continue
         left -= 1
+        if left % BETWEEN_CHECKS == 0:
+            gpu.check_limits()
         i, pc = instructions[warp.pc], warp.pc
         warp.count += 1
         try:

@@ -160,6 +160,7 @@ class Blocks:
             done += ended
             self.gpu.progress.done += ended
             events.events.count = events.struct.count
+            self.gpu.check_limits()
             if why.value == GROW:
                 events.events.grow()
             elif why.value == REFINE:

@@ -30,6 +30,8 @@ class Fault:
         other_configurations: those of the other cases.
         launch: the number of that launch among all launches, from 1 on.
         what: "program" of Triton, or "block" of CUDA C++.
+        is_after_sample: whether launches before it have executed only some of their programs to
+            save time, so that it may come from memory that the others would have written.
     """
 
     kind: Kind
@@ -45,6 +47,7 @@ class Fault:
     launch: int = 1
     what: str = "program"
     other_configurations: list[str] = field(default_factory=list)
+    is_after_sample: bool = False
 
     def count_again(self, case: "Fault") -> None:
         """Count another case of this fault."""

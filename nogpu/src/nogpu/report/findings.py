@@ -55,12 +55,12 @@ class Finding:
         others = len(self.tests) - 1
         return f"{self.tests[0]}, and {others} more" if others else self.tests[0]
 
-    def in_repository(self) -> Place | None:
-        """Return its line in the repository: of the kernel, or else the one that launches it."""
-        for place in (self.source, self.launched):
-            path = None if place is None else in_repository(place[0])
-            if path is not None and place is not None:
-                return path, place[1]
+    @property
+    def place(self) -> Place | None:
+        """Its line in the repository: of the kernel, or else the one that launches it."""
+        for one in (self.source, self.launched):
+            if one is not None and in_repository(one[0]) is not None:
+                return one
         return None
 
     def described(self) -> str:

@@ -7,6 +7,7 @@ The commands are those of https://docs.github.com/actions/reference/workflow-com
 from collections.abc import Iterable
 
 from nogpu.record.faults import Kind
+from nogpu.record.source import in_repository
 from nogpu.report.findings import Finding
 
 COMMANDS: dict[Kind, str] = {"error": "error", "warning": "warning", "note": "notice"}
@@ -18,8 +19,10 @@ def annotations(findings: Iterable[Finding]) -> list[str]:
 
 
 def _annotation(finding: Finding) -> str:
-    place = finding.in_repository()
-    properties = {} if place is None else {"file": place[0], "line": str(place[1])}
+    properties = {}
+    if finding.place is not None:
+        path, line = finding.place
+        properties = {"file": in_repository(path) or path, "line": str(line)}
     properties["title"] = finding.title
     given = ",".join(f"{name}={_escaped(value, ':,')}" for name, value in properties.items())
     return f"::{COMMANDS[finding.kind]} {given}::{_escaped(finding.described())}"

@@ -20,9 +20,7 @@ ROOT = "%SRCROOT%"  # the root of the repository, by the name that viewers know
 def as_sarif(findings: Iterable[Finding]) -> str:
     """Return the findings that have a line in the repository: GitHub refuses others."""
     results = [
-        (one, place)
-        for one in findings
-        if not one.excused and (place := one.in_repository()) is not None
+        (one, place) for one in findings if not one.excused and (place := one.place) is not None
     ]
     names = list(dict.fromkeys(one.name for one, _ in results))
     run = {
@@ -56,16 +54,16 @@ def _rule(name: str) -> dict[str, object]:
 
 
 def _result(finding: Finding, place: Place, rule: int) -> dict[str, object]:
-    location = _location(place, finding.source or finding.launched)
+    location = _location(place)
     if finding.kernel:
         location["logicalLocations"] = [{"name": finding.kernel, "kind": "function"}]
     related = [] if finding.earlier is None else [(finding.earlier[1], finding.earlier[0])]
-    if finding.launched is not None and finding.launched != finding.source:
+    if finding.launched is not None and finding.launched != place:
         related.append((finding.launched, "launched"))
     others = [
-        _location((path, there[1]), there) | {"message": {"text": word}}
-        for there, word in related
-        if (path := in_repository(there[0])) is not None
+        _location(other) | {"message": {"text": word}}
+        for other, word in related
+        if in_repository(other[0]) is not None
     ]
     return {
         "ruleId": identifier(finding.name),
@@ -79,15 +77,10 @@ def _result(finding: Finding, place: Place, rule: int) -> dict[str, object]:
     }
 
 
-def _location(place: Place, there: Place | None) -> dict[str, object]:
-    """Return a line of the repository.
-
-    Args:
-        there: the same line, by the name of its file on this machine.
-    """
-    region: dict[str, object] = {"startLine": max(place[1], 1)}
-    code = line_of(*there) if there is not None and there[1] == place[1] else ""
-    if code:
+def _location(place: Place) -> dict[str, object]:
+    path, line = place
+    region: dict[str, object] = {"startLine": max(line, 1)}
+    if code := line_of(path, line):
         region["snippet"] = {"text": code}
-    artifact = {"uri": quote(place[0]), "uriBaseId": ROOT}
+    artifact = {"uri": quote(in_repository(path) or path), "uriBaseId": ROOT}
     return {"physicalLocation": {"artifactLocation": artifact, "region": region}}

@@ -20,7 +20,7 @@ class Account:
         launches: their number.
         kernels: those that were launched.
         constants: names of functions and other values that kernels were compiled for.
-        sampled: a clause on each launch of which only a sample was executed.
+        sampled: a clause on each launch of which the budget allowed only a sample.
     """
 
     limit: float | None = None
@@ -36,9 +36,14 @@ class Account:
         self.launches += 1
         self.kernels.add((launch.file, launch.kernel))
         self.constants.update(launch.constants.values())
-        if launch.executed is not None:
+        if launch.executed is not None and self.budget is not None:
             name = f"{launch.kernel}[{shown_grid(launch.grid)}]"
             self.sampled.append(f"{launch.executed:,} of {launch.programs:,} programs of {name}")
+
+    @property
+    def left(self) -> float | None:
+        """The seconds that launches may still take; None: any."""
+        return None if self.limit is None else self.limit - self.seconds
 
     @property
     def of_next_launch(self) -> float | None:

@@ -19,21 +19,21 @@ from nogpu.data_sheets import ARCHITECTURES, DATA_SHEETS
 from nogpu.machine import dependents, gpu
 from nogpu.machine.allocation import Allocation
 from nogpu.machine.dependents import Access, EarlierGrid
-from nogpu.machine.gpu_state import Schedule
+from nogpu.machine.gpu_state import Schedule, TooLarge
 from nogpu.machine.instruction_counts import Counts, Progress
 from nogpu.machine.memory import Space
 from nogpu.machine.parse import Kernel, PtxError, Source, own_error
 from nogpu.machine.trace import Trace
 from nogpu.native import core as native
-from nogpu.record.faults import Fault, Kind
-from nogpu.record.launch import CapturedGraph, Launch
+from nogpu.record.faults import Fault, HostFault, Kind
+from nogpu.record.launch import CapturedGraph, Launch, shown_grid
 from nogpu.record.source import moved
 from nogpu.report.limits import Limits
 from nogpu.report.report import Report
 from nogpu.triton import tuning
 from nogpu.triton.account import Account
 from nogpu.triton.assumptions import Assertions
-from nogpu.triton.host_memory import HostMemory
+from nogpu.triton.host_memory import HostMemory, free_memory
 
 # By capability; shared memory of a program at most.
 SHARED_BYTES = {sheet.capability: sheet.shared_of_program for sheet in DATA_SHEETS.values()}
@@ -43,6 +43,9 @@ MULTIPROCESSORS = {sheet.capability: sheet.multiprocessors for sheet in DATA_SHE
 # counted, and more of them may follow, so that they do not hide faults at other lines.
 MOST_DESCRIBED, MOST_ERRORS, MOST_REPEATED = 100, 1000, 20_000
 MANY_ERRORS = "many errors"
+SECONDS = 0.1  # between two looks at the time and the memory that are left
+LEAST_FREE = 2**28  # bytes of memory below which a launch ends, before the system ends the process
+TOO_LARGE = "too large"
 LEAST_DEPENDENT = 90  # the first capability with programmatic dependent launch
 OF_WARP = r" of warp \d+( of CTA \d+)?$"  # in the name of an access
 NUMBER = r"-?\b(0x[0-9a-f]+|\d+)\b"  # in a message
@@ -127,6 +130,7 @@ class Emulator(gpu.Gpu):
         self._errors = self._repeated = 0
         self._at_line: dict[tuple[str, str, Source | int], tuple[int, Fault]] = {}
         self._ended = ""  # the fault that has ended a program or the present launch
+        self._begun = self._looked = 0.0  # when the launch has begun, and its limits were looked at
         self._asserts = False  # what a kernel assumes is executed, and not the kernel
         self._last: LastLaunch | None = None
         self.stream: Callable[[], object] = lambda: None  # the current one, if there are several
@@ -280,6 +284,7 @@ class Emulator(gpu.Gpu):
         if key in self._by_place:
             self._by_place[key].count_again(fault)
             return
+        fault.is_after_sample = bool(self.account.sampled)
         self._by_place[key] = fault
         self.faults.append(fault)
 
@@ -358,16 +363,21 @@ class Emulator(gpu.Gpu):
     ) -> None:
         native.library()  # compiled here, or the first launch would seem to take its seconds
         self._name, self._file, started = launch.kernel, file, time.perf_counter()
-        self._present = launch
+        self._present, self._begun = launch, started
         self._launched, self._ended = launch.launched, ""
         last = self.counts
         try:
             # What a repeat is compared with was computed under the last schedule.
             schedules = self.schedules[-1:] if self._repeats() else self.schedules
+            seconds = self.account.of_next_launch
+            self.most_seconds = None if seconds is None else seconds / len(schedules)
             for number, schedule in enumerate(schedules):
                 self.host_memory.saves = number + 1 < len(schedules)
                 self._run_schedule(launch, parameters, schedule, is_first=number == 0)
         except BaseException as e:  # such as KeyboardInterrupt: this launch is shown, too
+            if isinstance(e, TooLarge):
+                name = f"{launch.kernel}[{shown_grid(launch.grid)}]"
+                self.note_too_large(f"{name}: {e}", launch.launched, launch.kernel)
             if self.counts is not last:
                 launch.ended = type(e).__name__
                 self._end(launch, started)
@@ -415,6 +425,31 @@ class Emulator(gpu.Gpu):
             launch.ended = self._ended
             launch.instructions += self.executed_instructions
             launch.printed = self.printed
+
+    def check_limits(self) -> None:
+        now = time.perf_counter()
+        if now - self._looked < SECONDS:
+            return
+        self._looked, taken, left = now, now - self._begun, self.account.left
+        if left is not None and taken > left:
+            earlier, done = self.account.seconds, self.progress
+            before = f", and earlier launches of the test {earlier:.1f} s" if earlier > 0.05 else ""
+            raise TooLarge(
+                f"{done.done:,} of {done.count:,} programs took {taken:.1f} s{before}, and the "
+                f"limit is {self.account.limit:g} s; take smaller parameters, or sample the "
+                "programs"
+            )
+        there = free_memory()
+        if there is not None and there < LEAST_FREE:
+            raise TooLarge(
+                f"{there / 2**20:,.0f} MiB of memory are free, and the launch would take more; "
+                "take smaller parameters"
+            )
+
+    def note_too_large(self, message: str, place: tuple[str, int] | None, kernel: str = "") -> None:
+        """Note that a line of the program takes more time or memory than it may take."""
+        fault = HostFault("error", TOO_LARGE, message, kernel, source=place)
+        self.note(fault, (TOO_LARGE, kernel, place))
 
     def _end(self, launch: Launch, started: float) -> None:
         seconds = time.perf_counter() - started

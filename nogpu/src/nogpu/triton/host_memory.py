@@ -24,6 +24,7 @@ from nogpu.machine.allocation import (
     page_count,
     zeros,
 )
+from nogpu.machine.gpu_state import TooLarge
 from nogpu.machine.memory import Space
 from nogpu.machine.registers import Values
 from nogpu.machine.vector_clocks import UNWRITTEN
@@ -329,16 +330,24 @@ def free_memory(
 
 
 def _check_memory(name: str, elements: int) -> None:
-    """Raise MemoryError if who has read and written each element cannot be kept.
+    """Raise `TooLarge` if who has read and written each element cannot be kept."""
+    check_memory(f"{name} takes", 8 * elements, " to be emulated, 8 bytes for each element")
+
+
+def check_memory(what: str, needed: int, why: str = "") -> None:
+    """Raise `TooLarge` if so many bytes are not free.
 
     Where the system promises more memory than there is, it would kill the process instead.
+
+    Args:
+        what: the beginning of the message, "x takes".
+        why: its words behind the number.
     """
-    needed = 8 * elements
-    if needed < 2**26:  # small ones are launched often
+    if needed < 2**26:  # small ones are asked for often
         return
     there = free_memory()
     if there is not None and needed > there:
-        raise MemoryError(
-            f"{name} takes {needed / 2**30:,.1f} GiB to be emulated, 8 bytes for each element, and "
-            f"{there / 2**30:,.1f} GiB are free; take a smaller tensor"
+        raise TooLarge(
+            f"{what} {needed / 2**30:,.1f} GiB{why}, and {there / 2**30:,.1f} GiB are free; take a "
+            "smaller tensor"
         )

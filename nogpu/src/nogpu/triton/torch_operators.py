@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """PyTorch's operators beside launches: which memory they write."""
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TypeGuard
@@ -10,7 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nogpu.machine.gpu_state import TooLarge
+from nogpu.record.source import program_line
 from nogpu.triton.emulator import Emulator, Operator
+from nogpu.triton.host_memory import check_memory
 
 
 class Host(TorchDispatchMode):
@@ -34,6 +38,7 @@ class Host(TorchDispatchMode):
         args: tuple[object, ...] = (),
         kwargs: dict[str, object] | None = None,
     ) -> object:
+        self._check_size(func, args, kwargs or {})
         if not _launches_nothing(func):
             self.emulator.complete_launches()
         if func.namespace not in BUILT_IN and _has_kernel_in_python(func, args, kwargs or {}):
@@ -53,6 +58,25 @@ class Host(TorchDispatchMode):
         if func.overloadpacket in EMPTY and is_plain(result):
             memory.note_empty(result)
         return result
+
+    def _check_size(
+        self, func: Operator, args: Sequence[object], kwargs: dict[str, object]
+    ) -> None:
+        """Refuse to make a tensor, of zeros or random numbers, for which there is no memory."""
+        position = _position_of_size(func)
+        if not 0 <= position < len(args):
+            return
+        dtype, size = kwargs.get("dtype") or torch.get_default_dtype(), args[position]
+        if not isinstance(dtype, torch.dtype) or not isinstance(size, (list, tuple)):
+            return
+        if not all(type(n) is int for n in size):  # symbols, whose tensor has no memory
+            return
+        try:
+            name = f"a tensor of {str(dtype).removeprefix('torch.')} {list(size)} takes"
+            check_memory(name, math.prod(size) * dtype.itemsize)
+        except TooLarge as e:
+            self.emulator.note_too_large(str(e), program_line())
+            raise
 
 
 ON_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -105,6 +129,15 @@ def _written_tensors(
     for t in tree_leaves(values):
         if is_plain(t):
             yield t
+
+
+@lru_cache(None)
+def _position_of_size(func: Operator) -> int:
+    """Return which argument is the size of a new tensor; -1 if there is none."""
+    schema = func._schema
+    if any(one.alias_info is not None for one in schema.returns):  # a view
+        return -1
+    return next((n for n, one in enumerate(schema.arguments) if one.name == "size"), -1)
 
 
 @lru_cache(None)
