@@ -6,7 +6,12 @@ its losses alone.
 """
 
 import json
+import os
+import re
+import subprocess
 import sys
+import tempfile
+import textwrap
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -345,6 +350,69 @@ def who_is_right() -> Figure:
     return figure
 
 
+def annotated() -> Figure:
+    """A pull request with the files of nogpu-ci.md: the annotation of a line, and the log's end.
+
+    The tests are executed, and the log is theirs.
+    """
+    page = (FOLDER / "nogpu-ci.md").read_text("utf-8")
+    files = dict(re.findall(r"```py\n# (\S+\.py)\n(.*?)```", page, re.DOTALL))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / ".git").mkdir()
+        for name, text in files.items():
+            (Path(folder) / name).write_text(f"# {name}\n{text}", "utf-8")
+        flags = ["--nogpu", "--cuda-is-cpu", "--nogpu-annotate", "github", "-q"]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *flags],
+            cwd=folder,
+            env={**os.environ, "COLUMNS": "80"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    file, number, title, message = re.findall(
+        r"^::error file=(\S+),line=(\d+),title=(.*?)::(.*)", done.stdout, re.MULTILINE
+    )[0]
+    said = [part for line in message.split("%0A") for part in textwrap.wrap(line, 76)]
+    log = done.stdout[done.stdout.index("faults by kernel") :].splitlines()
+    log = [line for line in log if not line.startswith("::")]
+    code = f"# {file}\n{files[file]}".splitlines()
+    last = int(number)  # the lines up to the annotated one, and those behind it
+    before, after = range(last - 5, last), range(last, last + 1)
+
+    height = 0.55 * (len(before) + len(after) + len(said) + len(log) + 6)
+    figure, axes = canvas(17.5, height)
+    y = height - 0.55
+    mono = {"ha": "left", "va": "center", "fontsize": 11, "family": "monospace"}
+
+    def write(x: float, text: str, color: str = "0.1", weight: str = "normal") -> None:
+        nonlocal y
+        axes.text(x, y, text, color=color, weight=weight, **mono)
+        y -= 0.55
+
+    def show(n: int) -> None:
+        axes.add_patch(Rectangle((0.3, y - 0.28), 16.9, 0.55, facecolor="#e6ffec"))
+        axes.text(1.1, y, f"{n + 1}", color="0.5", **mono | {"ha": "right"})
+        write(1.5, f"+ {code[n]}")
+
+    write(0.3, file, weight="bold")
+    for n in before:
+        show(n)
+    top = y + 0.25
+    y -= 0.15
+    write(1.0, f"✗ {title}", "#d1242f", "bold")
+    for line in said:
+        write(1.0, line)
+    axes.add_patch(Rectangle((0.6, y + 0.2), 16.4, top - y - 0.25, fill=False, edgecolor="#d1242f"))
+    y -= 0.1
+    for n in after:
+        show(n)
+    y -= 0.4
+    write(0.3, "the end of the log", weight="bold")
+    for line in log:
+        write(0.3, line, "#d1242f" if line.startswith(("✗", "FAILED")) else "0.1")
+    return figure
+
+
 def losses(path: Path) -> Figure:
     """The losses of Muon and of AdamW on the training text and on the validation text."""
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -370,6 +438,7 @@ def main() -> None:
         ("parallel", (data, tensor, pipeline, mesh), 110),
         ("exact", (digits, orders, ranks), 110),
         ("muon", (who_is_right,), 110),
+        ("nogpu-ci", (annotated,), 110),
     ):
         folder = FOLDER / page
         folder.mkdir(exist_ok=True)

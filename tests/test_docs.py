@@ -60,6 +60,8 @@ OTHERS_FLAGS = {  # of the launchers, pip, pytest, Lightning and .ci/release
         "no_build_isolation",
         "ntasks",
         "num_processes",
+        "index_url",
+        "junitxml",
     ),
     *("maxprocesses", "config", "help", "strict", "tyro_print_completion", "logdir", "torch"),
 }
