@@ -379,30 +379,31 @@ def annotated() -> Figure:
     last = int(number)  # the lines up to the annotated one, and those behind it
     before, after = range(last - 5, last), range(last, last + 1)
 
-    height = 0.55 * (len(before) + len(after) + len(said) + len(log) + 6)
+    row = 0.45
+    height = row * (len(before) + len(after) + len(said) + len(log) + 6)
     figure, axes = canvas(17.5, height)
-    y = height - 0.55
+    y = height - row
     mono = {"ha": "left", "va": "center", "fontsize": 11, "family": "monospace"}
 
     def write(x: float, text: str, color: str = "0.1", weight: str = "normal") -> None:
         nonlocal y
         axes.text(x, y, text, color=color, weight=weight, **mono)
-        y -= 0.55
+        y -= row
 
     def show(n: int) -> None:
-        axes.add_patch(Rectangle((0.3, y - 0.28), 16.9, 0.55, facecolor="#e6ffec"))
+        axes.add_patch(Rectangle((0.3, y - row / 2), 16.9, row, facecolor="#e6ffec"))
         axes.text(1.1, y, f"{n + 1}", color="0.5", **mono | {"ha": "right"})
         write(1.5, f"+ {code[n]}")
 
     write(0.3, file, weight="bold")
     for n in before:
         show(n)
-    top = y + 0.25
+    top = y + row / 2
     y -= 0.15
     write(1.0, f"✗ {title}", "#d1242f", "bold")
     for line in said:
         write(1.0, line)
-    axes.add_patch(Rectangle((0.6, y + 0.2), 16.4, top - y - 0.25, fill=False, edgecolor="#d1242f"))
+    axes.add_patch(Rectangle((0.6, y + 0.2), 16.4, top - y - 0.22, fill=False, edgecolor="#d1242f"))
     y -= 0.1
     for n in after:
         show(n)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the tests of a suite have launched, and what is wrong with it, summed over processes."""
+"""Launches and faults of a suite of tests, summed over processes, and a summary of them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the launches of a test, or of a script, have taken together, and what they may take."""
+"""Account of the launches of a test or a script: seconds that they have taken, and may take."""
 
 from dataclasses import dataclass, field
 
