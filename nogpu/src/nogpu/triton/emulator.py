@@ -379,7 +379,7 @@ class Emulator(gpu.Gpu):
                 name = f"{launch.kernel}[{shown_grid(launch.grid)}]"
                 self.note_too_large(f"{name}: {e}", launch.launched, launch.kernel)
             if self.counts is not last:
-                launch.ended = type(e).__name__
+                launch.ended = TOO_LARGE if isinstance(e, TooLarge) else type(e).__name__
                 self._end(launch, started)
             raise
         finally:
