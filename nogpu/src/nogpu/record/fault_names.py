@@ -40,7 +40,7 @@ NAMES = {
     "trap": "The kernel has ended itself.",
     "unknown instruction": "The executor does not know an instruction.",
     "error of the executor": "The executor itself fails.",
-    "many errors": "A launch has ended after its first 1,000 errors.",
+    "many errors": "A launch of CUDA C++ has ended after many errors.",
     "too large": "A launch takes more time or memory than it may take.",
     # Of programs around kernels of numba.cuda.
     "a kernel of numba.cuda": "numba.cuda finds no GPU.",
