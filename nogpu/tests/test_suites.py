@@ -180,8 +180,20 @@ def test_workers_of_xdist_tell_all_to_their_controller(suite, pytester):
 def test_a_suite_without_a_launch_says_so(suite, pytester):
     done = suite("def test(): ...", "--nogpu-sarif=found.sarif")
     done.assert_outcomes(passed=1)
-    done.stdout.fnmatch_lines(["no kernel was launched"])
+    done.stdout.fnmatch_lines(["no kernel was launched*"])
     assert json.loads((pytester.path / "found.sarif").read_text())["runs"][0]["results"] == []
+
+
+def test_a_suite_that_asks_for_cuda_is_told_of_the_flag(suite):
+    tests = """
+    import pytest, torch
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test(): ...
+    """
+    done = suite(tests)
+    done.assert_outcomes(**{"passed" if torch.cuda.is_available() else "skipped": 1})
+    done.stdout.fnmatch_lines(["no kernel was launched; * needs --cuda-is-cpu"])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import pytest
 import torch
 
-from nogpu.cuda.advice import advise, advise_numba, says_cuda
+from nogpu.cuda.advice import NEEDS_CUDA, advise, advise_numba, says_cuda
 from nogpu.cuda.stand_in import cuda_is_cpu
 from nogpu.machine.gpu_state import TooLarge
 from nogpu.record.fault_names import NAMES
@@ -175,7 +175,7 @@ class Hooks:
         if self.config.option.collectonly:
             return
         terminalreporter.section("kernels, executed by nogpu")
-        for line in self.suite.summary():
+        for line in self.suite.summary("" if self.options.cuda_is_cpu else NEEDS_CUDA):
             terminalreporter.write_line(line)
         if self.options.nogpu_annotate:
             for line in annotations(self.suite.findings()):

@@ -89,14 +89,18 @@ class Suite:
             if kernel not in launched and kernel[1] not in given
         )
 
-    def summary(self) -> list[str]:
-        """Return lines: launches, faults by kernel and line, kernels never launched, slow tests."""
-        return [*self._launches(), *self._faults(), *self._never_launched(), *self._slowest()]
+    def summary(self, advice: str) -> list[str]:
+        """Return lines: launches, faults by kernel and line, kernels never launched, slow tests.
 
-    def _launches(self) -> list[str]:
+        Args:
+            advice: for a suite without a launch; "" if there is none.
+        """
+        return [*self._launches(advice), *self._faults(), *self._never_launched(), *self._slowest()]
+
+    def _launches(self, advice: str) -> list[str]:
         total = sum(one.launches for one in self.tests)
         if not total:
-            return ["no kernel was launched"]
+            return [f"no kernel was launched; {advice}" if advice else "no kernel was launched"]
         kernels = {kernel for one in self.tests for kernel in one.kernels}
         seconds = sum(one.seconds for one in self.tests)
         tests = sum(one.launches > 0 for one in self.tests)
