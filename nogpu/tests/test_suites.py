@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from foreign_warnings import filters
 from processes import ROOT
+from torch._subclasses import FakeTensorMode
 
 from nogpu import command, emulate
 from nogpu.machine.gpu_state import TooLarge
+from nogpu.native.cache import cache_folder
 from nogpu.record.fault_names import NAMES
 from nogpu.report.findings import Finding, from_plain, merged
 from nogpu.report.github import annotations
@@ -24,6 +26,8 @@ from nogpu.triton.account import Account
 from nogpu.triton.defined_kernels import defined_kernels
 
 pytest_plugins = ["pytester"]
+
+CACHE = cache_folder("core").parents[1]
 
 KERNELS = """
     import torch, triton, triton.language as tl
@@ -114,6 +118,7 @@ def suite(pytester, monkeypatch):
         pytester.makeini(f"[pytest]\nfilterwarnings =\n    {lines}")
         pytester.syspathinsert()
         monkeypatch.setattr("nogpu.record.source.STARTED_IN", str(pytester.path))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(CACHE))  # `pytester` changes the home
         start = pytester.runpytest_inprocess if in_process else pytester.runpytest_subprocess
         return start("--nogpu", *flags)
 
@@ -326,6 +331,12 @@ def test_a_tensor_for_which_there_is_no_memory_is_not_made(make, monkeypatch):
         with pytest.raises(TooLarge, match=r"a tensor of float32 \[67108864\] takes 0.2 GiB, and"):
             make(2**26)
         assert make(2**24).numel() == 2**24
+        # These have no memory.
+        assert torch.empty(2**26, device="meta").new_zeros(2**26).is_meta
+        with torch.device("meta"):
+            assert torch.zeros(2**26).is_meta
+        with FakeTensorMode():
+            assert torch.zeros(2**26).new_zeros(2**26).numel() == 2**26
     (fault,) = gpu.faults
     assert fault.source[0] == __file__
 

@@ -146,6 +146,7 @@ class Hooks:
         self.gpu._by_place.clear()  # or a fault of an earlier test would only be counted
         limit, budget = self.options.nogpu_limit, self.options.nogpu_budget
         self.gpu.account, self.is_expected = Account(limit, budget), False
+        self.allowed = set()  # where the next line fails
         self.allowed = _allowed(item)
         return (yield from self._run(item, "setup"))
 

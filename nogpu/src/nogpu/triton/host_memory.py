@@ -42,6 +42,7 @@ class Storage(NamedTuple):
         return self.address + self.nbytes
 
 
+SMALL = 2**26  # bytes that are taken without a look at the free memory: they are asked for often
 LiveTensor = tuple[int, int, Tensor]  # its first address, the one behind its last one, and it
 
 # What the memory of torch.empty holds, by the bytes of an element: no number, and hardly what a
@@ -343,7 +344,7 @@ def check_memory(what: str, needed: int, why: str = "") -> None:
         what: the beginning of the message, "x takes".
         why: its words behind the number.
     """
-    if needed < 2**26:  # small ones are asked for often
+    if needed < SMALL:
         return
     there = free_memory()
     if there is not None and needed > there:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from nogpu.machine.gpu_state import TooLarge
 from nogpu.record.source import program_line
 from nogpu.triton.emulator import Emulator, Operator
-from nogpu.triton.host_memory import check_memory
+from nogpu.triton.host_memory import SMALL, check_memory
 
 
 class Host(TorchDispatchMode):
@@ -71,9 +71,13 @@ class Host(TorchDispatchMode):
             return
         if not all(type(n) is int for n in size):  # symbols, whose tensor has no memory
             return
+        count = math.prod(size) * dtype.itemsize
+        if count < SMALL or not _has_memory(kwargs.get("device"), args[0] if position else None):
+            return
         try:
-            name = f"a tensor of {str(dtype).removeprefix('torch.')} {list(size)} takes"
-            check_memory(name, math.prod(size) * dtype.itemsize)
+            check_memory(
+                f"a tensor of {str(dtype).removeprefix('torch.')} {list(size)} takes", count
+            )
         except TooLarge as e:
             self.emulator.note_too_large(str(e), program_line())
             raise
@@ -104,6 +108,19 @@ def is_plain(t: object) -> TypeGuard[Tensor]:
     if not isinstance(t, Tensor) or type(t) not in (Tensor, torch.nn.Parameter):
         return False
     return t.layout == torch.strided and t.is_cpu and not t._is_zerotensor()
+
+
+def _has_memory(device: object, like: object) -> bool:
+    """Whether a new tensor has memory on the CPU: it is not on the meta device, and not fake.
+
+    Args:
+        like: the tensor that it is made for; None: there is none.
+    """
+    if device is not None and torch.device(str(device)).type != "cpu":
+        return False
+    # A mode that is below `Host`.
+    is_fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    return not is_fake and (like is None or is_plain(like))
 
 
 def changed(
