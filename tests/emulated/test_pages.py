@@ -12,6 +12,7 @@ import walk
 from commands import ROOT
 
 from nogpu import Launch, command, emulate
+from nogpu.machine.address_space import MISALIGNED, OUT_OF_BOUNDS
 from nogpu.machine.instruction_counts import SECTOR
 from torchpar.kernels import matmul_t
 from torchpar.kernels.rule import Tiles
@@ -110,6 +111,7 @@ def test_each_name_of_a_fault_is_explained():
     raised = re.findall(r"""PtxError\((?:[^()]|\([^()]*\))*?, "([a-z ]+)"\s*\)""", code)
     raised = [name for name in raised if len(name.split()) < 3]  # others are reasons
     found = {*noted, *causes, *raised, "race between programs", "invalid operation"}
+    found |= {OUT_OF_BOUNDS, MISALIGNED}
     assert {"deadlock", "endless loop", "misaligned access", "missing fence"} <= found
     assert found <= explained, found - explained
 
