@@ -271,7 +271,7 @@ def test_a_launch_takes_pinned_memory_and_empty_tensors():
             assert torch.equal(out.cpu(), 2 * x)
         scale[(1,)](torch.empty(0), torch.empty(0), 0, BLOCK=8)
         device = triton.runtime.driver.active.get_active_torch_device()
-        assert device == torch.device("cuda")
+        assert device == torch.device("cuda", 0)
         x = torch.ones(8, device=device)
         scale[(1,)](x, x, 8, BLOCK=8)
         assert x.tolist() == [2.0] * 8
@@ -329,8 +329,7 @@ def indices():
     h + torch.ones(4, 4)
 
 
-def names_of_the_cpu():
-    """The type of the device is "cpu", and scripts give it on."""
+def types_of_the_device():
     x, kind = numbers(4), torch.accelerator.current_accelerator().type
     torch.zeros(4, device=kind) + x
     torch.zeros(4).to(x.device.type) + x
@@ -435,7 +434,7 @@ def other_layouts():
 
 
 RIGHT = (
-    *(numbers_of_the_host, copies, indices, names_of_the_cpu, default_devices, saved, lists),
+    *(numbers_of_the_host, copies, indices, types_of_the_device, default_devices, saved, lists),
     pinned_memory_in_a_hook,
     *(gradients_between_devices, training_on_the_host, threads, lengths_of_the_host),
     other_layouts,

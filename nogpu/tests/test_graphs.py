@@ -816,7 +816,7 @@ def within_a_block():
 @pytest.mark.parametrize("name", ON_DEVICE)
 def test_tensors_of_the_device_are_known(name):
     with emulate() as gpu, cuda_is_cpu(gpu):
-        assert ON_DEVICE[name]().device == torch.device("cuda")
+        assert ON_DEVICE[name]().device == torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize("name", ON_HOST)

@@ -41,7 +41,7 @@ from nogpu.record.launch_size import Shared, counted, why_refused
 from nogpu.record.source import program_line
 from nogpu.triton.driver import emulations, present
 from nogpu.triton.emulator import SHARED_BYTES, Emulator
-from nogpu.triton.host_memory import bytes_at
+from nogpu.triton.host_memory import bytes_at, has_host_memory
 
 OF_MALLOC = 256  # bytes that an address of cudaMalloc is a multiple of
 FLOATS: dict[str, Any] = {"f32": np.float32, "f64": np.float64, "f16": np.float16}
@@ -542,7 +542,7 @@ def _array(
         kind = declared.type if declared is not None else parameter.kind
         raise TypeError(f"{what} is {kind}, and got {_kind(value)}; pass a number")
     if isinstance(value, Tensor):
-        if value.device.type != "cpu" if device == "cpu" else str(value.device) != device:
+        if not has_host_memory(value) if device == "cpu" else str(value.device) != device:
             raise TypeError(f"{what} is on {value.device}, expected a tensor on {device}")
         t = value
     elif device != "cpu":

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Places of tensors on the CPU: where they would be if there were a GPU, on the host or the device.
 
-The device is "cpu:0" to PyTorch, which is another name of the CPU. Its tensors are on "cpu", so
-that a mark on their storage says where they are. What an operator computes from a tensor on the
-device is there, too.
+The program sees "cuda:0". PyTorch's C++ is given "cpu:0", which is another name of the CPU, and its
+tensors are on "cpu", so that a mark on their storage says where they are. What an operator computes
+from a tensor on the device is there, too.
 
-Some marks are guesses, and some tensors have none. Such a tensor may have been made in C++, by
-another thread or process, or on a computed name "cpu", which the type of the device has, too.
+Some marks are guesses, and some tensors have none. Such a tensor may have been made in C++, or by
+another process. The program sees it on "cpu", and what is made on its device has no mark, either.
 """
 
 import threading
@@ -16,8 +16,12 @@ from enum import Enum
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-HOST, DEVICE = torch.device("cpu"), torch.device("cpu", 0)
+HOST, CUDA = torch.device("cpu"), torch.device("cuda", 0)  # what the program sees
+UNKNOWN = torch.device("cpu")  # what it sees of a tensor without a mark, for which it says "cpu"
+DEVICE = torch.device("cpu", 0)  # what PyTorch's C++ is given for the emulated device
 MARK = "nogpu_is_on_device"
 PINNED = "nogpu_is_pinned"
 
@@ -94,10 +98,45 @@ def device_of(t: Tensor) -> torch.device:
     """Return the device of a tensor; of one that is on the CPU to PyTorch, where it would be."""
     with torch._C.DisableTorchFunction():
         device = OF_PYTORCH(t)
-        return DEVICE if device == HOST and is_on_device(t) else device
+        if device != HOST:
+            return device
+        mark = mark_of(t)
+        if mark is None:
+            mark = _mark_within(t)
+        return CUDA if mark else HOST if mark is False else UNKNOWN
+
+
+def is_cuda(t: Tensor) -> bool:
+    """What a program is told that asks whether a tensor is on the device."""
+    return device_of(t).type == "cuda"
+
+
+def is_cpu(t: Tensor) -> bool:
+    """What a program is told that asks whether a tensor is on the host."""
+    return device_of(t).type == "cpu"
+
+
+def index_of(t: Tensor) -> int:
+    """Return the number of a tensor's device, and -1 on the host, as PyTorch does."""
+    return -1 if is_cpu(t) else device_of(t).index
 
 
 OF_PYTORCH: Callable[[Tensor], torch.device] = torch._C.TensorBase.device.__get__
+
+
+def _mark_within(t: Tensor) -> Mark:
+    """Return where a tensor is whose own memory has no mark: it may consist of other tensors."""
+    if is_functorch_wrapped_tensor(t):
+        within = get_unwrapped(t)
+        return _mark_within(within) if is_functorch_wrapped_tensor(within) else mark_of(within)
+    if is_traceable_wrapper_subclass(t):
+        names, _ = t.__tensor_flatten__()
+        marks = {mark_of(getattr(t, name)) for name in names}
+        return True if True in marks else GUESS if GUESS in marks else None
+    if t.layout is torch.sparse_coo:
+        with torch._C._DisableTorchDispatch():
+            return mark_of(t._values())
+    return None
 
 
 def of_results(marks: set[Mark], device: object) -> Mark:
@@ -115,6 +154,24 @@ def of_results(marks: set[Mark], device: object) -> Mark:
         return False
     # A function in Python that makes a tensor on "the device of x" sees that of PyTorch.
     return GUESS if device is not None and _function.has_device else None
+
+
+def named(device: torch.device) -> torch.device:
+    """Return what PyTorch's C++ is given for a device of CUDA that a program names.
+
+    Raises:
+        RuntimeError: another GPU than the first.
+    """
+    check_index(device.index)
+    return DEVICE
+
+
+def check_index(index: int | None) -> None:
+    if index not in (None, 0):
+        raise RuntimeError(
+            f"the device is cuda:{index}, expected cuda:0: one GPU is emulated; "
+            "ask torch.cuda.device_count()"
+        )
 
 
 def enter_function(args: Iterable[object]) -> bool:

@@ -2,17 +2,15 @@
 """Scripts that say "cuda", on a CPU: the device means the CPU, and `torch.cuda` answers for a GPU.
 
 with cuda_is_cpu(gpu):
-    x = torch.randn(1000, device="cuda")  # a tensor on the CPU, whose is_cuda is True
+    x = torch.randn(1000, device="cuda")  # a tensor on the CPU, whose device is "cuda:0"
 """
 
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from os import PathLike
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from threading import Thread
 from types import ModuleType, SimpleNamespace
-from typing import IO, Any, ParamSpec, TypeGuard, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -25,8 +23,9 @@ from torch.nn.utils import clip_grad
 from torch.optim import optimizer, swa_utils
 from torch.overrides import TorchFunctionMode
 from torch.utils import _device as default_device
-from torch.utils import _foreach_utils
+from torch.utils import _foreach_utils, dlpack
 from torch.utils._pytree import tree_leaves
+from torch.utils.dlpack import from_dlpack
 from torch.utils.hooks import unserializable_hook
 
 from nogpu.cuda import places
@@ -49,27 +48,19 @@ MIB = 2**20
 def _on_cpu(value: T) -> T | str | torch.device:
     """Return the CPU for a CUDA device, by whatever name; other values unchanged."""
     if isinstance(value, str) and value.partition(":")[0] == "cuda":
-        _check_index(torch.device(value).index)
+        places.check_index(torch.device(value).index)
         return "cpu"
     if isinstance(value, str) and value.startswith("torch.cuda."):  # such as torch.cuda.FloatTensor
         return value.replace("torch.cuda.", "torch.")
     if isinstance(value, torch.device) and value.type == "cuda":
-        _check_index(value.index)
+        places.check_index(value.index)
         return torch.device("cpu")
     return value
 
 
-def _check_index(index: int | None) -> None:
-    if index not in (None, 0):
-        raise RuntimeError(
-            f"the device is cuda:{index}, expected cuda:0: one GPU is emulated; "
-            "ask torch.cuda.device_count()"
-        )
-
-
 def _check_device(device: object = None) -> None:
     if isinstance(device, int):
-        _check_index(device if device >= 0 else None)  # a negative one is ignored
+        places.check_index(device if device >= 0 else None)  # a negative one is ignored
     else:
         _on_cpu(device)
 
@@ -108,8 +99,6 @@ def _interface(t: Tensor) -> dict[str, object]:
 
 # What functions say of which only a GPU has something to do.
 INSTEAD: dict[Function, Function] = {
-    Tensor.is_cuda.__get__: lambda t: True,  # type: ignore[attr-defined]
-    Tensor.get_device: lambda t: 0,
     Tensor.pin_memory: _pinned,
     Tensor.__cuda_array_interface__.__get__: _interface,
 }
@@ -119,6 +108,7 @@ TO: Callable[..., Tensor] = Tensor.to
 COPIES = (TO, Tensor.cpu, Tensor.cuda, Tensor.type_as)
 CONVERSIONS = (torch.as_tensor, torch.asarray)
 TYPE: Function = Tensor.type
+NEW_TENSOR: Function = Tensor.new_tensor
 # Copies to a tensor, and the position of their source among the arguments.
 WRITES: dict[Function, int] = {Tensor.copy_: 1, Tensor.__setitem__: 2}
 
@@ -142,6 +132,18 @@ class _OnCpu(TorchFunctionMode):
     def __init__(self, watcher: Watcher):
         super().__init__()
         self.watcher = watcher
+        self._lifted: list[bool] = []
+
+    def __enter__(self) -> "_OnCpu":
+        # Or torch.tensor would copy to the device a program names in C++, where no mode sees it.
+        self._lifted.append(torch._C._only_lift_cpu_tensors())
+        torch._C._set_only_lift_cpu_tensors(True)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        torch._C._set_only_lift_cpu_tensors(self._lifted.pop())
 
     def __torch_function__(
         self,
@@ -154,13 +156,12 @@ class _OnCpu(TorchFunctionMode):
         if func in INSTEAD:
             return INSTEAD[func](*args, **kwargs)
         if func is MAKE_DEVICE:
-            says_cpu = len(args) == 1 and args[0] is CPU
-            return SAID if says_cpu else _on_device(func(*args, **kwargs))
+            return _made_device(*args, **kwargs)
         given = {name: _on_device(value) for name, value in kwargs.items()}
         is_pinned = given.pop("pin_memory", False)  # of a factory
         index = given.get("device")
         if type(index) is int:
-            _check_index(index)
+            places.check_index(index)
             given["device"] = places.DEVICE
         args = tuple(map(_on_device, args))
         _check_generator(args, given)
@@ -169,6 +170,8 @@ class _OnCpu(TorchFunctionMode):
             return self._copy(func, args, given)
         if func in WRITES:
             args = self._with_source(args, WRITES[func])
+        if func is TYPE and not args[1:] and not kwargs and places.is_on_device(args[0]):
+            return str(TYPE(args[0])).replace("torch.", "torch.cuda.")
         if self.watcher.is_capturing and func in ON_CUDA:
             func = ON_CUDA[func]
         before = places.enter_function(tensors_in((*args, *kwargs.values())))
@@ -190,7 +193,6 @@ class _OnCpu(TorchFunctionMode):
         """Note where the results of a function are, if its operators do not say so."""
         named = [one for one in (*args, kwargs.get("device")) if _is_cpu(one)]
         if named:
-            # The type of the device, which scripts give on, is "cpu", too.
             mark = True if torch.device(named[-1]) == places.DEVICE else _mark_of_name(named[-1])
             for t in tree_leaves(result):
                 places.put(t, mark)
@@ -198,13 +200,15 @@ class _OnCpu(TorchFunctionMode):
             places.put_results(tensors_in((result,)), self._default())
         elif func is TYPE and args[1:]:  # torch.cuda.FloatTensor is torch.FloatTensor here
             places.put(result, None)
+        elif func is NEW_TENSOR:
+            places.put(result, places.mark_of(args[0]))
 
     def _default(self) -> places.Mark:
         """Return where factories make tensors that name no device."""
         device = default_device.CURRENT_DEVICE
         if device is None and not self.watcher.has_default_type:
             return False
-        return True if device == places.DEVICE else None
+        return True if device is not None and device.type == "cuda" else None
 
     def _with_source(self, args: Arguments, position: int) -> Arguments:
         """Return the arguments of a copy whose source has followed to where it is copied to.
@@ -232,7 +236,7 @@ class _OnCpu(TorchFunctionMode):
             _check_device(others.pop(0) if others else kwargs.pop("device", None))
             others = [places.DEVICE, *others]
         elif others and type(others[0]) is int:
-            _check_index(others[0])
+            places.check_index(others[0])
             others[0] = places.DEVICE
         if func is not TO:  # whose arguments have another order
             names = ("device", "non_blocking", "memory_format")
@@ -241,7 +245,7 @@ class _OnCpu(TorchFunctionMode):
             others = []
         before = places.DEVICE if places.is_on_device(t) else places.HOST
         after = _destination(others, kwargs)
-        if after is None or not isinstance(t, Tensor) or t.device.type != "cpu":
+        if after is None or not isinstance(t, Tensor) or places.OF_PYTORCH(t) != places.HOST:
             return TO(t, *others, **kwargs)
         self.watcher.copy_between(
             t,
@@ -296,15 +300,15 @@ def _is_cpu(value: object) -> TypeGuard[torch.device | str]:
 
 
 def _mark_of_name(device: object) -> places.Mark:
-    """Return where a tensor on "cpu" is: on the host if the program itself says "cpu".
-
-    Python has one object for all strings "cpu" of its source; the type of the emulated device is
-    another one, and equal to it.
-    """
-    return False if device is CPU or device is SAID else None
+    """Return where a tensor on a device of the CPU is: on the host, unless nothing is known."""
+    return None if device is places.UNKNOWN else False
 
 
-CPU, SAID = sys.intern("cpu"), torch.device("cpu")
+def _made_device(*args: Any, **kwargs: Any) -> torch.device:
+    """Make a device as a program asks for it; a number alone is that of a GPU."""
+    if len(args) == 1 and type(args[0]) is int and not kwargs:
+        return torch.device("cuda", args[0])
+    return torch.device(*args, **kwargs)
 
 
 def _destination(args: list[object], kwargs: Keywords) -> torch.device | None:
@@ -340,6 +344,10 @@ class _Generator(torch.Generator):
 
     def __init__(self, device: Device = "cpu"):
         self.is_on_device = _on_device(device) == places.DEVICE
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return places.CUDA if self.is_on_device else places.HOST
 
 
 def _check_generator(args: Arguments, kwargs: Keywords) -> None:
@@ -449,7 +457,7 @@ def _of_accelerator(cuda: Attributes) -> Attributes:
     """Return what `torch.accelerator` says about the GPU."""
     return {
         **{name: cuda[name] for name in OF_ACCELERATOR},
-        "current_accelerator": _always(places.DEVICE),
+        "current_accelerator": _always(torch.device("cuda")),
         "current_device_index": _always(0),
         "current_device_idx": _always(0),
         "set_device_index": _always(None),
@@ -485,42 +493,31 @@ def _autocast_on_cpu(make: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
-def _customs(amp: ModuleType) -> Attributes:
-    """Return the decorators of functions that an autocast of CUDA calls, for that of the CPU."""
-
-    def of_cpu(decorate: Callable[..., T]) -> Callable[..., T]:
-        return lambda *args, device_type="cuda", **kwargs: decorate(
-            *args, device_type=_on_cpu(device_type), **kwargs
-        )
-
-    return {name: of_cpu(getattr(amp, name)) for name in ("custom_fwd", "custom_bwd")}
+def _storage_tag(storage: Any) -> str | None:
+    """Return where `torch.save` says that a storage was."""
+    return str(places.CUDA) if getattr(storage, places.MARK, None) else None
 
 
-# Where `torch.load` puts a tensor that was at a place, by its name.
-MapLocation = Function | torch.device | str | Mapping[str, torch.device | str] | None
+def _restored(storage: Any, location: str) -> Any:
+    """Put a storage that `torch.load` reads to a place, if it is one of the stand-in."""
+    if location.partition(":")[0] == "cuda":
+        places.check_index(torch.device(location).index)
+    elif location != "cpu":
+        return None
+    setattr(storage, places.MARK, location != "cpu")
+    return storage
 
 
-def _load_on_cpu(load: Callable[..., T]) -> Callable[..., T]:
-    """Let `torch.load` put tensors of a GPU on the CPU."""
-
-    def loaded(
-        f: str | PathLike[str] | IO[bytes],
-        map_location: MapLocation = "cpu",
-        *args: object,
-        **kwargs: object,
-    ) -> T:
-        to_device = _on_device(map_location) == places.DEVICE
-        place: MapLocation = map_location
-        if isinstance(map_location, dict):
-            place = {name: _on_cpu(one) for name, one in map_location.items()}
-        elif map_location is None or isinstance(map_location, (str, torch.device)):
-            place = "cpu"
-        result = load(f, place, *args, **kwargs)
-        for t in tree_leaves(result) if to_device else ():
-            places.put(t, True)
-        return result
-
-    return loaded
+@contextmanager
+def _saving_places() -> Iterator[None]:
+    """Let `torch.save` and `torch.load` know the places of tensors."""
+    first = (-1, _storage_tag, _restored)  # before PyTorch's own, which asks its C++
+    registry = torch.serialization._package_registry
+    registry.insert(0, first)
+    try:
+        yield
+    finally:
+        registry.remove(first)
 
 
 def _of_host(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
@@ -532,6 +529,25 @@ def _of_host(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
         return result
 
     return made
+
+
+def _shared(given: object, **options: Any) -> Tensor:
+    """Make a tensor of the memory of another one, as `torch.from_dlpack`; it is where that is."""
+    result: Tensor = from_dlpack(given, **options)
+    places.put(result, places.mark_of(given))
+    return result
+
+
+def _with_index(make: Callable[..., None]) -> Callable[..., None]:
+    """Let the default device have its number, for which PyTorch's C++ would ask CUDA."""
+
+    def init(self: default_device.DeviceContext, device: Device) -> None:
+        make(self, device)
+        if self.device.type == "cuda":
+            places.check_index(self.device.index)
+            self.device = places.CUDA
+
+    return init
 
 
 def _with_type(set_type: Function, watcher: Watcher) -> Function:
@@ -617,11 +633,13 @@ def _grouped(module: ModuleType) -> Attributes:
         first = lists[0][0] if lists and lists[0] else None
         if first is None:
             return found
-        return {(first.device, dtype): one for (_, dtype), one in found.items()}
+        return {(places.device_of(first), dtype): one for (_, dtype), one in found.items()}
 
     return {GROUPS: grouped}
 
 
+CUDA_VERSION = "13.0"  # said where PyTorch is built without CUDA
+INIT_DEFAULT = default_device.DeviceContext.__init__
 # The versions of torch that the names below were read in.
 MADE_FOR = ("2.11", "2.14")
 # Names that some of these versions lack, and a version without them. A test fails for another name
@@ -649,14 +667,19 @@ def replacements(emulator: Emulator, watcher: Watcher) -> list[tuple[object, Att
     return [
         (torch.cuda, cuda),
         (torch.accelerator, _of_accelerator(cuda)),
-        (torch, {"Generator": _Generator, "load": _load_on_cpu(torch.load), **_autocasts()}),
+        (torch, {"Generator": _Generator, **_autocasts()}),
         (torch, {"from_numpy": _of_host(torch.from_numpy)}),
+        (torch, {"from_dlpack": _shared}),
+        (dlpack, {"from_dlpack": _shared}),
+        (torch.version, {"cuda": torch.version.cuda or CUDA_VERSION}),
+        (torch.backends.cudnn, {"is_acceptable": _always(False)}),  # its kernels are a GPU's
+        (default_device.DeviceContext, {"__init__": _with_index(INIT_DEFAULT)}),
         (torch, {"set_default_tensor_type": _with_type(torch.set_default_tensor_type, watcher)}),
         # Functions of PyTorch's, within which there is no mode, ask for the device, too.
-        (Tensor, {"device": property(places.device_of)}),
+        (Tensor, {"device": property(places.device_of), "get_device": places.index_of}),
+        (Tensor, {"is_cuda": property(places.is_cuda), "is_cpu": property(places.is_cpu)}),
         (Tensor, {"record_stream": lambda t, stream: None}),
         *((module, _grouped(module)) for module in GROUPING),
-        *((place, _customs(torch.amp)) for place in (torch.amp, torch.cuda.amp)),
         (torch.random, {"fork_rng": _fork_of_cpu(torch.random.fork_rng)}),
         (DistributedDataParallel, {"__init__": _without_devices(DistributedDataParallel.__init__)}),
         (torch.distributed, {"init_process_group": _by_gloo(init_process_group)}),
@@ -665,7 +688,8 @@ def replacements(emulator: Emulator, watcher: Watcher) -> list[tuple[object, Att
         (Thread, {"start": _start_with_mode(Thread.start, watcher)}),
         *watcher.changes(),
         (emulator, {"watcher": watcher}),
-        (Driver, {"get_active_torch_device": _always(places.DEVICE)}),
+        (Driver, {"get_active_torch_device": _always(places.CUDA)}),
+        (Driver, {"get_device_interface": _always(torch.cuda)}),
         (nvidia.cublas, {"CublasLt": CublasLt}),
         (triton.testing, {"do_bench": bench, "do_bench_cudagraph": bench}),
     ]
@@ -685,12 +709,14 @@ def missing_names(changes: list[tuple[object, Attributes]]) -> list[str]:
 def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
     """Let the block's "cuda" be the CPU, on which ``emulator`` executes the launches."""
     watcher = Watcher(emulator)
+    watcher.program = lambda: _OnCpu(watcher)
     with ExitStack() as stack:
         for place, attributes in replacements(emulator, watcher):
             for name, value in attributes.items():
                 if hasattr(place, name):  # `LACKING` says which may be missing
                     stack.enter_context(patch.object(place, name, value))
         stack.callback(optimizer.register_optimizer_step_post_hook(watcher.note_step).remove)
+        stack.enter_context(_saving_places())
         stack.enter_context(emulate_numba(emulator))
         stack.enter_context(_OnCpu(watcher))
         yield

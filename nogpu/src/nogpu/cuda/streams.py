@@ -9,8 +9,7 @@ GPU.
 import threading
 from collections.abc import Callable
 
-import torch
-
+from nogpu.cuda import places
 from nogpu.record.source import name_in_program, program_line, shown_path
 
 Clock = dict[int, int]  # from streams' numbers to those of their work
@@ -103,7 +102,7 @@ class Stream:
 
     _streams: Streams  # of the emulator
     priority = 0
-    device = torch.device("cpu")
+    device = places.CUDA
     device_index, device_type = 0, 1
 
     def __init__(self, *args: object, **kwargs: object):

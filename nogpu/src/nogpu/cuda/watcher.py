@@ -12,8 +12,8 @@ On a GPU nothing is computed during a capture. Here operators are, because their
 needed; at the end of the capture all memory is as before, and the results hold no numbers.
 """
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -48,6 +48,7 @@ from nogpu.triton.torch_operators import is_plain
 
 SET_GRADIENT: Function = Tensor.grad.__set__  # type: ignore[union-attr]
 PLAIN = (Tensor, torch.nn.Parameter)
+HEALTH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 OF_BOTH = {False, True}  # operands of the host and of the device
 
 
@@ -57,7 +58,10 @@ class Watcher:
     Attributes:
         context: what captures and graphs share.
         CUDAGraph: the class of graphs in this context.
+        program: it returns a block in which PyTorch takes the program's names of devices.
     """
+
+    program: Callable[[], AbstractContextManager[object]]
 
     def __init__(self, emulator: Emulator):
         self.context: Context[Capture] = Context(emulator)
@@ -188,6 +192,9 @@ class Watcher:
 
     def operator(self, func: Operator, args: Arguments, kwargs: Keywords) -> object:
         """Execute an operator of PyTorch."""
+        device = kwargs.get("device")
+        if isinstance(device, torch.device) and device.type == "cuda":
+            kwargs = {**kwargs, "device": places.named(device)}
         given = tensors_in((*args, *kwargs.values()))
         if not all(type(t) in PLAIN for t in given) and any(
             map(is_traceable_wrapper_subclass, given)
@@ -230,7 +237,7 @@ class Watcher:
         place: places.Mark,
     ) -> list[Tensor]:
         """Note where an operator's new results are; return them."""
-        made = [t for t in tensors_in((result,)) if is_plain(t)]
+        made = [t for one in tensors_in((result,)) for t in _parts(one)]
         is_one = self.context.kind_of(func).devices is Devices.ONE
         if on_host := results_on_host(func, result):
             places.put_results(on_host, False)
@@ -306,6 +313,9 @@ class Watcher:
             self._check_operands([], operands)
             execute(arguments)
         self._note_written(operands)
+
+    def is_on_host(self, tensors: Sequence[Tensor]) -> bool:
+        return all(places.mark_of(t) is False for t in tensors)
 
     def tune(self, kernel: str) -> None:
         if self.is_capturing:
@@ -423,19 +433,10 @@ class Watcher:
             (torch.cuda.graphs, {name: cuda[name] for name in ours}),
             (torch.cuda.graph, {"default_capture_stream": None}),
             (torch._C, {"_host_emptyCache": lambda: None}),
-            *self._of_optimizers(),
+            (Optimizer, dict.fromkeys(HEALTH_CHECKS, self._check_optimizer())),
             (Optimizer, {"zero_grad": clearing(Optimizer.zero_grad, self._note_cleared)}),
             (Module, {"zero_grad": clearing(Module.zero_grad, self._note_cleared)}),
         ]
-
-    def _of_optimizers(self) -> Iterator[tuple[object, Attributes]]:
-        """Yield what lets optimizers take the CPU for a device with graphs."""
-        for name, module in list(sys.modules.items()):
-            if name.startswith("torch.optim.") or name == "torch.utils._foreach_utils":
-                lists = [one for one in DEVICES if hasattr(module, one)]
-                yield module, {one: _and_cpu(getattr(module, one)) for one in lists}
-        checks = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
-        yield Optimizer, dict.fromkeys(checks, self._check_optimizer())
 
     def _check_optimizer(self) -> Callable[[Optimizer], None]:
         def check(optimizer: Optimizer) -> None:
@@ -448,8 +449,8 @@ class Watcher:
         return check
 
 
-DEVICES = ("_get_capturable_supported_devices", "_get_foreach_kernels_supported_devices")
-
-
-def _and_cpu(devices: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    return lambda *args, **kwargs: [*devices(*args, **kwargs), "cpu"]
+def _parts(t: Tensor) -> list[Tensor]:
+    """Return what has the memory of an operator's result: itself, or a sparse tensor's parts."""
+    if t.layout is torch.sparse_coo and type(t) in PLAIN:
+        return [t._indices(), t._values()]
+    return [t] if is_plain(t) else []

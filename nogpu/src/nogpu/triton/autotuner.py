@@ -19,7 +19,7 @@ from triton.runtime.autotuner import Autotuner, Config
 from nogpu.record.faults import ConfigurationNote, HostFault, Kind
 from nogpu.record.source import program_line
 from nogpu.triton.emulator import Emulator
-from nogpu.triton.host_memory import storage_of
+from nogpu.triton.host_memory import has_host_memory, storage_of
 from nogpu.triton.tuning import Tuning, called, configuration
 
 # Of configurations that are executed before the chosen one, and of those that are not.
@@ -137,7 +137,9 @@ def _check_repeat(
     names = {
         storage_of(t).address: name
         for name, value in given.items()
-        if isinstance(t := getattr(value, "base", value), Tensor) and t.is_cpu and name not in after
+        if isinstance(t := getattr(value, "base", value), Tensor)
+        and has_host_memory(t)
+        and name not in after
     }
     tuning.is_repeat = True
     try:

@@ -31,6 +31,7 @@ from nogpu.triton.driver import (
 )
 from nogpu.triton.emulator import MULTIPROCESSORS, Emulator
 from nogpu.triton.torch_operators import Host
+from nogpu.triton.uncompiled import uncompiled
 
 # The first version of Triton whose CompiledKernel has a method __del__, which unloads `module`.
 UNLOADS_SINCE = (3, 8)
@@ -190,6 +191,7 @@ def _install() -> None:
             )
         )
         stack.enter_context(autotuner.changes(present))
+        stack.enter_context(uncompiled())
         stack.callback(setattr, active_driver, "_active", active_driver._active)
         active_driver.set_active(Driver())
         patches.push(stack.pop_all())

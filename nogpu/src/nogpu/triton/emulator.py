@@ -61,6 +61,12 @@ class Watcher(Protocol):
 
     def launch(self, execute: Callable[..., None], arguments: Sequence[object]) -> None: ...
 
+    def is_on_host(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether the program has said of all these tensors that no GPU has them."""
+
+    def program(self) -> AbstractContextManager[object]:
+        """Return a block in which PyTorch takes the program's names of devices."""
+
     def tune(self, kernel: str) -> None:
         """An autotuner is about to time a kernel, for which it waits."""
 

@@ -60,6 +60,17 @@ def storage_of(t: Tensor) -> Storage:
     return Storage(storage.data_ptr(), storage.nbytes())
 
 
+IS_CPU: Callable[[Tensor], bool] = torch._C.TensorBase.is_cpu.__get__  # type: ignore[attr-defined]
+
+
+def has_host_memory(t: Tensor) -> bool:
+    """Whether a tensor is on the CPU to PyTorch's C++, also if the stand-in shows it on "cuda"."""
+    if not torch._C._is_torch_function_enabled():
+        return IS_CPU(t)
+    with torch._C.DisableTorchFunction():  # or the stand-in answers
+        return IS_CPU(t)
+
+
 def bytes_at(address: int, count: int) -> Values:
     """Return the memory at an address as an array of bytes."""
     return np.frombuffer(memoryview((ctypes.c_uint8 * count).from_address(address)), np.uint8)
@@ -269,7 +280,7 @@ def _live_tensors() -> list[LiveTensor]:
     objects = gc.get_objects()
     are_tensors = map((Tensor, torch.nn.Parameter).__contains__, map(type, objects))
     for one in compress(objects, are_tensors):
-        if not one.is_cpu:
+        if not has_host_memory(one):
             continue
         try:
             start, nbytes = storage_of(one)

@@ -12,6 +12,7 @@ from nogpu.instructions.tma import STRIDES_END, TF32
 from nogpu.machine.vector_clocks import GIVEN
 from nogpu.native.encoding import FIELDS
 from nogpu.triton.emulator import Emulator
+from nogpu.triton.host_memory import has_host_memory
 from nogpu.triton.stages import Kind
 
 LARGEST_SIZE = 2**32 - 1  # of a dimension of a tensormap
@@ -71,7 +72,7 @@ def bits(emulator: Emulator, name: str, kind: str, value: Any) -> int:
     if hasattr(value, "data_ptr"):
         base = getattr(value, "base", value)  # of triton.reinterpret
         if isinstance(base, Tensor) and base.untyped_storage().nbytes():
-            if base.device.type != "cpu":
+            if not has_host_memory(base):
                 raise ValueError(f"{name} is on {base.device}, expected a tensor on the CPU")
             emulator.host_memory.place(base, name)
         return int(value.data_ptr()) % 2**64

@@ -3,29 +3,33 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nogpu.machine.gpu_state import TooLarge
 from nogpu.record.source import program_line
 from nogpu.triton.emulator import Emulator, Operator
-from nogpu.triton.host_memory import SMALL, check_memory
+from nogpu.triton.host_memory import SMALL, check_memory, has_host_memory
 
 
 class Host(TorchDispatchMode):
     """What PyTorch's operators do while an emulator is active.
 
-    Operators of others that have a kernel for CUDA, written in Python, run it on CPU tensors.
+    Operators of others that have a kernel for CUDA, written in Python, run it on CPU tensors; if
+    the program says which tensors are on the host, they run the kernel for CPUs on those.
 
     The memory of torch.empty is unwritten, until an operator writes to it.
     """
 
     sees_launches = True  # as the emulator executes them
+    supports_higher_order_operators = True
 
     def __init__(self, emulator: Emulator):
         super().__init__()
@@ -33,17 +37,21 @@ class Host(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Operator,
+        func: "Operator | HigherOrderOperator",
         types: Sequence[type],
         args: tuple[object, ...] = (),
         kwargs: dict[str, object] | None = None,
     ) -> object:
+        if isinstance(func, HigherOrderOperator):  # it calls functions, or launches a kernel
+            with self, self._program():
+                return _call_higher(func, *args, **(kwargs or {}))
         self._check_size(func, args, kwargs or {})
         if not _launches_nothing(func):
             self.emulator.complete_launches()
-        if func.namespace not in BUILT_IN and _has_kernel_in_python(func, args, kwargs or {}):
-            with self:  # also in what the kernel's function does
-                result = func.redispatch(ON_CUDA, *args, **(kwargs or {}))
+        kernel = None if func.namespace in BUILT_IN else self._kernel(func, args, kwargs or {})
+        if kernel is not None:
+            with self, self._program():  # also in what the kernel's function does
+                result = func.redispatch(kernel, *args, **(kwargs or {}))
         elif self.emulator.watcher is not None:
             with torch._C.DisableTorchFunction():  # autograd calls operators within its modes
                 result = self.emulator.watcher.operator(func, args, kwargs or {})
@@ -72,7 +80,10 @@ class Host(TorchDispatchMode):
         if not all(type(n) is int for n in size):  # symbols, whose tensor has no memory
             return
         count = math.prod(size) * dtype.itemsize
-        if count < SMALL or not _has_memory(kwargs.get("device"), args[0] if position else None):
+        device = kwargs.get("device")
+        if self.emulator.watcher is not None and str(device).partition(":")[0] == "cuda":
+            device = None  # which the CPU stands for
+        if count < SMALL or not _has_memory(device, args[0] if position else None):
             return
         try:
             check_memory(
@@ -82,32 +93,51 @@ class Host(TorchDispatchMode):
             self.emulator.note_too_large(str(e), program_line())
             raise
 
+    def _program(self) -> AbstractContextManager[object]:
+        """Return a block in which PyTorch does what it does for the program."""
+        watcher = self.emulator.watcher
+        return nullcontext() if watcher is None else watcher.program()
 
+    def _kernel(
+        self, func: Operator, args: Sequence[object], kwargs: dict[str, object]
+    ) -> torch._C.DispatchKeySet | None:
+        """Return the key of an operator's kernel in Python, for its operands; None if it has none.
+
+        One in C++ would take the addresses for those of a GPU. Of an operator that has a kernel in
+        Python for CPUs alone, the key of CUDA is returned, by which PyTorch refuses it.
+        """
+        operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if not operands or not all(map(is_plain, operands)):
+            return None
+        lines = torch._C._dispatch_dump(func.name()).splitlines()
+        kernels = dict(line.split(": ", 1) for line in lines if ": " in line)
+        composite = kernels.get("CompositeExplicitAutograd[alias]", "")
+        watcher = self.emulator.watcher
+        if watcher is not None and watcher.is_on_host(operands):
+            return ON_CPU if ".py:" in kernels.get("CPU", composite) else None
+        is_for_cpus = watcher is not None and ".py:" in kernels.get("CPU", "")
+        found = kernels.get("CUDA", composite or (".py:" if is_for_cpus else ""))
+        return ON_CUDA if ".py:" in found else None
+
+
+def _call_higher(func: HigherOrderOperator, *args: Any, **kwargs: Any) -> object:
+    """Call the functions that an operator is given, or launch its kernel, within modes."""
+    if func.name() == "cond":  # for which PyTorch's own function refuses modes
+        predicate, if_true, if_false, operands = args
+        return (if_true if predicate else if_false)(*operands)
+    return func.dispatch(torch._C.DispatchKey.CPU, *args, **kwargs)
+
+
+ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 ON_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 BUILT_IN = ("aten", "prim", "prims", "profiler")  # namespaces of PyTorch's operators
-
-
-def _has_kernel_in_python(
-    func: Operator, args: Sequence[object], kwargs: dict[str, object]
-) -> bool:
-    """Whether an operator on plain CPU tensors has a function in Python for CUDA or all devices.
-
-    One in C++ would take the addresses for those of a GPU.
-    """
-    operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    if not operands or not all(map(is_plain, operands)):
-        return False
-    lines = torch._C._dispatch_dump(func.name()).splitlines()
-    kernels = dict(line.split(": ", 1) for line in lines if ": " in line)
-    composite = kernels.get("CompositeExplicitAutograd[alias]", "")
-    return ".py:" in kernels.get("CUDA", composite)
 
 
 def is_plain(t: object) -> TypeGuard[Tensor]:
     """Whether ``t`` is a tensor with memory on the CPU: not sparse, fake, or autograd's zero."""
     if not isinstance(t, Tensor) or type(t) not in (Tensor, torch.nn.Parameter):
         return False
-    return t.layout == torch.strided and t.is_cpu and not t._is_zerotensor()
+    return t.layout == torch.strided and has_host_memory(t) and not t._is_zerotensor()
 
 
 def _has_memory(device: object, like: object) -> bool:
