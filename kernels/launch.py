@@ -10,6 +10,7 @@ layouts, or builds it.
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextvars import copy_context
+from sys import modules
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -190,13 +191,16 @@ def _maker(first: Tensor | None, empty: Empty) -> Callable[[Any], Tensor]:
     return lambda t: t.new_empty(*shape)  # numbers are converted in half the time of a shape
 
 
-def _device_index(t: Tensor) -> int:
-    """The number of the device on which a kernel would run for ``t``; -1 for the interpreter."""
-    index = t.get_device()
-    if index >= 0:
-        return index
+def _emulated_kind() -> int:
+    """The number of the GPU for which tensors on the CPU stand; -1 for the interpreter.
+
+    A driver of an emulator has a number for each kind of GPU, also if the device's number is 0.
+    """
     driver = triton.runtime.driver._active
-    return -1 if driver is None else int(driver.get_current_device())
+    if driver is None:
+        return -1
+    kind = getattr(driver, "kind", None)
+    return int(driver.get_current_device() if kind is None else kind)
 
 
 def prepared(
@@ -219,8 +223,8 @@ def prepared(
             key += (None,)
         else:
             key += (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15)
-    if key[5] < 0:  # the number of the GPU for which a tensor on the CPU stands in an emulation
-        key += (_device_index(operands[0]),)
+    if key[5] < 0 or "nogpu" in modules:  # the kind of the GPU that may be emulated
+        key += (_emulated_kind(),)
     try:
         return _launches[key]
     except KeyError:

@@ -32,7 +32,7 @@ from nogpu.cuda import places
 from nogpu.cuda.libraries import CublasLt, CudaKernel
 from nogpu.cuda.operations import tensors_in
 from nogpu.cuda.types import Arguments, Attributes, Device, Function, Keywords
-from nogpu.cuda.watcher import Watcher
+from nogpu.cuda.watcher import RAW_STREAM, Watcher
 from nogpu.data_sheets import DATA_SHEETS, GPUS, MEMORY, REGISTERS, WARPS
 from nogpu.decorating import context_manager
 from nogpu.numba.numba_stand_in import emulate_numba
@@ -689,7 +689,7 @@ def replacements(emulator: Emulator, watcher: Watcher) -> list[tuple[object, Att
         *watcher.changes(),
         (emulator, {"watcher": watcher}),
         (Driver, {"get_active_torch_device": _always(places.CUDA)}),
-        (Driver, {"get_device_interface": _always(torch.cuda)}),
+        (Driver, {"get_device_interface": _always(torch.cuda), "get_current_device": _always(0)}),
         (nvidia.cublas, {"CublasLt": CublasLt}),
         (triton.testing, {"do_bench": bench, "do_bench_cudagraph": bench}),
     ]
@@ -701,7 +701,7 @@ def missing_names(changes: list[tuple[object, Attributes]]) -> list[str]:
         f"{getattr(place, '__name__', place)}.{name}"
         for place, attributes in changes
         for name in attributes
-        if not hasattr(place, name) and name not in LACKING
+        if not hasattr(place, name) and name not in (*LACKING, RAW_STREAM)
     ]
 
 
@@ -713,8 +713,9 @@ def cuda_is_cpu(emulator: Emulator) -> Iterator[None]:
     with ExitStack() as stack:
         for place, attributes in replacements(emulator, watcher):
             for name, value in attributes.items():
-                if hasattr(place, name):  # `LACKING` says which may be missing
-                    stack.enter_context(patch.object(place, name, value))
+                is_made = name == RAW_STREAM
+                if is_made or hasattr(place, name):  # `LACKING` says which may be missing
+                    stack.enter_context(patch.object(place, name, value, create=is_made))
         stack.callback(optimizer.register_optimizer_step_post_hook(watcher.note_step).remove)
         stack.enter_context(_saving_places())
         stack.enter_context(emulate_numba(emulator))

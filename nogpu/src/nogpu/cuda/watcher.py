@@ -48,6 +48,7 @@ from nogpu.triton.torch_operators import is_plain
 
 SET_GRADIENT: Function = Tensor.grad.__set__  # type: ignore[union-attr]
 PLAIN = (Tensor, torch.nn.Parameter)
+RAW_STREAM = "_cuda_getCurrentRawStream"  # which only a build for CUDA has
 HEALTH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 OF_BOTH = {False, True}  # operands of the host and of the device
 
@@ -433,6 +434,7 @@ class Watcher:
             (torch.cuda.graphs, {name: cuda[name] for name in ours}),
             (torch.cuda.graph, {"default_capture_stream": None}),
             (torch._C, {"_host_emptyCache": lambda: None}),
+            (torch._C, {RAW_STREAM: lambda device: self.context.streams.current.cuda_stream}),
             (Optimizer, dict.fromkeys(HEALTH_CHECKS, self._check_optimizer())),
             (Optimizer, {"zero_grad": clearing(Optimizer.zero_grad, self._note_cleared)}),
             (Module, {"zero_grad": clearing(Module.zero_grad, self._note_cleared)}),

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Parse the text of a PTX kernel into instructions whose operands are numbered registers."""
 
+import inspect
 import itertools
 import math
 import re
+import signal
 import struct
 import traceback
 from bisect import bisect
@@ -200,11 +202,27 @@ class PtxError(Exception):
 
 
 def own_error(error: Exception, line: int = 0) -> PtxError:
-    """Return the fault for an error of the executor's own, so that no report is without it."""
+    """Return the fault for an error of the executor's own, so that no report is without it.
+
+    Raises:
+        Exception: ``error`` itself, if a signal handler of the program has raised it.
+    """
+    if is_of_handler(error):
+        raise error
     last = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(last.filename).name}:{last.lineno}"
     reason = f"the executor ends with {type(error).__name__}: {error} ({where})"
     return PtxError(line, reason, "error of the executor")
+
+
+def is_of_handler(error: Exception) -> bool:
+    """Whether a signal handler has raised an error: Python calls it wherever the program is."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    callables = [inspect.unwrap(one) for one in handlers if callable(one)]
+    callables = [getattr(one, "func", one) for one in callables]  # of functools.partial
+    called = [one if hasattr(one, "__code__") else type(one).__call__ for one in callables]
+    codes = {code for one in called if (code := getattr(one, "__code__", None)) is not None}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 class Sources:

@@ -53,8 +53,16 @@ class Resources(NamedTuple):
         )
 
 
-def assemble(ptx: str, arch: str) -> tuple[int, str]:
-    """Assemble PTX for ``arch``, such as "sm_90", and return ptxas's status, and what it says.
+class Assembled(NamedTuple):
+    """What ptxas has made of a text: its status, what it says, and the machine code."""
+
+    status: int
+    said: str
+    code: bytes
+
+
+def assemble(ptx: str, arch: str) -> Assembled:
+    """Assemble PTX for ``arch``, such as "sm_90", unless the text names a target.
 
     Raises:
         OSError: there is no ptxas.
@@ -76,7 +84,28 @@ def assemble(ptx: str, arch: str) -> tuple[int, str]:
         own = re.search(r"Unsupported \.version [\d.]+; current version is '([\d.]+)'", said)
         if own is not None:
             status, said = run(re.sub(r"^\.version .*", f".version {own[1]}", ptx, flags=re.M))
-    return status, said
+        code = text.with_suffix(".o")
+        return Assembled(status, said, b"" if status else code.read_bytes())
+
+
+def machine_code(ptx: str) -> bytes:
+    """Return what ptxas makes of PTX that names its target, as a file.
+
+    Raises:
+        OSError: there is no ptxas.
+        RuntimeError: ptxas refuses the text.
+    """
+    target = re.search(r"^\.target\s+(sm_\d+)", ptx, re.MULTILINE)
+    assert target is not None
+    made = assemble(ptx, target[1])
+    _check(made)
+    return made.code
+
+
+def _check(made: Assembled) -> None:
+    if made.status:
+        errors = REFUSAL.findall(made.said) or made.said.strip().splitlines()
+        raise RuntimeError(f"ptxas refuses the kernel: {errors[0]}")
 
 
 def _alone(ptx: str, entry: str) -> str:
@@ -103,10 +132,9 @@ def resources(ptx: str, arch: str, entry: str = "") -> Resources:
         OSError: there is no ptxas.
         RuntimeError: ptxas refuses the kernel.
     """
-    status, said = assemble(_alone(ptx, entry) if entry else ptx, arch)
-    if status:
-        errors = REFUSAL.findall(said) or said.strip().splitlines()
-        raise RuntimeError(f"ptxas refuses the kernel: {errors[0]}")
+    made = assemble(_alone(ptx, entry) if entry else ptx, arch)
+    _check(made)
+    said = made.said
     registers = re.search(r"Used (\d+) registers", said)
     spilled = re.search(r"(\d+) bytes spill stores", said)
     stack = re.search(r"(\d+) bytes stack frame", said)

@@ -18,10 +18,10 @@ def words_of(ptx: str, arch: str) -> str:
     It is "" if nothing is refused, or there is no ptxas.
     """
     try:
-        status, said = assemble(ptx, arch)
+        made = assemble(ptx, arch)
     except OSError:
         return ""
-    return (said.strip() or f"exit status {status}") if status else ""
+    return (made.said.strip() or f"exit status {made.status}") if made.status else ""
 
 
 def refusals(words: str, ptx: str, kernel: str, file: str) -> list[Fault]:

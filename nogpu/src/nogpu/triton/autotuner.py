@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.autotuner import Autotuner, Config
 
+from nogpu.machine.parse import is_of_handler
 from nogpu.record.faults import ConfigurationNote, HostFault, Kind
 from nogpu.record.source import program_line
 from nogpu.triton.emulator import Emulator
@@ -95,8 +96,8 @@ def _bench(bench: Callable[..., Any], present: Callable[[], Emulator]) -> Callab
             with patch.dict(vars(autotuner), {"do_bench": call_once}):
                 times = bench(autotuner, *args, config=config, **kwargs)
         except Exception as e:
-            is_its_own = e in reasons and not isinstance(e, MemoryError)  # which this machine has
-            if emulator.configurations == "first" or not is_its_own:
+            is_its_own = not isinstance(e, MemoryError) and not is_of_handler(e)
+            if emulator.configurations == "first" or e not in reasons or not is_its_own:
                 raise
             times, ends = [LEFT_OUT] * 3, True
         finally:

@@ -386,14 +386,19 @@ class Driver(DriverBase):  # type: ignore[misc]  # Triton has no types
     def get_device_interface(self) -> ModuleType:
         return torch.cpu
 
-    def get_current_device(self) -> int:
-        """A number for each kind of GPU, and no other driver's: Triton keeps kernels by it."""
+    @property
+    def kind(self) -> int:
+        """A number for each kind of GPU, and no other driver's: libraries keep kernels by it."""
         return 1000 * self.emulator.multiprocessors + self.emulator.capability
+
+    def get_current_device(self) -> int:
+        """The number of the device, which is 0 where the stand-in answers for `torch.cuda`."""
+        return self.kind
 
     def set_current_device(self, device: int) -> None: ...
 
-    def get_current_stream(self, device: int) -> int:
-        return 0
+    def get_current_stream(self, device: int | None = None) -> int:
+        return int(getattr(self.emulator.stream(), "cuda_stream", 0))
 
     def get_device_capability(self, device: int | None = None) -> tuple[int, int]:
         return divmod(self.emulator.capability, 10)

@@ -3,13 +3,15 @@
 
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import lru_cache
 from unittest.mock import patch
 
 from triton.backends.nvidia.compiler import CUDABackend
-from triton.compiler import CompiledKernel
+from triton.compiler import CompiledKernel, compiler
+from triton.runtime import JITFunction
 from triton.runtime.driver import driver as active_driver
 
 from nogpu.data_sheets import ARCHITECTURES
@@ -17,6 +19,7 @@ from nogpu.decorating import context_manager
 from nogpu.machine.gpu_state import SCHEDULES
 from nogpu.machine.program_sample import LEAST
 from nogpu.native.cache import cache_folder, writable
+from nogpu.record.resources import machine_code
 from nogpu.triton import autotuner
 from nogpu.triton.driver import (
     NO_GSAN,
@@ -29,12 +32,13 @@ from nogpu.triton.driver import (
     patches,
     present,
 )
-from nogpu.triton.emulator import MULTIPROCESSORS, Emulator
+from nogpu.triton.emulator import MULTIPROCESSORS, SHARED_BYTES, Emulator
 from nogpu.triton.torch_operators import Host
 from nogpu.triton.uncompiled import uncompiled
 
 # The first version of Triton whose CompiledKernel has a method __del__, which unloads `module`.
 UNLOADS_SINCE = (3, 8)
+ELF = b"\x7fELF"  # how machine code begins
 
 
 @lru_cache(1)
@@ -86,6 +90,52 @@ def _let_kernels_ask() -> None:
     """
     for name in ("n_regs", "n_spills"):
         setattr(CompiledKernel, name, AskedNumber(name))
+
+
+class CachesByGpu:
+    """The attribute of Triton's functions that has their kernels by the number of a device.
+
+    Each kind of emulated GPU has a dictionary of its own, because the number may be 0 of them all.
+    """
+
+    def __get__(self, function: JITFunction | None, owner: type | None = None) -> object:
+        if function is None:
+            return self
+        held, driver = vars(function), active_driver.active if emulations else None
+        if not isinstance(driver, Driver):
+            return held["device_caches"]
+        caches = held.setdefault("nogpu_caches", {})
+        if driver.kind not in caches:
+            caches[driver.kind] = defaultdict(function.create_binder)
+        return caches[driver.kind]
+
+    def __set__(self, function: JITFunction, value: object) -> None:
+        vars(function)["device_caches"] = value
+
+
+@lru_cache(1)
+def _let_kernels_show_sass() -> None:
+    """Let ``asm["sass"]`` of a kernel assemble its PTX, which has the place of the machine code.
+
+    The change lasts as long as the process, because kernels live longer than an emulator.
+    """
+    disassemble = compiler.get_sass
+
+    def get_sass(code: bytes, function: str | None = None) -> str:
+        if not code.startswith(ELF):
+            code = machine_code(code.decode())
+        return str(disassemble(code, function))
+
+    compiler.get_sass = get_sass
+
+
+@lru_cache(1)
+def _let_functions_keep() -> None:
+    """Let Triton's functions keep kernels by the kind of the emulated GPU.
+
+    The change lasts as long as the process, because functions live longer than an emulator.
+    """
+    JITFunction.device_caches = CachesByGpu()
 
 
 def _set_variable(name: str, value: str | None) -> None:
@@ -164,6 +214,11 @@ def emulate(
         _leave(entered)
 
 
+def _shared_bytes(device: int) -> int:
+    """Return the most bytes of shared memory of a program on the emulated GPU."""
+    return SHARED_BYTES[present().capability]
+
+
 def _leave(entered: Entered) -> None:
     emulator = entered.emulator
     with lock:
@@ -179,6 +234,8 @@ def _install() -> None:
     folder = writable(cache_folder("ptx"))
     _let_kernels_end()
     _let_kernels_ask()
+    _let_functions_keep()
+    _let_kernels_show_sass()
     with ExitStack() as stack:
         for name, value in (("TRITON_CACHE_DIR", str(folder)), ("TRITON_DEFAULT_FP_FUSION", "1")):
             stack.callback(_set_variable, name, os.environ.get(name))
@@ -190,6 +247,8 @@ def _install() -> None:
                 lambda self, src, metadata, opt, capability: src.encode(),
             )
         )
+        # Triton keeps this number by that of the device.
+        stack.enter_context(patch.object(compiler, "max_shared_mem", _shared_bytes))
         stack.enter_context(autotuner.changes(present))
         stack.enter_context(uncompiled())
         stack.callback(setattr, active_driver, "_active", active_driver._active)
