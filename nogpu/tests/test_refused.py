@@ -148,6 +148,31 @@ def test_a_tma_store_writes_the_rest_of_16_bytes(dtype, size, made, kind):
             assert (out[:, whole:] == 7).all()
 
 
+@triton.jit
+def copy_boxes_kernel(out, x, L, M, N, S, R, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
+    to = tl.make_tensor_descriptor(out, [L, M, N], [S, R, 1], [A, B, C])
+    first, second = tl.program_id(0) * A, tl.program_id(1) * B
+    h = first + tl.arange(0, A)[:, None, None]
+    i, j = second + tl.arange(0, B)[None, :, None], tl.arange(0, C)[None, None, :]
+    box = tl.load(x + (h * M + i) * N + j, mask=(h < L) & (i < M) & (j < N))
+    to.store([first, second, 0], box)
+
+
+@pytest.mark.parametrize("executor", ["core", "Python"])
+@pytest.mark.parametrize("boxes, kind", [((1, 8), None), ((8, 8), None), ((1, 8), "error")])
+def test_the_rest_of_16_bytes_may_lie_in_a_page_without_another_access(executor, boxes, kind):
+    """Rows of 85 numbers, whose rest is unwritten in many pages, or was written in all."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8))
+    sizes = (10, 40, 85)
+    x = torch.randn(*sizes)
+    with emulate() if executor == "core" else in_python_emulate() as gpu:
+        out = torch.empty(13, 40, 96) if kind is None else torch.zeros(13, 40, 96)
+        grid = tuple(triton.cdiv(n, box) for n, box in zip(sizes[:2], boxes, strict=True))
+        copy_boxes_kernel[grid](out, x, *sizes, *out.stride()[:2], *boxes, 128)
+    assert torch.equal(out[:10, :, :85], x)
+    assert [fault.kind for fault in gpu.faults] == ([] if kind is None else [kind])
+
+
 class in_python_emulate:
     """An emulator whose instructions Python executes."""
 

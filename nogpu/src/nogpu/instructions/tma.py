@@ -394,7 +394,9 @@ def _with_rest(
         return places
     if places.width < place.unit:
         place.refine(places.width)
-    rows = (places.elements[rest] - place.base) // places.width
+    offsets = places.elements[rest] - place.base
+    place.touch(offsets, places.width)  # what is unwritten of a page is known from its first access
+    rows = offsets // places.width
     rest[rest] = (place.shadow(place.writes, places.width)[rows] != UNWRITTEN).any(1)
     if not rest.any():
         return places

@@ -44,7 +44,9 @@ HINTS = {"ca", "cg", "cs", "cv", "lu", "wb", "wt", "nc", "weak", "cta", "gpu", "
 DECIMAL = re.compile(r"-?\d+(?:\.\d*(?:[eE][-+]?\d+)?|[eE][-+]?\d+)$")
 # A function of the module, up to its body; a sequence that calls one; and the call.
 FUNCTION = re.compile(r"\.func\s*(?:\(([^)]*)\)\s*)?([\w$]+)\s*\(([^)]*)\)[^{;]*\{")
-SEQUENCE = re.compile(r"\{\s*// callseq.*?\}\s*// callseq", re.DOTALL)
+SEQUENCE = re.compile(r"\{\s*// callseq.*?\}\s*// callseq|\{\s*@\{.*?\}\s*@\}", re.DOTALL)
+MARK = re.compile(r"([{}])\s*// callseq[^\n]*")  # it becomes "{ @{" in the body of a function
+PART = re.compile(r"\b(?:st|ld)\.param(?:\.v\d[^;]*?\[\s*([\w$]+)|\b[^;]*?\[\s*([\w$]+)\s*\+)")
 CALL = re.compile(r"\bcall(?:\.uni)?\s*(?:\(([\w$]+)\),\s*)?([\w$]+),\s*\(([^)]*)\);")
 BYTES = re.compile(r"\.param\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[([1248])\]")
 ARRAY = re.compile(r"\.param\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[\d+\]")
@@ -295,15 +297,18 @@ def inline(text: str) -> str:
         "func_",
         *(f"{one[2]}_param_" for one in FUNCTION.finditer(text)),
     )
-    # A parameter of so many bytes, as the structures of ConSan are, is one number.
-    text = BYTES.sub(
-        lambda match: (
-            match[0]
-            if f"[{match[1]}+" in text or not match[1].startswith(of_calls)
-            else f".param .b{8 * int(match[2])} {match[1]}"
-        ),
-        text,
-    )
+    # A parameter of so many bytes, as the structures of ConSan are, is one number, unless one is
+    # stored or loaded by its parts, under the name that the caller or the function gives it.
+    parts = {one for found in PART.findall(text) for one in found if one.startswith(of_calls)}
+    if not parts:
+        text = BYTES.sub(
+            lambda match: (
+                f".param .b{8 * int(match[2])} {match[1]}"
+                if match[1].startswith(of_calls)
+                else match[0]
+            ),
+            text,
+        )
     functions: dict[str, tuple[str, str, str]] = {}
     for match in FUNCTION.finditer(text):
         depth, end = 1, match.end()
@@ -311,7 +316,8 @@ def inline(text: str) -> str:
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             end += 1
         result, name, parameters = match.groups("")
-        body = IGNORED.sub("", text[match.end() : end - 1]).replace("\n", " ")
+        marked = MARK.sub(r"\1 @\1", text[match.end() : end - 1])
+        body = IGNORED.sub("", marked).replace("\n", " ")
         functions[name] = result, parameters, body
 
     count = itertools.count()
@@ -324,6 +330,7 @@ def inline(text: str) -> str:
         inner_callers = *callers, call[2]
         result, parameters, body = functions[call[2]]
         body = SEQUENCE.sub(lambda inner: expand(inner, inner_callers), body)
+        body = body.replace("@{", "").replace("@}", "")
         # Structures: the caller's variable is that of the function, too.
         arrays = ARRAY.findall(code)
         given = [one.strip() for one in call[3].split(",") if one.strip()]
