@@ -36,7 +36,7 @@ from nogpu.report.github import annotations
 from nogpu.report.report import Report
 from nogpu.report.sarif import as_sarif
 from nogpu.triton.driver import how_far
-from nogpu.triton.emulate import emulate, why_not_compiled
+from nogpu.triton.emulate import OPERATORS, emulate, why_not_compiled
 from nogpu.triton.emulator import Emulator
 
 WITHIN = "only kernels that the script's own process launches are executed"
@@ -72,6 +72,12 @@ def main(arguments: Sequence[str]) -> int:
         choices=("first", "all"),
         default="first",
         help="all: execute every configuration of autotuned kernels",
+    )
+    parser.add_argument(
+        "--operators",
+        choices=OPERATORS,
+        default="cpu",
+        help="float32: let PyTorch's operators on bfloat16 and float16 round once",
     )
     parser.add_argument("--cuda-is-cpu", action="store_true", help='let device="cuda" mean the CPU')
     parser.add_argument(
@@ -116,6 +122,7 @@ def main(arguments: Sequence[str]) -> int:
             traces=options.report is not None,
             configurations=options.configurations,
             sample=options.sample,
+            operators=options.operators,
         ) as gpu,
     ):
         try:

@@ -34,6 +34,7 @@ NEED = (
     "nogpu_arch",
     "nogpu_schedules",
     "nogpu_configurations",
+    "nogpu_operators",
     "nogpu_annotate",
     "nogpu_sarif",
     "nogpu_limit",
@@ -54,6 +55,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--nogpu-configurations",
         choices=["first", "all"],
         help="those of autotuned kernels that are executed",
+    )
+    group.addoption(
+        "--nogpu-operators",
+        choices=["cpu", "float32"],
+        help="float32: let PyTorch's operators on bfloat16 and float16 round once",
     )
     group.addoption(
         "--nogpu-annotate", choices=["github"], help="print each fault as an annotation of its line"

@@ -110,6 +110,7 @@ class Hooks:
             options.nogpu_arch or "sm_90",
             options.nogpu_schedules or "one",
             configurations=options.nogpu_configurations or "first",
+            operators=options.nogpu_operators or "cpu",
         )
         self.gpu = self.active.enter_context(emulator)
         if options.cuda_is_cpu:

@@ -315,8 +315,9 @@ class Watcher:
             execute(arguments)
         self._note_written(operands)
 
-    def is_on_host(self, tensors: Sequence[Tensor]) -> bool:
-        return all(places.mark_of(t) is False for t in tensors)
+    def has_device(self, tensors: Sequence[Tensor]) -> bool | None:
+        marks = set(map(places.mark_of, tensors))
+        return any(marks) or (False if marks == {False} else None)
 
     def tune(self, kernel: str) -> None:
         if self.is_capturing:

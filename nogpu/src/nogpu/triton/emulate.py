@@ -33,11 +33,13 @@ from nogpu.triton.driver import (
     present,
 )
 from nogpu.triton.emulator import MULTIPROCESSORS, SHARED_BYTES, Emulator
+from nogpu.triton.float32_operators import Float32Operators
 from nogpu.triton.torch_operators import Host
 from nogpu.triton.uncompiled import uncompiled
 
 # The first version of Triton whose CompiledKernel has a method __del__, which unloads `module`.
 UNLOADS_SINCE = (3, 8)
+OPERATORS = ("cpu", "float32")  # how they compute with reduced types
 ELF = b"\x7fELF"  # how machine code begins
 
 
@@ -160,6 +162,7 @@ def emulate(
     traces: bool = False,
     configurations: str = "first",
     sample: int | None = None,
+    operators: str = "cpu",
 ) -> Iterator[Emulator]:
     """Execute the launches of Triton kernels in the block on this CPU, as compiled for a GPU.
 
@@ -178,19 +181,15 @@ def emulate(
             that raises an error, which would end the program on a GPU, is then a fault.
         sample: the most programs of a launch to execute, 6 or more. The counters are scaled to all
             programs, and the memory that the others would write stays as it is. None: execute all.
+        operators: how PyTorch's operators compute with bfloat16 and float16: "cpu", as they do on a
+            CPU, where some round each step; or "float32": in float32, and each result is rounded
+            once. Within `cuda_is_cpu` those on the host compute as on a CPU.
 
     Raises:
-        ValueError: another ``arch``, ``schedules`` or ``configurations``; ``multiprocessors`` below
-            1, or a ``sample`` below 6; TRITON_INTERPRET is set.
+        ValueError: another ``arch``, ``schedules``, ``configurations`` or ``operators``;
+            ``multiprocessors`` below 1, or a ``sample`` below 6; TRITON_INTERPRET is set.
     """
-    if arch not in tuple(ARCHITECTURES):
-        raise ValueError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")
-    if schedules not in ("one", "all"):
-        raise ValueError(f"schedules is {schedules!r}, expected 'one' or 'all'")
-    if configurations not in ("first", "all"):
-        raise ValueError(f"configurations is {configurations!r}, expected 'first' or 'all'")
-    if reason := why_not_compiled():
-        raise ValueError(reason)
+    _check_names(arch, schedules, configurations, operators)
     if multiprocessors is None:
         multiprocessors = MULTIPROCESSORS[ARCHITECTURES[arch]]
     if type(multiprocessors) is not int or multiprocessors < 1:
@@ -208,10 +207,26 @@ def emulate(
             _install()
         emulations.append(entered)
     try:
-        with Host(emulator):
+        with ExitStack() as modes:
+            if operators == "float32":
+                modes.enter_context(Float32Operators(emulator))
+            modes.enter_context(Host(emulator))
             yield emulator
     finally:
         _leave(entered)
+
+
+def _check_names(arch: str, schedules: str, configurations: str, operators: str) -> None:
+    if arch not in tuple(ARCHITECTURES):
+        raise ValueError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")
+    if schedules not in ("one", "all"):
+        raise ValueError(f"schedules is {schedules!r}, expected 'one' or 'all'")
+    if configurations not in ("first", "all"):
+        raise ValueError(f"configurations is {configurations!r}, expected 'first' or 'all'")
+    if operators not in OPERATORS:
+        raise ValueError(f"operators is {operators!r}, expected 'cpu' or 'float32'")
+    if reason := why_not_compiled():
+        raise ValueError(reason)
 
 
 def _shared_bytes(device: int) -> int:

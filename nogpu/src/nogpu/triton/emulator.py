@@ -61,8 +61,8 @@ class Watcher(Protocol):
 
     def launch(self, execute: Callable[..., None], arguments: Sequence[object]) -> None: ...
 
-    def is_on_host(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether the program has said of all these tensors that no GPU has them."""
+    def has_device(self, tensors: Sequence[torch.Tensor]) -> bool | None:
+        """Whether one of the tensors would be on a GPU; None if that is not known."""
 
     def program(self) -> AbstractContextManager[object]:
         """Return a block in which PyTorch takes the program's names of devices."""

@@ -113,7 +113,7 @@ class Host(TorchDispatchMode):
         kernels = dict(line.split(": ", 1) for line in lines if ": " in line)
         composite = kernels.get("CompositeExplicitAutograd[alias]", "")
         watcher = self.emulator.watcher
-        if watcher is not None and watcher.is_on_host(operands):
+        if watcher is not None and watcher.has_device(operands) is False:
             return ON_CPU if ".py:" in kernels.get("CPU", composite) else None
         is_for_cpus = watcher is not None and ".py:" in kernels.get("CPU", "")
         found = kernels.get("CUDA", composite or (".py:" if is_for_cpus else ""))
