@@ -8,6 +8,11 @@ import triton.language as tl
 
 from nogpu import emulate
 
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8),
+    reason="Triton 3.6 returns no tensors from functions",
+)
+
 
 @triton.jit(noinline=True)
 def twice(p, N: tl.constexpr):
