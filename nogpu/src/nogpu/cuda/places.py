@@ -107,12 +107,12 @@ def device_of(t: Tensor) -> torch.device:
 
 
 def is_cuda(t: Tensor) -> bool:
-    """What a program is told that asks whether a tensor is on the device."""
+    """Tell a program whether a tensor is on the device, as `torch.Tensor.is_cuda` does."""
     return device_of(t).type == "cuda"
 
 
 def is_cpu(t: Tensor) -> bool:
-    """What a program is told that asks whether a tensor is on the host."""
+    """Tell a program whether a tensor is on the host, as `torch.Tensor.is_cpu` does."""
     return device_of(t).type == "cpu"
 
 
@@ -152,7 +152,7 @@ def of_results(marks: set[Mark], device: object) -> Mark:
         return GUESS
     if marks == {False}:
         return False
-    # A function in Python that makes a tensor on "the device of x" sees that of PyTorch.
+    # A function in C++ that makes a tensor on the device of another one sees that of PyTorch.
     return GUESS if device is not None and _function.has_device else None
 
 
