@@ -60,25 +60,7 @@ def main(arguments: Sequence[str]) -> int:
         "python -m nogpu",
         description="Run a script whose Triton kernels are compiled for a GPU, and executed here.",
     )
-    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90", help="by default sm_90")
-    parser.add_argument(
-        "--schedules",
-        choices=("one", "all"),
-        default="one",
-        help="all: execute each launch three times, in other orders",
-    )
-    parser.add_argument(
-        "--configurations",
-        choices=("first", "all"),
-        default="first",
-        help="all: execute every configuration of autotuned kernels",
-    )
-    parser.add_argument(
-        "--operators",
-        choices=OPERATORS,
-        default="cpu",
-        help="float32: let PyTorch's operators on bfloat16 and float16 round once",
-    )
+    _add_ways(parser)
     parser.add_argument("--cuda-is-cpu", action="store_true", help='let device="cuda" mean the CPU')
     parser.add_argument(
         "--counters", action="store_true", help="print what each kernel's first launch does"
@@ -151,6 +133,29 @@ def main(arguments: Sequence[str]) -> int:
     report = gpu.report()
     _show(report, options, stdout, _why_nothing(gpu, options))
     return int(bool(report.errors))
+
+
+def _add_ways(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how kernels and operators are executed."""
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90", help="by default sm_90")
+    parser.add_argument(
+        "--schedules",
+        choices=("one", "all"),
+        default="one",
+        help="all: execute each launch three times, in other orders",
+    )
+    parser.add_argument(
+        "--configurations",
+        choices=("first", "all"),
+        default="first",
+        help="all: execute every configuration of autotuned kernels",
+    )
+    parser.add_argument(
+        "--operators",
+        choices=OPERATORS,
+        default="cpu",
+        help="float32: let PyTorch's operators on bfloat16 and float16 round once",
+    )
 
 
 def _end_early(
