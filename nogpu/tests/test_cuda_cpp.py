@@ -334,6 +334,9 @@ def test_a_structure_that_does_not_fit_is_refused():
     ):
         with nogpu.emulate(), pytest.raises(TypeError, match=re.escape(said)):
             kernel(wrong, *right[1:])
+    twice = MATRICES.replace("typedef", "namespace b { struct Matrix { float x; }; }\ntypedef")
+    with nogpu.emulate(), pytest.raises(TypeError, match="and got tuple; pass its bytes, or a rec"):
+        nogpu.cuda.compile(twice)["add"][1, 32](*right)
     packed = MATRICES.replace("int width, height;", "alignas(16) int width, height;")
     with nogpu.emulate(), pytest.raises(TypeError, match="a of add is a structure of 32 bytes"):
         nogpu.cuda.compile(packed)["add"][1, 32](*right)

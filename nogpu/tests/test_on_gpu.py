@@ -142,6 +142,19 @@ def test_a_driver_that_refuses_a_launch_is_named(driver):
     assert driver.calls[-1][0] == "cuCtxPopCurrent"
 
 
+def test_a_size_that_no_gpu_launches_does_not_reach_the_driver(driver):
+    kernel = nogpu.cuda.compile(CODE)["scale"]
+    arguments = (None, (0, None), 0.5, True, 0.1, 2)
+    with pytest.raises(ValueError, match="2,048 threads; expected 1 to 1,024"):
+        kernel[1, 2048](*arguments)
+    with pytest.raises(ValueError, match="a block of sm_90 has at most 232,448"):
+        kernel[1, 64, 2**20](*arguments)
+    for size in ((1, 64, 0, None), (1, 64, 2.5), (1, 64, "256"), 1):
+        with pytest.raises(TypeError, match=r"expected \[grid, block\] or \[grid, block, bytes\]"):
+            kernel[size]
+    assert driver.calls == []
+
+
 def test_a_gpu_takes_no_array_of_the_host(driver):
     kernel = nogpu.cuda.compile(CODE)["scale"][1, 64, 256]
     rest = ((0, None), 0.5, True, 0.1, 2)

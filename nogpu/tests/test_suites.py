@@ -198,7 +198,7 @@ def test_a_suite_that_asks_for_cuda_is_told_of_the_flag(suite):
     """
     done = suite(tests)
     done.assert_outcomes(**{"passed" if torch.cuda.is_available() else "skipped": 1})
-    done.stdout.fnmatch_lines(["no kernel was launched; * needs --cuda-is-cpu"])
+    done.stdout.fnmatch_lines(["no kernel was launched; * need --cuda-is-cpu"])
 
 
 @pytest.mark.parametrize(
@@ -433,3 +433,64 @@ def test_the_pages_explain_all_names_of_faults():
             cells = (row.split("|")[1].strip() for row in table.splitlines())
             named |= {name for cell in cells for name in cell.split(", ")} - {""}
     assert named == set(NAMES) - {"a kernel of numba.cuda"}
+
+
+SKIPPING = """
+    import unittest
+
+    import pytest
+    from the_kernels import launch
+
+
+    def test_that_skips():
+        launch({n})
+        pytest.skip("mine")
+
+
+    class TestOfUnittest(unittest.TestCase):
+        def test_that_skips(self):
+            launch({n})
+            self.skipTest("mine")
+
+
+    @pytest.fixture
+    def launched():
+        launch({n})
+        pytest.skip("mine")
+
+
+    def test_whose_fixture_skips(launched): ...
+"""
+
+
+@pytest.mark.parametrize("n, outcomes", [(63, {"failed": 2, "errors": 1}), (64, {"skipped": 3})])
+def test_a_skip_behind_a_fault_hides_nothing(suite, n, outcomes):
+    done = suite(SKIPPING.format(n=n))
+    done.assert_outcomes(**outcomes)
+
+
+@pytest.mark.parametrize(
+    "code, flags, said",
+    [
+        ("import nothing_here", (), "found.sarif is not written: not all tests have run"),
+        ("def test(): ...", ("--collect-only",), ""),
+    ],
+)
+def test_a_file_is_written_only_of_a_whole_run(suite, code, flags, said):
+    """Faults of tests that did not run would be taken for mended."""
+    done = suite(code, "--nogpu-sarif=found.sarif", *flags)
+    assert not Path("found.sarif").exists()
+    assert said in done.stdout.str()
+
+
+def test_a_file_that_cannot_be_written_is_named_behind_the_summary(suite):
+    done = suite("def test(): ...", "--nogpu-sarif=/proc/found.sarif")
+    assert done.ret == 1
+    assert re.search(r"/proc/found.sarif is not written: .*; name another file", done.stdout.str())
+
+
+@pytest.mark.parametrize("mark", ["", "()", "(name='race')", "(['race'])"])
+def test_a_mark_without_names_is_refused(suite, mark):
+    done = suite(f"import pytest\n@pytest.mark.nogpu_allow{mark}\ndef test(): ...")
+    done.assert_outcomes(errors=1)
+    assert re.search("nogpu_allow (takes names of faults|does not know)", done.stdout.str())

@@ -16,7 +16,8 @@ yaml = pytest.importorskip("yaml", reason="PyYAML reads the workflow")
 pytestmark = pytest.mark.slow  # processes that import PyTorch
 
 PAGE = (ROOT.parent / "docs" / "nogpu-ci.md").read_text("utf-8")
-OF_GITHUB = ("actions/checkout@v4", "actions/setup-python@v5", "actions/cache@v4")
+OF_GITHUB = ("actions/checkout@v4", "actions/setup-python@v5", "actions/cache/restore@v4")
+OF_GITHUB += ("actions/cache/save@v4",)
 MEND = ("tl.load(x + i)", "tl.load(x + i, mask=i < n)")
 
 

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import pytest
 import torch
 
-from nogpu.cuda.advice import NEEDS_CUDA, advise, advise_numba, says_cuda
+from nogpu.cuda.advice import advise, advise_numba, says_cuda
 from nogpu.cuda.stand_in import cuda_is_cpu
 from nogpu.machine.gpu_state import TooLarge
 from nogpu.record.fault_names import NAMES
@@ -28,6 +28,8 @@ from nogpu.triton.defined_kernels import defined_kernels
 from nogpu.triton.emulate import emulate
 from nogpu.triton.emulator import TOO_LARGE, Emulator
 
+SKIPS = (pytest.skip.Exception, unittest.SkipTest)
+NEEDS_FLAG = 'tests that launch kernels for device="cuda" need --cuda-is-cpu'
 SAMPLED = "values are not judged, since only samples of programs were executed"
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -63,26 +65,34 @@ class _Phase:
         self.checked = len(self.gpu.faults)
         return pytest.fail.Exception("\n".join(map(str, errors)), pytrace=False) if errors else None
 
-    def verdict(self, error: Exception) -> BaseException | None:
+    def verdict(self, error: BaseException) -> BaseException | None:
         """Return what is said instead of an error of the test; None: the error stands.
+
+        A test that skips itself fails by the faults that it had before.
 
         A launch that is too large fails in one line. Where a launch has executed a sample of its
         programs, the memory that the others would have written is as it was, so that an assertion
         of values fails also for a right kernel: the test is skipped, unless it has a fault.
         """
         sampled = self.gpu.account.sampled
+        if isinstance(error, SKIPS):
+            return self._failed()
         if isinstance(error, TooLarge):
             said = f"{TOO_LARGE}: {error}"
             if TOO_LARGE in self.allowed:
-                return self._failed() or pytest.skip.Exception(said)
+                return self._failed() or _skip(said)
             # An emulator within the test has its own faults.
             return self._failed() or pytest.fail.Exception(said, pytrace=False)
         if sampled:
             said = f"{SAMPLED}: {'; '.join(dict.fromkeys(sampled))}"
             if isinstance(error, AssertionError):
-                return self._failed() or pytest.skip.Exception(said)
+                return self._failed() or _skip(said)
             error.add_note(said)
         return None
+
+
+def _skip(reason: str) -> BaseException:
+    return pytest.skip.Exception(reason, _use_item_location=True)
 
 
 class Hooks:
@@ -98,6 +108,7 @@ class Hooks:
     def __init__(self, config: pytest.Config, options: argparse.Namespace):
         self.config, self.options, self.active = config, options, ExitStack()
         self.suite, self.allowed, self.is_expected = Suite(), set[str](), False
+        self.unwritten = ""
         self.sarif = options.nogpu_sarif and Path(options.nogpu_sarif).absolute()
         if self.sarif and (self.sarif.is_dir() or not self.sarif.parent.is_dir()):
             raise pytest.UsageError(
@@ -122,18 +133,34 @@ class Hooks:
             self.enter()
 
     @pytest.hookimpl(wrapper=True, trylast=True)  # before the summary is printed
-    def pytest_sessionfinish(self) -> Generator[None, object, object]:
+    def pytest_sessionfinish(
+        self, session: pytest.Session, exitstatus: int
+    ) -> Generator[None, object, object]:
         with self.active:  # the last fixtures are torn down here, if the session was stopped
             result = yield
         kernels = [(*key, line) for key, line in defined_kernels(self.config.rootpath).items()]
         output = getattr(self.config, "workeroutput", None)
         if output is None:
             self.suite.define(kernels)
-            if self.sarif:
-                self.sarif.write_text(as_sarif(self.suite.findings()), "utf-8")
+            if self.sarif and (reason := self._write_sarif(exitstatus)):
+                self.unwritten = f"{self.options.nogpu_sarif} is not written: {reason}"
+                session.exitstatus = exitstatus or 1
         else:  # of a worker, for the process that controls it
             output["nogpu"] = kernels
         return result
+
+    def _write_sarif(self, exitstatus: int) -> str:
+        """Write the faults of a run that has ended; return why that was not possible.
+
+        A file without those of tests that did not run would say that they are mended.
+        """
+        if exitstatus > 1 or self.config.option.collectonly:
+            return "not all tests have run"
+        try:
+            self.sarif.write_text(as_sarif(self.suite.findings()), "utf-8")
+        except OSError as e:
+            return f"{e.strerror}; name another file"
+        return ""
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
@@ -177,8 +204,10 @@ class Hooks:
         if self.config.option.collectonly:
             return
         terminalreporter.section("kernels, executed by nogpu")
-        for line in self.suite.summary("" if self.options.cuda_is_cpu else NEEDS_CUDA):
+        for line in self.suite.summary("" if self.options.cuda_is_cpu else NEEDS_FLAG):
             terminalreporter.write_line(line)
+        if self.unwritten:
+            terminalreporter.write_line(self.unwritten)
         if self.options.nogpu_annotate:
             for line in annotations(self.suite.findings()):
                 terminalreporter.write_line(line)
@@ -215,7 +244,7 @@ class Hooks:
             result = yield
             phase.check()
             return result
-        except Exception as e:
+        except (Exception, *SKIPS) as e:
             if (verdict := phase.verdict(e)) is not None:
                 raise verdict from None
             is_cpu = self.options.cuda_is_cpu  # then `torch.cuda.is_available` says so
@@ -232,13 +261,14 @@ class Hooks:
 
 def _allowed(item: pytest.Item) -> set[str]:
     """Return the names of faults that the marks of a test allow."""
-    names = [name for mark in item.iter_markers("nogpu_allow") for name in mark.args]
-    unknown = [repr(name) for name in names if name not in NAMES]
+    marks = list(item.iter_markers("nogpu_allow"))
+    names = [name for mark in marks for name in mark.args]
+    unknown = [repr(name) for name in names if not (isinstance(name, str) and name in NAMES)]
+    known = f"it knows {', '.join(sorted(NAMES))}"
     if unknown:
-        pytest.fail(
-            f"nogpu_allow does not know {', '.join(unknown)}; it knows {', '.join(sorted(NAMES))}",
-            pytrace=False,
-        )
+        pytest.fail(f"nogpu_allow does not know {', '.join(unknown)}; {known}", pytrace=False)
+    if any(mark.kwargs or not mark.args for mark in marks):
+        pytest.fail(f"nogpu_allow takes names of faults as its arguments; {known}", pytrace=False)
     return set(names)
 
 
@@ -249,7 +279,7 @@ def _checked(test: Callable[P, T], phase: _Phase) -> Callable[P, T]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             result = test(*args, **kwargs)
-        except Exception as e:
+        except (Exception, *SKIPS) as e:
             if (verdict := phase.verdict(e)) is not None:
                 raise verdict from None
             raise

@@ -25,6 +25,10 @@ DTYPES = {
     "uint": "uint32",
     "short": "int16",
     "unsigned short": "uint16",
+    "short int": "int16",
+    "unsigned short int": "uint16",
+    "long int": "int64",
+    "unsigned long int": "uint64",
     "long long": "int64",
     "long long int": "int64",
     "unsigned long long": "uint64",
@@ -166,16 +170,19 @@ class Structure(tuple[Field, ...]):
 
 @lru_cache(64)
 def structures(source: str) -> dict[str, Structure]:
-    """Return the structures of a source by name; those with other fields than numbers and pointers
-    are omitted."""
+    """Return the structures of a source by name.
+
+    Those with other fields than numbers and pointers are omitted, and so are names that have
+    several structures.
+    """
     text = COMMENT.sub("", source)
-    found = {}
+    found: dict[str, Structure | None] = {}
     for match in re.finditer(r"\bstruct\s*(\w*)\s*\{([^{}]*)\}\s*(\w*)", text):
         # "struct Name {...}" and "typedef struct {...} Name"
         for name in {match[1], match[3]} - {""}:
-            if (fields := _fields(match[2])) is not None:
-                found[name] = fields
-    return found
+            fields = _fields(match[2])
+            found[name] = fields if found.get(name, fields) == fields else None
+    return {name: fields for name, fields in found.items() if fields is not None}
 
 
 def _fields(inside: str) -> Structure | None:

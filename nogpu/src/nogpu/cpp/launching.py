@@ -135,7 +135,8 @@ class CppKernel:
         self.module, self.name, self.declared = module, name, declared
 
     def __getitem__(self, size: Any) -> BoundKernel:
-        if not isinstance(size, tuple) or len(size) not in (2, 3, 4):
+        is_right = isinstance(size, tuple) and len(size) in (2, 3)
+        if not is_right or not isinstance((*size, 0, 0, 0)[2], numbers.Integral):
             raise TypeError(
                 f"{self.name}[{size!r}]: expected [grid, block] or [grid, block, bytes]"
             )
@@ -211,6 +212,11 @@ class BoundKernel:
         major, minor = torch.cuda.get_device_capability(index)
         text, entry = self.kernel.module.entry(self.kernel.name, f"sm_{major}{minor}")
         kernel = _parsed(text, entry, self.size.block)
+        static = sum(size for _, size in kernel.shared.values())
+        most = SHARED_BYTES.get(10 * major + minor, 2**31)  # of others the driver knows
+        shared = Shared(static, self.size.shared, most, f"sm_{major}{minor}")
+        if fault := why_refused(self.kernel.name, self.size.grid, self.size.block, shared):
+            raise ValueError(fault)
         parameters = [0] * len(kernel.signature)
         for one in self._converted(kernel, arguments, f"cuda:{index}"):
             value = one.value.data_ptr() if isinstance(one.value, Tensor) else one.value
@@ -604,9 +610,11 @@ def _structure(what: str, parameter: Parameter, declared: Declared | None, value
     if dtype in ("float16", "bfloat16") and isinstance(value, numbers.Real):
         one = torch.tensor(float(value), dtype=getattr(torch, dtype)).view(torch.int16)
         return int(one) % 2**16
+    expected = "a tuple of its fields, or its bytes"
+    if isinstance(value, tuple):  # see nogpu.cpp.declarations.structures
+        expected = "its bytes, or a record of NumPy; fields are known if they are numbers, pointers"
     raise TypeError(
-        f"{what} is a structure of {parameter.size} bytes, and got {_kind(value)}; pass a tuple of "
-        "its fields, or its bytes"
+        f"{what} is a structure of {parameter.size} bytes, and got {_kind(value)}; pass {expected}"
     )
 
 
