@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Other inputs than a reference's own: smaller ones, other shapes, values and layouts."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -91,9 +92,12 @@ def values(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
     if not any(t.is_floating_point() for t in _tensors(inputs)):
         return
 
+    places = itertools.count()
+
     def with_nan(t: Tensor) -> Tensor:
+        """Put NaN at another place in each tensor."""
         found = t.clone()
-        found.view(-1)[found.numel() // 2] = torch.nan
+        found.view(-1)[(found.numel() // 2 + next(places)) % found.numel()] = torch.nan
         return found
 
     yield "large", floats(lambda t: 100 * t)
