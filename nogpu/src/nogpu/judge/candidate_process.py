@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 sys.modules["nogpu.judge"] = None  # type: ignore[assignment]  # to import it raises an error
@@ -26,11 +27,14 @@ from nogpu.machine.gpu_state import SCHEDULES  # noqa: E402
 from nogpu.record.operator_work import OperatorWork  # noqa: E402
 from nogpu.triton.host_memory import storage_of  # noqa: E402
 
-# Whose functions the candidate must leave as they are. Those of time would be a timer's.
-WATCHED = ("nogpu", "torch.cuda", "torch.utils", "torch.nn.functional", "torch", "time", "builtins")
+# The candidate must leave the functions of these modules as they are, a timer's among them.
+WATCHED = (
+    *("nogpu", "torch.cuda", "torch.utils", "torch.nn.functional", "torch", "time", "builtins"),
+    "__main__",
+)
 CLASSES = (torch.Tensor, torch.nn.Module)
 Functions = dict[tuple[str, str], Any]
-# Before the candidate is there.
+# The candidate may replace those of torch.
 save, load = torch.save, torch.load
 
 
@@ -57,7 +61,7 @@ def is_replaced(before: object, after: object, folder: Path) -> bool:
         return False
     code = getattr(after, "__code__", None)
     is_own = code is None or Path(code.co_filename).is_relative_to(folder)
-    return is_own or getattr(before, "__name__", "") != getattr(after, "__name__", None)
+    return is_own or getattr(after, "__wrapped__", None) is not before
 
 
 class Candidate:
@@ -72,7 +76,8 @@ class Candidate:
         self.work: list[tuple[tuple[int, int], str]] = []
         self.models: dict[str, torch.nn.Module] = {}
         self.seen = 0, 0
-        self.threads = set(threading.enumerate())
+        self.threads, self.children = set(threading.enumerate()), set(_children())
+        self.has_weights = True
         run = self.gpu.run
 
         def noted(launch: Any, *args: Any, **kwargs: Any) -> None:
@@ -106,6 +111,8 @@ class Candidate:
                 n: one.shape for n, one in held["state"].items()
             }:
                 model.load_state_dict(held["state"])
+            else:
+                self.has_weights = False
             self.models[key] = model.cuda().eval()
         return self.models[key]
 
@@ -127,7 +134,7 @@ class Candidate:
         with torch.no_grad(), OperatorWork() as operators:
             try:
                 function = self.function(case)
-                self.seen = len(self.gpu.launches), len(self.gpu.faults)
+                made = self.done(operators)
                 operators.operations.clear()
                 if self.settings["form"] == "model":
                     result = function(*held[0])
@@ -137,9 +144,9 @@ class Candidate:
                 facts = self.done(operators)
                 facts["error"] = [type(e).__name__, str(e).strip().partition("\n")[0]]
                 return facts
-        facts = self.done(operators)
+        facts = self.done(operators) | {"made": made, "weights": self.has_weights}
         leaves, _ = tree_flatten(result)
-        facts["types"] = sorted({type(one).__name__ for one in leaves})
+        facts["types"] = sorted({type(one).__name__ for one in leaves if isinstance(one, Tensor)})
         facts["unwritten"] = sum(map(self.unwritten, leaves))
         kept = [_kept(one) for one in leaves]
         after = [one.cpu() if isinstance(one, Tensor) else one for one in tree_leaves(held[0])]
@@ -178,6 +185,7 @@ class Candidate:
             ),
             "unordered": unordered,
             "threads": len(set(threading.enumerate()) - self.threads),
+            "children": len(set(_children()) - self.children),
             "changed": [
                 ".".join(name)
                 for name, one in self.before.items()
@@ -187,10 +195,19 @@ class Candidate:
 
 
 def _kept(one: Any) -> Any:
-    """Return a result as it travels: tensors of other classes, which may compute, are left out."""
+    """Return a result as it travels: of another class, which may compute, its name alone."""
     if type(one) in (Tensor, torch.nn.Parameter):
         return one.detach().cpu()
-    return None if isinstance(one, Tensor) else one
+    return one if isinstance(one, (int, float, NoneType)) else type(one).__name__
+
+
+def _children() -> list[str]:
+    """Return the processes that this one has started, and that have not ended."""
+    return [
+        one
+        for task in Path("/proc/self/task").glob("*/children")
+        for one in task.read_text("utf-8").split()
+    ]
 
 
 def _on_device(one: Any) -> Any:
@@ -219,13 +236,14 @@ def _of_launch(launch: Any) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
+    token = sys.stdin.read()
     settings = json.loads((folder / "request.json").read_text("utf-8"))
     candidate = Candidate(folder, settings, None)
     held: list[Any] = []
     facts: list[dict[str, Any]] = []
 
     def write() -> None:
-        text = json.dumps(facts)
+        text = json.dumps({"token": token, "facts": facts})
         (folder / "facts.json").write_text(text, "utf-8")
 
     try:

@@ -49,21 +49,30 @@ class Ended(NamedTuple):
 
 
 def confined(
-    command: Sequence[str], folder: Path, limits: Limits, environment: dict[str, str]
+    command: Sequence[str], folder: Path, limits: Limits, environment: dict[str, str], given: bytes
 ) -> Ended:
-    """Run a command in a session of its own, and end all its processes at the end."""
+    """Run a command in a session of its own, and end all its processes at the end.
+
+    All children that this process gets meanwhile are ended, too.
+
+    Args:
+        given: its standard input.
+    """
     _adopt()
     before = set(_children())
     process = subprocess.Popen(
         command,
         cwd=folder,
         env=environment,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    assert process.stdout is not None
+    assert process.stdout is not None and process.stdin is not None  # noqa: PT018
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(given)
+        process.stdin.close()
     printed = _Printed(process.stdout)
     end, why = time.monotonic() + limits.seconds, ""
     try:

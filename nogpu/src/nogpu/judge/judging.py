@@ -5,6 +5,7 @@ import argparse
 import json
 import os
 import random
+import secrets
 import shutil
 import sys
 import tempfile
@@ -28,9 +29,12 @@ from nogpu.judge.verdict import Verdict, unwritten_inputs, wrong
 from nogpu.record.operator_work import OperatorWork
 from nogpu.record.time import ESTIMATE_ACCURACY, shown
 
+NOT_RUN = "it ended before all its results were there"
 SAMPLE = 64  # programs of a launch at the whole size
-PLAIN = ("Tensor", "Parameter", "NoneType", "int", "float", "bool", "str")  # types of results
-OWN = 0.5  # the least share of the arithmetic that a candidate's own kernels compute
+PLAIN = ("Tensor", "Parameter")  # classes of tensors that compute nothing when they are read
+# ATen may compute this share of the reference's arithmetic, and own kernels must compute so much of
+# what takes floating-point instructions, which depends on how the reference is written.
+OWN, LEAST_OWN = 0.5, 0.1
 
 
 @dataclass
@@ -54,6 +58,11 @@ class Case:
     schedules: str = "one"
     again: bool = False
 
+    @property
+    def is_degenerate(self) -> bool:
+        """Whether so little is computed that it does not say by what."""
+        return self.name.endswith(("→ 1", "→ 0"))
+
 
 class Judge:
     """The judge of candidates for one reference.
@@ -64,14 +73,14 @@ class Judge:
 
     def __init__(self, problem: Problem, gpu: str, limits: Limits):
         self.problem, self.gpu, self.limits = problem, gpu, limits
+        self.error = ""  # the reference's last one
 
     def judge(self, path: Path) -> Verdict:
         """Return the verdict on a candidate. Each time it gets other inputs."""
-        verdict = Verdict(path.name)
+        verdict, token = Verdict(path.name), secrets.token_hex()
         with nogpu.emulate(self.arch) as emulator, nogpu.cuda_is_cpu(emulator):
             cases, whole = self.cases(random.SystemRandom().randrange(2**31))
-            needed = self.work(whole)
-            least = self.work(cases[0])
+            works = [self.work(one) for one in (*cases, whole)]
         with tempfile.TemporaryDirectory(prefix="nogpu-judge-") as name:
             folder = Path(name)
             self.write(folder, path, [*cases, whole])
@@ -80,25 +89,42 @@ class Judge:
                 folder,
                 self.limits,
                 {**os.environ, "HOME": os.environ.get("HOME", name), "TMPDIR": name},
+                token.encode(),
             )
-            facts = _json(folder / "facts.json")
+            facts = _facts(folder / "facts.json", token)
             results = [_result(folder / f"result_{n}.pt") for n in range(len(cases))]
         if not facts:
             return verdict.end("stopped", ended.why or "it ended before it had a result")
-        first = facts[1] if len(facts) > 1 else facts[0]
-        if "error" in first:
-            return verdict.end("does not run", _asks(first["error"], self.problem))
-        if ended.why:
-            return verdict.end("stopped", ended.why)
+        try:
+            return self._judged(verdict, cases, whole, facts, results, works, ended.why)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+            said = f"{type(e).__name__}: {e}"
+            return verdict.end("stopped", f"what it wrote cannot be read ({said})")
+
+    def _judged(
+        self,
+        verdict: Verdict,
+        cases: list[Case],
+        whole: Case,
+        facts: list[dict[str, Any]],
+        results: list[Any],
+        works: list[OperatorWork],
+        stopped: str,
+    ) -> Verdict:
+        latest = facts[1] if len(facts) > 1 else facts[0]  # the first call, or the import
+        if "error" in latest:
+            return verdict.end("does not run", _asks(latest["error"], self.problem))
+        if stopped:
+            return verdict.end("stopped", stopped)
         if len(facts) < 2 + len(cases) or results[0] is None:
-            return verdict.end("stopped", "it ended before all its results were there")
+            return verdict.end("stopped", NOT_RUN)
         calls = facts[1:]
         self.values(verdict, cases, calls, results)
         self.faults(verdict, calls)
         self.same_twice(verdict, cases, results)
         self.memory(verdict, cases, calls, results)
-        self.honesty(verdict, facts[0], calls, results, cases, least)
-        self.figures(verdict, whole, calls, needed)
+        self.honesty(verdict, facts[0], calls, results, [*cases, whole], works)
+        self.figures(verdict, whole, calls, works[-1])
         return verdict
 
     @property
@@ -139,7 +165,7 @@ class Judge:
             return False
         return True
 
-    def case(self, kind: str, name: str, inputs: Inputs, seed: int, **options: Any) -> Any:
+    def case(self, kind: str, name: str, inputs: Inputs, seed: int, **options: Any) -> Case | None:
         """Return a case, or None if the reference does not take it."""
         native = self.right(inputs, seed)
         if native is None:
@@ -215,7 +241,8 @@ class Judge:
                     continue
                 given = tree_leaves(case.inputs.data)
                 if found := wrong(result["outputs"], case.native, case.exact, case.near, given):
-                    verdict.add(kind, "wrong", f"{case.name}: {found}{_by_tf32(calls[n], found)}")
+                    why = _by_tf32(calls[n], found) or _by_weights(calls[n])
+                    verdict.add(kind, "wrong", f"{case.name}: {found}{why}")
                     break
             else:
                 names = ", ".join(cases[n].name for n in mine if "error" not in calls[n])
@@ -229,20 +256,28 @@ class Judge:
     def faults(self, verdict: Verdict, calls: Sequence[dict[str, Any]]) -> None:
         found = [one for call in calls for one in call["faults"]]
         errors = [one for one in found if one[0] == "error"]
-        for _, _, line in (errors or found)[:1]:
-            verdict.add("no faults", "wrong" if errors else "works", line)
-        if not found:
-            verdict.add("no faults", "works", "three schedules")
+        if errors:
+            verdict.add("no faults", "wrong", errors[0][2])
+        else:
+            verdict.add(
+                "no faults", "works", f"warning: {found[0][2]}" if found else "three schedules"
+            )
 
     def same_twice(self, verdict: Verdict, cases: Sequence[Case], results: Sequence[Any]) -> None:
         names = [one.name for one in cases[:3]]
         if names[-1] != "the first again" or results[0] is None or results[2] is None:
             verdict.add("same result twice", "not run", "it was called once")
             return
-        for one, other in zip(results[0]["outputs"], results[2]["outputs"], strict=True):
+        first, second = (one["outputs"] for one in (results[0], results[2]))
+        if [_kind(one) for one in first] != [_kind(one) for one in second]:
+            verdict.add("same result twice", "wrong", "the second one is of another kind")
+            return
+        for one, other in zip(first, second, strict=True):
             if isinstance(one, Tensor) and not same(one, other):
                 verdict.add(
-                    "same result twice", "wrong", f"in another order: {farthest(other, one)}"
+                    "same result twice",
+                    "wrong",
+                    f"other bits, called again: {farthest(other, one)}",
                 )
                 return
         verdict.add("same result twice", "works", "bit for bit, in two orders of its warps")
@@ -277,36 +312,28 @@ class Judge:
         calls: Sequence[dict[str, Any]],
         results: Sequence[Any],
         cases: Sequence[Case],
-        reference: OperatorWork,
+        works: Sequence[OperatorWork],
     ) -> None:
         """Ask whether the candidate's own kernels compute, when they are called, and no trick."""
-        first = calls[0]
-        own = sum(one["flops"] for one in first["launches"])
-        own_bytes = sum(one["bytes"] for one in first["launches"])
-        aten = sum(one[1] for one in first["operations"])
-        aten_bytes = sum(one[2] + one[3] for one in first["operations"])
-        most = max(first["operations"], key=lambda one: one[1], default=None)
-        share = aten / reference.flops if reference.flops else 0.0
-        shares = (
-            f"own kernels: {own:,.0f} operations, {own_bytes:,} bytes; ATen: {aten:,.0f}, "
-            f"{aten_bytes:,} bytes"
+        reason = next(
+            (
+                f"{case.name}: {said}" if n else said
+                for n, (case, call, work) in enumerate(zip(cases, calls, works, strict=True))
+                if "error" not in call
+                and not case.is_degenerate
+                and (said := _by_others(call, work))
+            ),
+            "",
         )
-        if not first["launches"]:
-            what = f"; {most[0]} computes" if most else ""
-            verdict.add("own kernels", "cheats", f"it launches no kernel{what}")
-        elif share > 1 - OWN:
-            verdict.add(
-                "own kernels",
-                "cheats",
-                f"ATen computes {min(share, 1):.0%} of what the reference does, by {most[0]}"
-                if most
-                else shares,
-            )
-        else:
-            verdict.add("own kernels", "works", shares)
+        verdict.add("own kernels", "cheats" if reason else "works", reason or _shares(calls[0]))
         tricks = (
             _replaced([imported, *calls]),
-            _beforehand(imported, reference.flops),
+            _beforehand(imported, works[0].flops, "imported"),
+            *(
+                _beforehand(call["made"], work.flops, "made")
+                for case, call, work in zip(cases, calls, works, strict=True)
+                if "made" in call and not case.is_degenerate
+            ),
             *map(_put_off, calls),
             _earlier(cases, results),
         )
@@ -334,7 +361,7 @@ class Judge:
             )
         moved = needed.operations
         least_bytes = sum(one.numel() * one.element_size() for one in tensors)
-        least_bytes += max((one.written for one in moved[-1:]), default=0)
+        least_bytes += needed.result_bytes
         half = any(one.is_product and one.bits == 16 for one in moved)
         peak = sheet.tensor["f16"] if half else sheet.flops["f32"]
         least = max(least_bytes / (sheet.memory * 1e6), needed.flops / (peak * 1e6))
@@ -355,18 +382,48 @@ def _replaced(calls: Sequence[dict[str, Any]]) -> str:
     return f"it replaces {names[0]}" if names else ""
 
 
-def _beforehand(imported: dict[str, Any], needed: float) -> str:
-    """Say what was computed when the candidate was imported; "" if nothing was."""
-    if imported["launches"]:
-        return f"it launches {imported['launches'][0]['kernel']} when it is imported"
-    before = sum(one[1] for one in imported["operations"])
+def _beforehand(facts: dict[str, Any], needed: float, when: str) -> str:
+    """Say what was computed before a call; "" if nothing was."""
+    if facts["launches"]:
+        return f"it launches {facts['launches'][0]['kernel']} when it is {when}"
+    before = sum(one[1] for one in facts["operations"])
     if needed and before > (1 - OWN) * needed:
-        return f"it computes {before:,.0f} operations when it is imported"
+        return f"it computes {before:,.0f} operations when it is {when}"
+    return ""
+
+
+def _shares(call: dict[str, Any]) -> str:
+    own, aten = call["launches"], call["operations"]
+    return (
+        f"own kernels: {sum(one['flops'] for one in own):,.0f} operations, "
+        f"{sum(one['bytes'] for one in own):,} bytes; ATen: {sum(one[1] for one in aten):,.0f}, "
+        f"{sum(one[2] + one[3] for one in aten):,} bytes"
+    )
+
+
+def _by_others(call: dict[str, Any], reference: OperatorWork) -> str:
+    """Say that others than the candidate's own kernels compute; "" if these do."""
+    own = sum(one["flops"] for one in call["launches"])
+    aten = sum(one[1] for one in call["operations"])
+    most = max(call["operations"], key=lambda one: one[1], default=None)
+    if not call["launches"]:
+        if not reference.operations or not reference.result_bytes:
+            return ""
+        return f"it launches no kernel{f'; {most[0]} computes' if most else ''}"
+    share = aten / reference.flops if reference.flops else 0.0
+    if share > 1 - OWN and most:
+        return f"ATen computes {min(share, 1):.0%} of what the reference does, by {most[0]}"
+    if own < LEAST_OWN * reference.needed:
+        return (
+            f"own kernels compute {own:,.0f} operations, and the reference {reference.needed:,.0f}"
+        )
     return ""
 
 
 def _put_off(call: dict[str, Any]) -> str:
     """Say what a call leaves for later; "" if nothing."""
+    if call["children"]:
+        return "it leaves a process that goes on after the call"
     if call["threads"]:
         return "it leaves a thread that goes on after the call"
     if call["unordered"]:
@@ -381,10 +438,10 @@ def _earlier(cases: Sequence[Case], results: Sequence[Any]) -> str:
     """Say whether a call returned what an earlier one had, for other numbers in its memory."""
     if not (cases[1].again and results[1] is not None):
         return ""
-    pairs = zip(*(one["outputs"] for one in results[:2]), strict=True)
-    for n, (mine, later) in enumerate(pairs):
-        wanted = [one.native.outputs[n] for one in cases[:2] if one.native is not None]
-        if isinstance(mine, Tensor) and same(mine, later) and not same(*wanted):
+    found = [one["outputs"] for one in results[:2]]
+    wanted = [one.native.outputs for one in cases[:2] if one.native is not None]
+    for mine, later, one, other in zip(*found, *wanted, strict=False):
+        if same(mine, later) and not same(one, other):
             return "it returns the result of an earlier call for other numbers"
     return ""
 
@@ -401,18 +458,39 @@ def _asks(error: Sequence[str], problem: Problem) -> str:
     return f"{kind}: {said}"
 
 
-def _json(path: Path) -> list[dict[str, Any]]:
+def _kind(one: object) -> object:
+    return (one.shape, one.dtype) if isinstance(one, Tensor) else type(one)
+
+
+def _by_weights(call: dict[str, Any]) -> str:
+    has_none = call.get("weights") is False
+    return (
+        "; its parameters are not named as the reference's, so they keep their own values"
+        * has_none
+    )
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a path is a file that ends: no link, pipe or device."""
+    return path.is_file() and not path.is_symlink()
+
+
+def _facts(path: Path, token: str) -> list[dict[str, Any]]:
+    """Return what the candidate's process noted, if it knows the token that it was given."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        written = json.loads(path.read_text("utf-8")) if _is_file(path) else {}
     except (OSError, ValueError):
         return []
-    return found if isinstance(found, list) else []
+    if not (isinstance(written, dict) and written.get("token") == token):
+        return []
+    facts = written.get("facts")
+    return facts if isinstance(facts, list) else []
 
 
 def _result(path: Path) -> Any:
     """Return what the candidate's process wrote, if it is tensors: a file may hold anything."""
     try:
-        return torch.load(path, weights_only=True)
+        return torch.load(path, weights_only=True) if _is_file(path) else None
     except Exception:
         return None
 

@@ -22,11 +22,11 @@ from nogpu.record.operator_work import OperatorWork
 
 
 class ProblemError(Exception):
-    """The reference cannot be used: what it lacks, or its error."""
+    """The reference lacks something, or ends with an error."""
 
 
 class Inputs(NamedTuple):
-    """What a call is given.
+    """The arguments of one call.
 
     Attributes:
         data: of a model a list of arguments; of a function its argument.
@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
 
 
 class Right(NamedTuple):
-    """What the reference computes: leaves of its result, and of its inputs afterwards.
+    """The reference's results: leaves of its result, and of its inputs afterwards.
 
     Attributes:
         changed: the numbers of the inputs' leaves that the reference itself writes.
@@ -151,16 +151,22 @@ class Problem:
         with torch.no_grad(), self._imported():
             if self.form == "model":
                 model = self.model(inputs.init, seed).to(device)
+                weights = sum(one.nbytes for one in model.state_dict().values())
                 with found:
-                    model(*data)
+                    result = model(*data)
             else:
+                weights = 0
                 with found:
-                    self.names["ref_kernel"](data)
+                    result = self.names["ref_kernel"](data)
+        tensors = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
+        found.result_bytes = weights + sum(one.nbytes for one in tensors)
         return found
 
 
-def same(one: Tensor, other: Tensor) -> bool:
-    """Whether tensors have the same bits."""
+def same(one: object, other: object) -> bool:
+    """Whether both are tensors of the same bits."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return False
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     left, right = (t.detach().contiguous().flatten() for t in (one, other))

@@ -105,8 +105,8 @@ def wrong(
 def _unlike(mine: Any, right: Any, exact: Any, near: Any, operands: Sequence[Tensor]) -> str:
     if not isinstance(right, Tensor):
         return "" if mine == right else f"is {mine!r}, expected {right!r}"
-    if not isinstance(mine, Tensor):
-        return f"is {type(mine).__name__}, expected a tensor"
+    if not isinstance(mine, Tensor):  # of another type its name has travelled
+        return f"is {mine if isinstance(mine, str) else type(mine).__name__}, expected a tensor"
     if mine.shape != right.shape:
         return f"has the shape {tuple(mine.shape)}, expected {tuple(right.shape)}"
     if mine.dtype != right.dtype:

@@ -12,8 +12,17 @@ from torch.utils.flop_counter import flop_registry
 
 from nogpu.record.time import Work, estimate
 
+VECTORS = ("mv", "dot", "vdot", "addmv")
+# Operators that move or compare numbers, for which a kernel needs no floating-point instruction.
+CHOICES = (
+    *("abs", "amax", "amin", "argmax", "argmin", "clamp", "clamp_max", "clamp_min", "eq", "ge"),
+    *("gt", "le", "lt", "max", "maximum", "min", "minimum", "ne", "neg", "relu", "sign", "sort"),
+    *("threshold", "topk"),
+)
 # Operators that move numbers and compute none.
 MOVES = (
+    *("constant_pad_nd", "index_copy", "index_fill", "masked_fill", "masked_scatter", "roll"),
+    *("select_scatter", "slice_scatter", "where", "uniform", "normal", "random", "bernoulli"),
     *("_to_copy", "arange", "cat", "clone", "contiguous", "copy", "embedding"),
     *("empty", "empty_like", "empty_strided", "expand_copy", "fill", "flip", "full"),
     *("full_like", "gather", "index", "index_put", "index_select", "masked_select"),
@@ -21,7 +30,7 @@ MOVES = (
     *("ones_like", "randint", "randn", "rand", "repeat", "scatter", "stack", "triu"),
     *("tril", "zero", "zeros", "zeros_like", "_local_scalar_dense"),
 )
-ELEMENTS = 1024  # of a program, of an elementwise operator
+ELEMENTS_OF_PROGRAM = 1024  # of a program, of an elementwise operator
 
 
 class Operation(NamedTuple):
@@ -46,7 +55,7 @@ class Operation(NamedTuple):
 
     def microseconds(self, gpu: str) -> float:
         """Return an estimate of its time as one launch of PyTorch's own kernel."""
-        programs = max(1, -(-8 * self.written // max(self.bits, 1) // ELEMENTS))
+        programs = max(1, -(-8 * self.written // max(self.bits, 1) // ELEMENTS_OF_PROGRAM))
         tensor = {"f16": self.flops} if self.is_product and self.bits == 16 else {}
         kind = {64: "f64", 16: "f16"}.get(self.bits, "f32")
         work = Work(
@@ -75,10 +84,20 @@ class OperatorWork(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[Operation] = []
+        self.result_bytes = 0  # of what the block returned, if that was noted
 
     @property
     def flops(self) -> float:
         return sum(one.flops for one in self.operations)
+
+    @property
+    def needed(self) -> float:
+        """The operations that take floating-point instructions."""
+        return sum(
+            one.flops
+            for one in self.operations
+            if one.name.partition(".")[2].removesuffix("_") not in CHOICES
+        )
 
     @property
     def bytes(self) -> int:
@@ -118,5 +137,8 @@ def _operation(
     if packet in flop_registry:
         counted = flop_registry[packet](*args, **kwargs, out_val=result)
         return Operation(name, float(counted), read, written, True, bits)
+    if short in VECTORS:  # a product with a vector, or of two
+        count = 2 * max((one.numel() for one in given), default=0)
+        return Operation(name, float(count), read, written, True, bits)
     flops = 0 if short in MOVES else max((one.numel() for one in (*given, *made)), default=0)
     return Operation(name, float(flops), read, written, False, bits)
