@@ -192,15 +192,8 @@ def _maker(first: Tensor | None, empty: Empty) -> Callable[[Any], Tensor]:
 
 
 def _emulated_kind() -> int:
-    """The number of the GPU for which tensors on the CPU stand; -1 for the interpreter.
-
-    A driver of an emulator has a number for each kind of GPU, also if the device's number is 0.
-    """
-    driver = triton.runtime.driver._active
-    if driver is None:
-        return -1
-    kind = getattr(driver, "kind", None)
-    return int(driver.get_current_device() if kind is None else kind)
+    """The number of the kind of GPU that Triton's driver emulates; -1 if it emulates none."""
+    return getattr(triton.runtime.driver._active, "kind", -1)
 
 
 def prepared(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cuda_programs import FOLDER, PROGRAMS, said_of
+from cuda_programs import PROGRAMS, loaded, said_of
 
 import nogpu
 import nogpu.cuda
@@ -54,7 +54,7 @@ class OnDevice:
 
 
 def check(name: str) -> None:
-    for got, want in PROGRAMS[name](OnDevice(nogpu.cuda.load(FOLDER / f"{name}.cu"))):
+    for got, want in PROGRAMS[name](OnDevice(loaded(name))):
         np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
@@ -106,8 +106,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
         pytest.skip("there is a GPU")
     one = Driver(8, 16, 4, 1, 8, 8)
     monkeypatch.setattr(on_gpu, "driver", lambda: one)
-    for held in (on_gpu._context, on_gpu._function, on_gpu._module):
-        held.cache_clear()
+    on_gpu._context.cache_clear()
     for name, answer in {
         "is_available": True,
         "current_device": 1,
@@ -119,7 +118,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 def test_a_driver_reads_the_arguments_as_they_were_given(driver):
-    kernel = nogpu.cuda.compile(CODE)["scale"][(3, 2), 64, 256]
+    module = nogpu.cuda.compile(CODE)
+    kernel = module["scale"][(3, 2), 64, 256]
     kernel(None, (-5, None), 0.5, True, 0.1, 2**40)
     assert driver.parameters[:2] == [bytes(8), struct.pack("<i4xQ", -5, 0)]
     numbers = (("f", 0.5), ("B", 1), ("d", 0.1), ("q", 2**40))
@@ -133,6 +133,10 @@ def test_a_driver_reads_the_arguments_as_they_were_given(driver):
     kernel(None, (-5, None), 0.5, True, 0.1, 2**40)
     names = [name for name, *_ in driver.calls]
     assert (names.count("cuModuleLoadData"), names.count("cuLaunchKernel")) == (1, 2)
+    assert names.count("cuCtxPushCurrent") == names.count("cuCtxPopCurrent")
+    # Another module has variables of its own, also if its text is the same.
+    nogpu.cuda.compile(CODE)["scale"][1, 64, 256](None, (-5, None), 0.5, True, 0.1, 2**40)
+    assert [name for name, *_ in driver.calls].count("cuModuleLoadData") == 2
 
 
 def test_a_driver_that_refuses_a_launch_is_named(driver):

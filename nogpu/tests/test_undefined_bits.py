@@ -223,7 +223,7 @@ def in_python() -> Iterator[list[str]]:
 
 
 def registers(gpu: Gpu, code: list[str], block: tuple[int, int, int] | None) -> list[object]:
-    """What all registers of the warp hold at the end.
+    """Return all registers of the warp at the end.
 
     Args:
         block: the sizes of a block of CUDA C++; None: it is Triton's.

@@ -63,6 +63,7 @@ class Module:
     def __init__(self, source: str, path: str, options: Sequence[str] = ()):
         self.source, self.path, self.options = source, path, tuple(options)
         self._variables: dict[str, dict[str, Tensor]] = {}
+        self._loaded: dict[tuple[str, int], on_gpu.LoadedModule] = {}
         self.ptx(DEFAULT_ARCH)
 
     def ptx(self, arch: str, names: tuple[str, ...] = ()) -> str:
@@ -107,6 +108,12 @@ class Module:
             return text, found[0]
         text, lowered = compiled(self.source, self.path, arch, (name,), self.options)
         return text, lowered[name]
+
+    def loaded(self, text: str, device: int) -> on_gpu.LoadedModule:
+        """Return a PTX of the module on a GPU."""
+        if (text, device) not in self._loaded:
+            self._loaded[text, device] = on_gpu.LoadedModule(text, device)
+        return self._loaded[text, device]
 
     def variables(self, kernel: Kernel) -> dict[str, Tensor]:
         """Return the module's variables in global memory, which launches share."""
@@ -212,21 +219,20 @@ class BoundKernel:
         major, minor = torch.cuda.get_device_capability(index)
         text, entry = self.kernel.module.entry(self.kernel.name, f"sm_{major}{minor}")
         kernel = _parsed(text, entry, self.size.block)
-        static = sum(size for _, size in kernel.shared.values())
         most = SHARED_BYTES.get(10 * major + minor, 2**31)  # of others the driver knows
-        shared = Shared(static, self.size.shared, most, f"sm_{major}{minor}")
-        if fault := why_refused(self.kernel.name, self.size.grid, self.size.block, shared):
-            raise ValueError(fault)
-        parameters = [0] * len(kernel.signature)
-        for one in self._converted(kernel, arguments, f"cuda:{index}"):
-            value = one.value.data_ptr() if isinstance(one.value, Tensor) else one.value
-            parameters[one.parameter] |= value << 8 * one.offset
-        sizes = [one.size for one in kernel.signature]
-        on_gpu.launch(
-            (text, entry),
+        check_size(self.kernel.name, kernel, self.size, most, f"sm_{major}{minor}")
+        given = self._converted(kernel, arguments, f"cuda:{index}")
+        bits = [
+            one.value.data_ptr() if isinstance(one.value, Tensor) else one.value for one in given
+        ]
+        parameters = packed(kernel, given, bits)
+        self.kernel.module.loaded(text, index).launch(
+            entry,
             *self.size,
-            [n.to_bytes(size, "little") for n, size in zip(parameters, sizes, strict=True)],
-            index,
+            [
+                n.to_bytes(one.size, "little")
+                for n, one in zip(parameters, kernel.signature, strict=True)
+            ],
             torch.cuda.current_stream(index).cuda_stream,
         )
 
@@ -286,6 +292,31 @@ class Argument(NamedTuple):
     owner: np.ndarray[Any, Any] | None = None
 
 
+def check_size(name: str, kernel: Kernel, size: Size, most: int, giver: str) -> int:
+    """Return the bytes of shared memory that a kernel's own variables take.
+
+    Args:
+        most: bytes of shared memory that a block may have.
+        giver: who gives no more, such as "sm_90".
+
+    Raises:
+        ValueError: a GPU cannot launch that size.
+    """
+    static = sum(size for _, size in kernel.shared.values())
+    shared = Shared(static, size.shared, most, giver)
+    if fault := why_refused(name, size.grid, size.block, shared):
+        raise ValueError(fault)
+    return static
+
+
+def packed(kernel: Kernel, arguments: Sequence[Argument], bits: Sequence[int]) -> list[int]:
+    """Return the bits of a kernel's parameters, of which structures have several arguments."""
+    parameters = [0] * len(kernel.signature)
+    for one, value in zip(arguments, bits, strict=True):
+        parameters[one.parameter] |= int(value) << 8 * one.offset
+    return parameters
+
+
 def launch_kernel(
     emulator: Emulator, kernel: PtxKernel, size: Size, arguments: Sequence[Argument]
 ) -> None:
@@ -294,11 +325,8 @@ def launch_kernel(
     Raises:
         ValueError: a GPU cannot launch that size.
     """
-    static = sum(size for _, size in kernel.parsed.shared.values())
     most = SHARED_BYTES[emulator.capability]
-    shared = Shared(static, size.shared, most, emulator.arch)
-    if fault := why_refused(kernel.name, size.grid, size.block, shared):
-        raise ValueError(fault)
+    static = check_size(kernel.name, kernel.parsed, size, most, emulator.arch)
     launch = Launch(
         kernel.name,
         emulator.arch,
@@ -318,13 +346,11 @@ def launch_kernel(
                 name: _placed(emulator, name, one) for name, one in kernel.variables.items()
             }
             emulator.shared_types = kernel.shared_types
-            found = [0] * len(kernel.parsed.signature)
-            for one, value in zip(arguments, values, strict=True):
-                bits = (
-                    _placed(emulator, one.name, value) if isinstance(value, Tensor) else one.value
-                )
-                found[one.parameter] |= int(bits) << 8 * one.offset
-            return found
+            bits = [
+                _placed(emulator, one.name, value) if isinstance(value, Tensor) else one.value
+                for one, value in zip(arguments, values, strict=True)
+            ]
+            return packed(kernel.parsed, arguments, bits)  # type: ignore[arg-type]  # no tensors
 
         before = len(emulator.faults)
         try:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -23,36 +24,59 @@ def driver() -> Any:
     return driver
 
 
-def launch(
-    module: tuple[str, str],
-    grid: tuple[int, int, int],
-    block: tuple[int, int, int],
-    shared: int,
-    parameters: Sequence[bytes],
-    device: int,
-    stream: int,
-) -> None:
-    """Launch a kernel.
+class LoadedModule:
+    """A module on a device, in whose memory its variables are.
 
     Args:
-        module: its PTX, and the kernel's name in it.
-        shared: bytes of dynamic shared memory.
-        parameters: the bytes of each.
-        stream: its address.
+        text: its PTX.
 
     Raises:
-        RuntimeError: the driver refuses the module or the launch.
+        RuntimeError: the driver refuses it.
     """
+
+    def __init__(self, text: str, device: int):
+        self.device = device
+        with _current(device):
+            self.module = _checked(driver().cuModuleLoadData(text.encode() + b"\0"))
+
+    def launch(
+        self,
+        entry: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared: int,
+        parameters: Sequence[bytes],
+        stream: int,
+    ) -> None:
+        """Launch a kernel.
+
+        Args:
+            entry: its name in the PTX.
+            shared: bytes of dynamic shared memory.
+            parameters: the bytes of each.
+            stream: its address.
+
+        Raises:
+            RuntimeError: the driver refuses the launch.
+        """
+        cuda = driver()
+        with _current(self.device):
+            function = _checked(cuda.cuModuleGetFunction(self.module, entry.encode()))
+            limit = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(cuda.cuFuncSetAttribute(function, limit, shared))
+            held = [ctypes.create_string_buffer(one, len(one)) for one in parameters]
+            addresses = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
+            at = ctypes.addressof(addresses)
+            _checked(cuda.cuLaunchKernel(function, *grid, *block, shared, stream, at, 0))
+
+
+@contextmanager
+def _current(device: int) -> Iterator[None]:
+    """Let the block's calls be for a device."""
     cuda = driver()
     _checked(cuda.cuCtxPushCurrent(_context(device)))
     try:
-        function = _function(*module, device)
-        limit = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(cuda.cuFuncSetAttribute(function, limit, shared))
-        held = [ctypes.create_string_buffer(one, len(one)) for one in parameters]
-        addresses = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
-        at = ctypes.addressof(addresses)
-        _checked(cuda.cuLaunchKernel(function, *grid, *block, shared, stream, at, 0))
+        yield
     finally:
         _checked(cuda.cuCtxPopCurrent())
 
@@ -63,18 +87,6 @@ def _context(device: int) -> Any:
     cuda = driver()
     _checked(cuda.cuInit(0))
     return _checked(cuda.cuDevicePrimaryCtxRetain(_checked(cuda.cuDeviceGet(device))))
-
-
-@lru_cache
-def _function(text: str, entry: str, device: int) -> Any:
-    """Return a kernel of a module that is loaded once for each device, whose context is current."""
-    cuda = driver()
-    return _checked(cuda.cuModuleGetFunction(_module(text, device), entry.encode()))
-
-
-@lru_cache
-def _module(text: str, device: int) -> Any:
-    return _checked(driver().cuModuleLoadData(text.encode() + b"\0"))
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:

@@ -18,7 +18,7 @@ SUBREAPER = 36  # prctl's PR_SET_CHILD_SUBREAPER: what a child leaves behind bec
 
 
 class Limits(NamedTuple):
-    """What a process and those that it starts may take together.
+    """The limits of a process and of those that it starts, together.
 
     Attributes:
         seconds: until it ends.
@@ -36,7 +36,7 @@ class Limits(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """How a process has ended.
+    """The end of a process.
 
     Attributes:
         why: the limit that was reached, or how it has ended by itself otherwise than with status 0;
@@ -96,7 +96,7 @@ def confined(
 
 
 class _Printed:
-    """What a process prints: all is read, and the end kept."""
+    """The output of a process: all is read, and the end kept."""
 
     def __init__(self, stream: IO[bytes]):
         self.count, self._end = 0, b""

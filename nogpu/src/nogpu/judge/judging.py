@@ -24,9 +24,8 @@ from nogpu.check.compare import farthest
 from nogpu.data_sheets import DATA_SHEETS
 from nogpu.judge import variants
 from nogpu.judge.confined import Limits, confined
-from nogpu.judge.problem import Inputs, Problem, ProblemError, Right, same
+from nogpu.judge.problem import Inputs, Needed, Problem, ProblemError, Right, same
 from nogpu.judge.verdict import Verdict, unwritten_inputs, wrong
-from nogpu.record.operator_work import OperatorWork
 from nogpu.record.time import ESTIMATE_ACCURACY, shown
 
 NOT_RUN = "it ended before all its results were there"
@@ -80,7 +79,7 @@ class Judge:
         verdict, token = Verdict(path.name), secrets.token_hex()
         with nogpu.emulate(self.arch) as emulator, nogpu.cuda_is_cpu(emulator):
             cases, whole = self.cases(random.SystemRandom().randrange(2**31))
-            works = [self.work(one) for one in (*cases, whole)]
+            needed = [self.needed(one) for one in (*cases, whole)]
         with tempfile.TemporaryDirectory(prefix="nogpu-judge-") as name:
             folder = Path(name)
             self.write(folder, path, [*cases, whole])
@@ -96,7 +95,7 @@ class Judge:
         if not facts:
             return verdict.end("stopped", ended.why or "it ended before it had a result")
         try:
-            return self._judged(verdict, cases, whole, facts, results, works, ended.why)
+            return self._judged(verdict, cases, whole, facts, results, needed, ended.why)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
             said = f"{type(e).__name__}: {e}"
             return verdict.end("stopped", f"what it wrote cannot be read ({said})")
@@ -108,7 +107,7 @@ class Judge:
         whole: Case,
         facts: list[dict[str, Any]],
         results: list[Any],
-        works: list[OperatorWork],
+        needed: list[Needed],
         stopped: str,
     ) -> Verdict:
         latest = facts[1] if len(facts) > 1 else facts[0]  # the first call, or the import
@@ -123,15 +122,13 @@ class Judge:
         self.faults(verdict, calls)
         self.same_twice(verdict, cases, results)
         self.memory(verdict, cases, calls, results)
-        self.honesty(verdict, facts[0], calls, results, [*cases, whole], works)
-        self.figures(verdict, whole, calls, works[-1])
+        self.honesty(verdict, facts[0], calls, results, [*cases, whole], needed)
+        self.figures(verdict, whole, calls[-1], needed[-1])
         return verdict
 
     @property
     def arch(self) -> str:
         return f"sm_{DATA_SHEETS[self.gpu].capability}"
-
-    # Cases
 
     def cases(self, seed: int) -> tuple[list[Case], Case]:
         """Return the calls that are executed as a whole, and the one of the given size."""
@@ -160,7 +157,7 @@ class Judge:
         if variants.elements(inputs) <= 8 * variants.ELEMENTS:
             return self.right(inputs, seed) is not None
         try:
-            self.problem.work(inputs, seed, "meta")
+            self.problem.needed(inputs, seed, "meta")
         except Exception:
             return False
         return True
@@ -175,12 +172,12 @@ class Judge:
         )
         return Case(kind, name, inputs, seed, native, exact, near, **options)
 
-    def work(self, case: Case) -> OperatorWork:
-        """Return the reference's operators: by shapes alone, if it can be called so."""
+    def needed(self, case: Case) -> Needed:
+        """Return the reference's work: by shapes alone, if it can be called so."""
         try:
-            return self.problem.work(case.inputs, case.seed, "meta")
+            return self.problem.needed(case.inputs, case.seed, "meta")
         except Exception:  # such as one that reads a number
-            return self.problem.work(case.inputs, case.seed, "cpu")
+            return self.problem.needed(case.inputs, case.seed, "cpu")
 
     def right(self, inputs: Inputs, seed: int, dtype: torch.dtype | None = None) -> Right | None:
         try:
@@ -220,8 +217,6 @@ class Judge:
             "calls": calls,
         }
         (folder / "request.json").write_text(json.dumps(settings), "utf-8")
-
-    # What is asked
 
     def values(
         self,
@@ -312,13 +307,13 @@ class Judge:
         calls: Sequence[dict[str, Any]],
         results: Sequence[Any],
         cases: Sequence[Case],
-        works: Sequence[OperatorWork],
+        needed: Sequence[Needed],
     ) -> None:
         """Ask whether the candidate's own kernels compute, when they are called, and no trick."""
         reason = next(
             (
                 f"{case.name}: {said}" if n else said
-                for n, (case, call, work) in enumerate(zip(cases, calls, works, strict=True))
+                for n, (case, call, work) in enumerate(zip(cases, calls, needed, strict=True))
                 if "error" not in call
                 and not case.is_degenerate
                 and (said := _by_others(call, work))
@@ -328,10 +323,10 @@ class Judge:
         verdict.add("own kernels", "cheats" if reason else "works", reason or _shares(calls[0]))
         tricks = (
             _replaced([imported, *calls]),
-            _beforehand(imported, works[0].flops, "imported"),
+            _beforehand(imported, needed[0], "imported"),
             *(
-                _beforehand(call["made"], work.flops, "made")
-                for case, call, work in zip(cases, calls, works, strict=True)
+                _beforehand(call["made"], work, "made")
+                for case, call, work in zip(cases, calls, needed, strict=True)
                 if "made" in call and not case.is_degenerate
             ),
             *map(_put_off, calls),
@@ -341,10 +336,8 @@ class Judge:
         nothing = "nothing cached, replaced, put off or done beforehand"
         verdict.add("honest", "cheats" if reason else "works", reason or nothing)
 
-    def figures(
-        self, verdict: Verdict, whole: Case, calls: Sequence[dict[str, Any]], needed: OperatorWork
-    ) -> None:
-        call = calls[-1]
+    def figures(self, verdict: Verdict, whole: Case, call: dict[str, Any], needed: Needed) -> None:
+        """Add counters, what the problem must take, and estimates, at the given size."""
         sheet, gpu = DATA_SHEETS[self.gpu], self.gpu
         tensors = [one for one in tree_leaves(whole.inputs.data) if isinstance(one, Tensor)]
         shape = ", ".join(str(tuple(one.shape)) for one in tensors)
@@ -359,18 +352,16 @@ class Judge:
             verdict.figures[one["kernel"]] = (
                 f"{one['flops']:,.0f} operations, {one['sectors']:,} sectors, {one['resources']}"
             )
-        moved = needed.operations
-        least_bytes = sum(one.numel() * one.element_size() for one in tensors)
-        least_bytes += needed.result_bytes
-        half = any(one.is_product and one.bits == 16 for one in moved)
-        peak = sheet.tensor["f16"] if half else sheet.flops["f32"]
-        least = max(least_bytes / (sheet.memory * 1e6), needed.flops / (peak * 1e6))
+        operations, flops = needed.operators.operations, needed.operators.flops
+        least_bytes = sum(one.nbytes for one in tensors) + needed.weights + needed.results
+        has_tensor_cores = any(one.is_product and one.bits == 16 for one in operations)
+        peak = sheet.tensor["f16"] if has_tensor_cores else sheet.flops["f32"]
+        least = max(least_bytes / (sheet.memory * 1e6), flops / (peak * 1e6))
         verdict.figures["least"] = (
-            f"{least_bytes:,} bytes, {needed.flops:,.0f} operations: at least {least:.2g} µs on "
-            f"one {gpu}"
+            f"{least_bytes:,} bytes, {flops:,.0f} operations: at least {least:.2g} µs on one {gpu}"
         )
         own = sum(one["µs"].get(gpu, 0.0) for one in launches) + call["operator_µs"]
-        theirs = sum(one.microseconds(gpu) for one in moved)
+        theirs = sum(one.microseconds(gpu) for one in operations)
         verdict.figures["estimate"] = (
             f"about {shown(own)} on one {gpu}; the reference by PyTorch's kernels about "
             f"{shown(theirs)}"
@@ -382,12 +373,12 @@ def _replaced(calls: Sequence[dict[str, Any]]) -> str:
     return f"it replaces {names[0]}" if names else ""
 
 
-def _beforehand(facts: dict[str, Any], needed: float, when: str) -> str:
+def _beforehand(facts: dict[str, Any], needed: Needed, when: str) -> str:
     """Say what was computed before a call; "" if nothing was."""
     if facts["launches"]:
         return f"it launches {facts['launches'][0]['kernel']} when it is {when}"
     before = sum(one[1] for one in facts["operations"])
-    if needed and before > (1 - OWN) * needed:
+    if before > (1 - OWN) * needed.operators.flops > 0:
         return f"it computes {before:,.0f} operations when it is {when}"
     return ""
 
@@ -401,22 +392,20 @@ def _shares(call: dict[str, Any]) -> str:
     )
 
 
-def _by_others(call: dict[str, Any], reference: OperatorWork) -> str:
+def _by_others(call: dict[str, Any], needed: Needed) -> str:
     """Say that others than the candidate's own kernels compute; "" if these do."""
     own = sum(one["flops"] for one in call["launches"])
     aten = sum(one[1] for one in call["operations"])
+    flops, floating = needed.operators.flops, needed.operators.floating
     most = max(call["operations"], key=lambda one: one[1], default=None)
     if not call["launches"]:
-        if not reference.operations or not reference.result_bytes:
+        if not needed.operators.operations or not needed.results:
             return ""
         return f"it launches no kernel{f'; {most[0]} computes' if most else ''}"
-    share = aten / reference.flops if reference.flops else 0.0
-    if share > 1 - OWN and most:
-        return f"ATen computes {min(share, 1):.0%} of what the reference does, by {most[0]}"
-    if own < LEAST_OWN * reference.needed:
-        return (
-            f"own kernels compute {own:,.0f} operations, and the reference {reference.needed:,.0f}"
-        )
+    if most and aten > (1 - OWN) * flops > 0:
+        return f"ATen computes {min(aten / flops, 1):.0%} of what the reference does, by {most[0]}"
+    if own < LEAST_OWN * floating:
+        return f"own kernels compute {own:,.0f} operations, and the reference {floating:,.0f}"
     return ""
 
 

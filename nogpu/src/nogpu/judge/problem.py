@@ -2,7 +2,7 @@
 """A reference that a candidate is compared with, and its inputs: two forms of a file of Python.
 
 A model: a class ``Model``, and functions ``get_inputs()`` and ``get_init_inputs()``; a candidate
-has a class ``ModelNew``. A function: ``ref_kernel(data)`` and ``generate_input(**sizes, seed)``; a
+has a class ``ModelNew``. A function: ``ref_kernel(data)`` and ``generate_input(seed, …)``; a
 candidate has ``custom_kernel(data)``.
 """
 
@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
 
 
 class Right(NamedTuple):
-    """The reference's results: leaves of its result, and of its inputs afterwards.
+    """The leaves of the reference's result.
 
     Attributes:
         changed: the numbers of the inputs' leaves that the reference itself writes.
@@ -46,7 +46,19 @@ class Right(NamedTuple):
 
     outputs: list[Any]
     changed: list[int]
-    after: list[Any]
+
+
+class Needed(NamedTuple):
+    """The work that a call of the reference takes.
+
+    Attributes:
+        weights: bytes of a model's parameters and buffers.
+        results: bytes of the result.
+    """
+
+    operators: OperatorWork
+    weights: int
+    results: int
 
 
 class Problem:
@@ -75,7 +87,6 @@ class Problem:
             raise ProblemError(
                 f"{path.name} has neither Model and get_inputs, nor ref_kernel and generate_input"
             )
-        self._models: dict[str, torch.nn.Module] = {}
 
     def _check_sizes(self) -> None:
         parameters = inspect.signature(self.names["generate_input"]).parameters
@@ -135,32 +146,30 @@ class Problem:
                 result = (model.to(dtype) if dtype else model)(*data)
             else:
                 result = self.names["ref_kernel"](data)
-        after = tree_leaves(data)
         changed = [
             n
-            for n, (one, other) in enumerate(zip(before, after, strict=True))
+            for n, (one, other) in enumerate(zip(before, tree_leaves(data), strict=True))
             if isinstance(one, Tensor) and not same(one, other)
         ]
-        return Right(_on_host(tree_leaves(result)), changed, after)
+        return Right(_on_host(tree_leaves(result)), changed)
 
-    def work(self, inputs: Inputs, seed: int, device: str) -> OperatorWork:
-        """Return the operators that the reference calls on a device: "cpu", or "meta"."""
-        found = OperatorWork()
+    def needed(self, inputs: Inputs, seed: int, device: str) -> Needed:
+        """Return the work of a call on a device: "cpu", or "meta", which computes shapes alone."""
+        operators = OperatorWork()
         data = tree_map(_copy, inputs.data)
         data = tree_map(lambda one: one.to(device) if isinstance(one, Tensor) else one, data)
         with torch.no_grad(), self._imported():
             if self.form == "model":
                 model = self.model(inputs.init, seed).to(device)
                 weights = sum(one.nbytes for one in model.state_dict().values())
-                with found:
+                with operators:
                     result = model(*data)
             else:
                 weights = 0
-                with found:
+                with operators:
                     result = self.names["ref_kernel"](data)
         tensors = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
-        found.result_bytes = weights + sum(one.nbytes for one in tensors)
-        return found
+        return Needed(operators, weights, sum(one.nbytes for one in tensors))
 
 
 def same(one: object, other: object) -> bool:

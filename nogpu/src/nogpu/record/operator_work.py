@@ -30,7 +30,7 @@ MOVES = (
     *("ones_like", "randint", "randn", "rand", "repeat", "scatter", "stack", "triu"),
     *("tril", "zero", "zeros", "zeros_like", "_local_scalar_dense"),
 )
-ELEMENTS_OF_PROGRAM = 1024  # of a program, of an elementwise operator
+ELEMENTS_OF_PROGRAM = 1024  # of an elementwise operator
 
 
 class Operation(NamedTuple):
@@ -84,24 +84,19 @@ class OperatorWork(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[Operation] = []
-        self.result_bytes = 0  # of what the block returned, if that was noted
 
     @property
     def flops(self) -> float:
         return sum(one.flops for one in self.operations)
 
     @property
-    def needed(self) -> float:
-        """The operations that take floating-point instructions."""
+    def floating(self) -> float:
+        """Those of operators for which a kernel needs floating-point instructions."""
         return sum(
             one.flops
             for one in self.operations
             if one.name.partition(".")[2].removesuffix("_") not in CHOICES
         )
-
-    @property
-    def bytes(self) -> int:
-        return sum(one.read + one.written for one in self.operations)
 
     def __torch_dispatch__(
         self,

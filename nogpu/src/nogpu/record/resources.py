@@ -54,7 +54,7 @@ class Resources(NamedTuple):
 
 
 class Assembled(NamedTuple):
-    """What ptxas has made of a text: its status, what it says, and the machine code."""
+    """The answer of ptxas to a text: its status, its messages, and the machine code."""
 
     status: int
     said: str

@@ -40,7 +40,7 @@ class Finding:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What the findings of one fault in several tests have in common."""
+        """Equal for the findings of one fault in several tests."""
         return self.kind, self.name, self.kernel, self.source or self.launched, self.excused
 
     @property

@@ -18,7 +18,7 @@ Kernel = tuple[str, str]  # its file and its name
 
 @dataclass
 class OfTest:
-    """What a test has launched.
+    """The launches of a test.
 
     Attributes:
         test: its identifier.
@@ -46,7 +46,7 @@ class OfTest:
 
 @dataclass
 class Suite:
-    """What all tests have launched.
+    """The launches of all tests.
 
     Attributes:
         tests: those that have launched something, or have faults.
