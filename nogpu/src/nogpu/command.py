@@ -31,7 +31,7 @@ from nogpu.cuda.advice import (
 from nogpu.cuda.stand_in import cuda_is_cpu
 from nogpu.data_sheets import ARCHITECTURES
 from nogpu.machine.program_sample import LEAST
-from nogpu.report.findings import found, merged
+from nogpu.report.findings import findings_of, merged
 from nogpu.report.github import annotations
 from nogpu.report.report import Report
 from nogpu.report.sarif import as_sarif
@@ -347,13 +347,13 @@ def _show(report: Report, options: argparse.Namespace, stdout: TextIO, advice: s
         print(report.as_text(options.launches))
         if advice and is_empty:
             print(f"no kernel was launched{' here' if advice is INNER else ''}; {advice}")
-        for line in annotations(merged(found(report.faults))) if options.annotate else ():
+        for line in annotations(merged(findings_of(report.faults))) if options.annotate else ():
             print(line)
     finally:
         if options.json is not None:
             _write(options.json, report.as_json())
         if options.sarif is not None:
-            _write(options.sarif, as_sarif(merged(found(report.faults))))
+            _write(options.sarif, as_sarif(merged(findings_of(report.faults))))
         if options.report is not None and is_empty:
             print(f"{options.report} is not written: no kernel was launched", file=sys.stderr)
         elif options.report is not None:

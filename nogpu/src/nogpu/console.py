@@ -14,6 +14,11 @@ from functools import partial
 SILENCE = 10.0  # seconds after which a line says how far a silent block is
 
 
+def plural(number: int, noun: str, ending: str = "s") -> str:
+    """Return a number of things, as "1 thread" or "1,024 threads"."""
+    return f"{number:,} {noun}{ending * (number != 1)}"
+
+
 def in_columns(rows: Sequence[Sequence[str]]) -> str:
     """The cells of a table in columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -18,7 +18,7 @@ from nogpu.cuda.stand_in import cuda_is_cpu
 from nogpu.machine.gpu_state import TooLarge
 from nogpu.record.fault_names import NAMES
 from nogpu.record.faults import Fault
-from nogpu.report.findings import found
+from nogpu.report.findings import findings_of
 from nogpu.report.github import annotations
 from nogpu.report.report import Report
 from nogpu.report.sarif import as_sarif
@@ -214,7 +214,7 @@ class Hooks:
 
     def _of_test(self, item: pytest.Item) -> OfTest:
         """Return what a test has launched, and its faults, when all of it has run."""
-        account, findings = self.gpu.account, found(self.gpu.faults)
+        account, findings = self.gpu.account, findings_of(self.gpu.faults)
         for one, fault in zip(findings, self.gpu.faults, strict=True):
             one.tests = [item.nodeid]
             if one.name in self.allowed:

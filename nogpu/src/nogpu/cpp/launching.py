@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from nogpu.console import plural
 from nogpu.cpp import on_gpu
 from nogpu.cpp.declarations import (
     Declaration,
@@ -37,13 +38,13 @@ from nogpu.machine.parse import Kernel, Parameter, entries, parse
 from nogpu.machine.registers import Values
 from nogpu.record.faults import Fault
 from nogpu.record.launch import Launch
-from nogpu.record.launch_size import Shared, counted, why_refused
+from nogpu.record.launch_size import Shared, why_refused
 from nogpu.record.source import program_line
 from nogpu.triton.driver import emulations, present
 from nogpu.triton.emulator import SHARED_BYTES, Emulator
 from nogpu.triton.host_memory import bytes_at, has_host_memory
 
-OF_MALLOC = 256  # bytes that an address of cudaMalloc is a multiple of
+MALLOC_ALIGNMENT = 256  # bytes, of cudaMalloc's memory
 FLOATS: dict[str, Any] = {"f32": np.float32, "f64": np.float64, "f16": np.float16}
 DEFAULT_ARCH = "sm_90"
 
@@ -424,13 +425,13 @@ def _aligned(arguments: Sequence[Argument]) -> Iterator[list[int | Tensor]]:
     found: list[int | Tensor] = []
     for one in arguments:
         owner, t = one.owner, one.value
-        if owner is None or not isinstance(t, Tensor) or owner.ctypes.data % OF_MALLOC == 0:
+        if owner is None or not isinstance(t, Tensor) or owner.ctypes.data % MALLOC_ALIGNMENT == 0:
             found.append(t)
             continue
         start, nbytes = owner.ctypes.data, owner.nbytes
         if start not in copies:
-            memory = np.empty(nbytes + OF_MALLOC, np.uint8)
-            copy = memory[-memory.ctypes.data % OF_MALLOC :][:nbytes]
+            memory = np.empty(nbytes + MALLOC_ALIGNMENT, np.uint8)
+            copy = memory[-memory.ctypes.data % MALLOC_ALIGNMENT :][:nbytes]
             whole = bytes_at(start, nbytes)
             copy[:] = whole
             copies[start] = copy, whole
@@ -469,7 +470,7 @@ def convert(
     names = [(known[n].name if known else "") or f"argument {n + 1}" for n in range(len(signature))]
     if len(arguments) != len(signature):
         raise TypeError(
-            f"{kernel} takes {counted(len(signature), 'argument')} ({', '.join(names)}), and got "
+            f"{kernel} takes {plural(len(signature), 'argument')} ({', '.join(names)}), and got "
             f"{len(arguments)}"
         )
     found: list[Argument] = []

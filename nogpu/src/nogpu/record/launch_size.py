@@ -8,6 +8,8 @@ Guide", and the same for all GPUs that are emulated.
 import math
 from typing import NamedTuple
 
+from nogpu.console import plural
+
 Sizes = tuple[int, int, int]
 MOST_THREADS = 1024  # of a block
 MOST_OF_BLOCK: Sizes = (1024, 1024, 64)  # threads in each dimension
@@ -38,7 +40,7 @@ def why_refused(kernel: str, grid: Sizes, block: Sizes, shared: Shared) -> str:
     threads, (static, dynamic, most, giver) = math.prod(block), shared
     if min(block) < 1 or threads > MOST_THREADS:
         return (
-            f"the block of {kernel} is {block}, {counted(threads, 'thread')}; expected 1 to "
+            f"the block of {kernel} is {block}, {plural(threads, 'thread')}; expected 1 to "
             f"{MOST_THREADS:,} threads; launch more blocks instead"
         )
     for what, given, limits in (("block", block, MOST_OF_BLOCK), ("grid", grid, MOST_OF_GRID)):
@@ -46,7 +48,7 @@ def why_refused(kernel: str, grid: Sizes, block: Sizes, shared: Shared) -> str:
             return f"the {what} of {kernel} is {given}, expected 1 to {limits}"
     if dynamic < 0 or static + dynamic > most:
         return (
-            f"{kernel} takes {counted(static + dynamic, 'byte')} of shared memory, {static:,} of "
+            f"{kernel} takes {plural(static + dynamic, 'byte')} of shared memory, {static:,} of "
             f"them for its variables; a block of {giver} has at most {most:,}; share fewer "
             "elements at a time"
         )
@@ -56,8 +58,3 @@ def why_refused(kernel: str, grid: Sizes, block: Sizes, shared: Shared) -> str:
             f"{WITHOUT_ASKING:,} are compiled; more must be extern __shared__"
         )
     return ""
-
-
-def counted(number: int, what: str) -> str:
-    """Return a number of things, as "1 thread" or "1,024 threads"."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"

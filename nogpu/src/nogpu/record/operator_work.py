@@ -113,6 +113,12 @@ class OperatorWork(TorchDispatchMode):
         return result
 
 
+def is_view(operator: Any) -> bool:
+    """Whether an operator returns the memory of an operand, and changes none."""
+    schema = operator._schema
+    return not schema.is_mutable and any(one.alias_info is not None for one in schema.returns)
+
+
 def _operation(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
 ) -> Operation | None:
@@ -121,9 +127,7 @@ def _operation(
     packet = func._overloadpacket
     name = str(packet)
     short = name.partition(".")[2].removesuffix("_")
-    schema = func._schema
-    is_view = not schema.is_mutable and any(one.alias_info is not None for one in schema.returns)
-    if is_view or short == "_unsafe_view" or short.startswith(("empty", "new_empty")):
+    if is_view(func) or short == "_unsafe_view" or short.startswith(("empty", "new_empty")):
         return None
     read, written = (
         sum(one.numel() * one.element_size() for one in some) for some in (given, made)

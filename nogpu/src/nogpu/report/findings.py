@@ -96,7 +96,7 @@ def _place(values: Any) -> Place | None:
     return None if values is None else (values[0], values[1])
 
 
-def found(faults: Iterable[Fault]) -> list[Finding]:
+def findings_of(faults: Iterable[Fault]) -> list[Finding]:
     """Return the findings of a script, or of one test."""
     return [
         Finding(

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from nogpu.console import plural
 from nogpu.record.faults import MARKS
 from nogpu.record.source import shown_path
 from nogpu.report.findings import Finding, from_plain, merged
@@ -105,8 +106,8 @@ class Suite:
         seconds = sum(one.seconds for one in self.tests)
         tests = sum(one.launches > 0 for one in self.tests)
         line = (
-            f"{_count(total, 'launch', 'es')} of {_count(len(kernels), 'kernel')} in "
-            f"{_count(tests, 'test')}, executed in {seconds:.1f} s"
+            f"{plural(total, 'launch', 'es')} of {plural(len(kernels), 'kernel')} in "
+            f"{plural(tests, 'test')}, executed in {seconds:.1f} s"
         )
         sampled = sum(one.sampled for one in self.tests)
         return [f"{line}; {sampled:,} of them by a sample of their programs" if sampled else line]
@@ -121,7 +122,7 @@ class Suite:
             place = f" {one.where}" if one.where else ""
             lines += [
                 f"{MARKS[one.kind]} {one.kind}: {one.title}{excused},{place}",
-                f"{INDENT}{_count(one.count, 'time')}, in {one.in_tests}",
+                f"{INDENT}{plural(one.count, 'time')}, in {one.in_tests}",
             ]
         return lines
 
@@ -143,7 +144,3 @@ class Suite:
             return []
         table = aligned([("seconds", "launches", "test"), *rows])
         return ["the tests whose launches took longest:", *(f"{INDENT}{row}" for row in table)]
-
-
-def _count(number: int, noun: str, ending: str = "s") -> str:
-    return f"{number:,} {noun}{ending * (number != 1)}"

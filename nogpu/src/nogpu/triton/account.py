@@ -4,8 +4,7 @@
 from dataclasses import dataclass, field
 
 from nogpu.record.launch import Launch, shown_grid
-
-Kernel = tuple[str, str]  # its file and its name
+from nogpu.report.suite import Kernel
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 
 from triton.runtime.jit import JITFunction, KernelInterface
 
-from nogpu.triton.account import Kernel
+from nogpu.report.suite import Kernel
 
 
 def defined_kernels(root: Path) -> dict[Kernel, int]:

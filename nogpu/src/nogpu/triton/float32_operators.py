@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from nogpu.record.operator_work import is_view
 from nogpu.triton.emulator import Emulator, Operator
 from nogpu.triton.torch_operators import EMPTY, changed, is_plain
 
@@ -55,9 +56,8 @@ class Float32Operators(TorchDispatchMode):
             return False
         if func.overloadpacket in EMPTY or torch.Tag.nondeterministic_seeded in func.tags:
             return False
-        schema, watcher = func._schema, self.emulator.watcher
-        is_view = not schema.is_mutable and any(one.alias_info for one in schema.returns)
-        return not is_view and (watcher is None or bool(watcher.has_device(operands)))
+        watcher = self.emulator.watcher
+        return not is_view(func) and (watcher is None or bool(watcher.has_device(operands)))
 
 
 def _mapped(change: object, kwargs: dict[str, object]) -> dict[str, object]:
