@@ -191,7 +191,7 @@ def _maker(first: Tensor | None, empty: Empty) -> Callable[[Any], Tensor]:
     return lambda t: t.new_empty(*shape)  # numbers are converted in half the time of a shape
 
 
-def _emulated_kind() -> int:
+def emulated_kind() -> int:
     """The number of the kind of GPU that Triton's driver emulates; -1 if it emulates none."""
     return getattr(triton.runtime.driver._active, "kind", -1)
 
@@ -217,7 +217,7 @@ def prepared(
         else:
             key += (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15)
     if key[5] < 0 or "nogpu" in modules:  # the kind of the GPU that may be emulated
-        key += (_emulated_kind(),)
+        key += (emulated_kind(),)
     try:
         return _launches[key]
     except KeyError:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import autotune
 from .device import device
-from .launch import Plan
+from .launch import Plan, emulated_kind
 from .rule import (
     Device,
     Product,
@@ -189,8 +189,8 @@ def choose_plan(
         choice.check(tiles)
         return make(choice, tiles)
     tiles = choice.tiles
-    on_cpu = choice.operands[0].is_cpu
-    if autotune.ENABLED and not traced and not on_cpu and tiles.variant != "split_k":
+    is_timed = autotune.ENABLED and not (choice.operands[0].is_cpu or emulated_kind() >= 0)
+    if is_timed and not traced and tiles.variant != "split_k":
         same_kernel = [
             one for one in choice.times if one.by_tma == tiles.by_tma and one.variant != "split_k"
         ]

@@ -70,6 +70,14 @@ ASKED = {
         lambda: torch.cuda.get_device_properties(torch.ones(1, device="cuda").device).name,
         NAME,
     ),
+    "a GPU's number for nvidia-smi": (
+        lambda: f"GPU-{torch.cuda.get_device_properties(0).uuid}",
+        always("GPU-00000000-0000-0000-0000-000000000000"),
+    ),
+    "its clock": (
+        lambda: torch.cuda.get_device_properties(0).clock_rate,
+        of_sm(1_410_000, 1_980_000),
+    ),
     "is_bf16_supported": (lambda: torch.cuda.is_bf16_supported(), always(True)),
     "the version of CUDA": (lambda: torch.version.cuda is None, always(False)),
     "accelerator": (lambda: torch.accelerator.current_accelerator(), always(torch.device("cuda"))),

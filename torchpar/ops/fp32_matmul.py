@@ -21,7 +21,7 @@ from torch import Tensor
 from torchpar.kernels import Wrap
 from torchpar.library import batch_first
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
-from torchpar.ops._operator import operator, runs_kernels
+from torchpar.ops._operator import is_emulating, operator, runs_kernels
 from torchpar.ops.matrix import fp32_precision, rows
 
 
@@ -49,7 +49,7 @@ def _op(a: Tensor, b: Tensor, *, precision: str, wrap: Wrap) -> Tensor:
         from torchpar.kernels import fp32_matmul as kernel
 
         precision, is_native = fp32_precision(a, precision)
-        only_if_faster = is_native and not a.is_cpu
+        only_if_faster = is_native and not is_emulating()
         out = kernel.fp32_matmul(a, b, precision, wrap, only_if_faster=only_if_faster)
     return (torch.matmul(a, b.mT) if out is None else out).view(shape)
 

@@ -209,7 +209,7 @@ def _compute(
         precision,
         wrap,
         tma=wrap is None or supports_tma(wrap),
-        only_if_faster=is_native and not x.is_cpu,
+        only_if_faster=is_native and not is_emulating(),
         check=_check_operands,
     )
     if out is None:

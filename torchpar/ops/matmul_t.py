@@ -26,7 +26,7 @@ from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import needs_formula
 from torchpar.ops import cpu, fp32
-from torchpar.ops._operator import operator, overloads, runs_kernels, supports_tma
+from torchpar.ops._operator import is_emulating, operator, overloads, runs_kernels, supports_tma
 from torchpar.ops.matrix import (
     check_dtype,
     fp32_precision,
@@ -124,7 +124,7 @@ def _compute(x: Tensor, *, precision: str | None = None, wrap: Wrap) -> Tensor:
         precision,
         wrap,
         tma=wrap is None or supports_tma(wrap),
-        only_if_faster=is_native and not x.is_cpu,
+        only_if_faster=is_native and not is_emulating(),
         check=_check_operands,
     )
     return kernel.mirror(product(x, x), wrap) if out is None else out

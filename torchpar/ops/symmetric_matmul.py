@@ -26,7 +26,7 @@ from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import is_transformed
 from torchpar.ops import cpu, fp32
-from torchpar.ops._operator import operator, overloads, runs_kernels, supports_tma
+from torchpar.ops._operator import is_emulating, operator, overloads, runs_kernels, supports_tma
 from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, product
 from torchpar.ops.sizes import check_alike, has_symbols
 
@@ -229,7 +229,7 @@ def _compute(
             alpha,
             beta,
             tma=wrap is None or supports_tma(wrap),
-            only_if_faster=is_native and not a.is_cpu,
+            only_if_faster=is_native and not is_emulating(),
             check=_check_for_kernel,
         )
     return kernel.mirror(product(a, b, c, alpha, beta), wrap) if out is None else out
@@ -366,7 +366,7 @@ def _addmm_by_kernel(
         # program has already stored.
         tma=False,
         # PyTorch's products have one dtype.
-        only_if_faster=is_native and h.dtype == a.dtype and not h.is_cpu,
+        only_if_faster=is_native and h.dtype == a.dtype and not is_emulating(),
     )
     return kernel.mirror(h.copy_(product(a, b, h, alpha, beta)), None) if out is None else out
 

@@ -166,7 +166,7 @@ class FusedGradients:
             shapes = [p.shape for layer in self._linears for p in (layer.weight, layer.bias)]
             shared = (
                 make_shared_sum(group, shapes, weight.dtype, world.timeout)
-                if weight.is_cpu and not weight.is_cuda  # which an emulated GPU is
+                if weight.is_cpu
                 else None
             )
             self._sum = shared or partial(_all_reduce, group)

@@ -12,6 +12,7 @@ from threading import Thread
 from types import ModuleType, SimpleNamespace
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 from unittest.mock import patch
+from uuid import UUID
 
 import torch
 from torch import Tensor
@@ -396,6 +397,10 @@ def _answers(emulator: Emulator) -> Attributes:
         warp_size=32,
         L2_cache_size=DATA_SHEETS[gpu].l2 * MIB,
         gcnArchName="",
+        is_integrated=0,
+        is_multi_gpu_board=0,
+        clock_rate=round(DATA_SHEETS[gpu].ghz * 10**6),  # kHz
+        uuid=UUID(int=0),  # nvidia-smi knows no GPU of this number
     )
     memory = MEMORY[emulator.capability]
     return {
