@@ -78,7 +78,18 @@ class Operation(NamedTuple):
         return estimate(work, gpu).microseconds
 
 
-class OperatorWork(TorchDispatchMode):
+class UncompiledMode(TorchDispatchMode):
+    """A mode of programs that compile nothing.
+
+    PyTorch keeps its compiler out of other modes by importing it: 2 seconds of a CPU.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class OperatorWork(UncompiledMode):
     """Notes what operators are called in a block, without views and allocations."""
 
     def __init__(self) -> None:

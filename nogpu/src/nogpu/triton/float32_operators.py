@@ -9,10 +9,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from nogpu.record.operator_work import is_view
+from nogpu.record.operator_work import UncompiledMode, is_view
 from nogpu.triton.emulator import Emulator, Operator
 from nogpu.triton.torch_operators import EMPTY, changed, is_plain
 
@@ -21,7 +20,7 @@ REDUCED = (torch.bfloat16, torch.float16)
 MOVING = {"copy_", "_to_copy", "clone", "lift_fresh", "set_", "resize_", "resize_as_"}
 
 
-class Float32Operators(TorchDispatchMode):
+class Float32Operators(UncompiledMode):
     """A mode below `Host`, which computes what that one lets PyTorch compute."""
 
     def __init__(self, emulator: Emulator):

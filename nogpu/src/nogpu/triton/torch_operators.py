@@ -10,16 +10,16 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nogpu.machine.gpu_state import TooLarge
+from nogpu.record.operator_work import UncompiledMode
 from nogpu.record.source import program_line
 from nogpu.triton.emulator import Emulator, Operator
 from nogpu.triton.host_memory import SMALL, check_memory, has_host_memory
 
 
-class Host(TorchDispatchMode):
+class Host(UncompiledMode):
     """What PyTorch's operators do while an emulator is active.
 
     Operators of others that have a kernel for CUDA, written in Python, run it on CPU tensors; if
