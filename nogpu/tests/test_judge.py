@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: MIT
 """Verdicts on right, wrong and cheating kernels, and on programs that do not end by themselves.
 
-The first comment of a candidate names its reference, and the row and the reason that it must get.
+The first comment of a file of judged names its reference, and the row and the reason that it must
+get. Other candidates are right ones that `changed_candidates` changes.
 """
 
 import json
 import re
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
+import changed_candidates
 import pytest
+from changed_candidates import Changed
 
 import nogpu
 from nogpu.judge.confined import Limits
@@ -19,22 +23,41 @@ from nogpu.judge.verdict import Verdict
 
 FOLDER = Path(__file__).with_name("judged")
 LIMITS = Limits(seconds=120, files=64 * 2**20, memory=4 * 2**30)
-QUICK = ("softmax_one_block", "softmax_without_maximum", "cached", "decoy")
+QUICK = ("softmax_without_maximum", "decoy")
 
 
-def candidates(kind: str) -> list[object]:
+class Candidate(NamedTuple):
+    """A candidate: its file's text, its reference, and the row and the reason that it must get."""
+
+    code: str
+    reference: str
+    reason: str
+
+
+def of_folder(kind: str) -> dict[str, Candidate]:
+    found = {}
+    for path in sorted((FOLDER / kind).glob("*.py")):
+        text = path.read_text("utf-8")
+        reference, _, reason = text.splitlines()[1].removeprefix("# ").partition(": ")
+        found[path.stem] = Candidate(text, reference, reason)
+    return found
+
+
+RIGHT = of_folder("right")
+
+
+def changed(ones: dict[str, Changed]) -> dict[str, Candidate]:
+    return {
+        name: Candidate(one.code(), RIGHT[one.of].reference, one.reason)
+        for name, one in ones.items()
+    }
+
+
+def cases(candidates: dict[str, Candidate]) -> list[object]:
     return [
-        pytest.param(one, id=one.stem, marks=() if one.stem in QUICK else pytest.mark.slow)
-        for one in sorted((FOLDER / kind).glob("*.py"))
+        pytest.param(name, one, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, one in candidates.items()
     ]
-
-
-def said_of(path: Path) -> tuple[str, str]:
-    """Return the name of a candidate's reference, and the row and the reason as a pattern."""
-    reference, _, reason = (
-        path.read_text("utf-8").splitlines()[1].removeprefix("# ").partition(": ")
-    )
-    return reference, reason
 
 
 @cache
@@ -49,28 +72,32 @@ def has_reason(verdict: Verdict, reason: str) -> bool:
     return any(re.match(reason, line) for line in lines)
 
 
-@pytest.mark.parametrize("path", candidates("right"))
-def test_a_right_kernel_passes(path):
-    verdict = judge(said_of(path)[0]).judge(path)
+def verdict_of(name: str, candidate: Candidate, folder: Path) -> Verdict:
+    (path := folder / f"{name}.py").write_text(candidate.code, "utf-8")
+    return judge(candidate.reference).judge(path)
+
+
+@pytest.mark.parametrize("name, candidate", cases(RIGHT | changed(changed_candidates.RIGHT)))
+def test_a_right_kernel_passes(name, candidate, tmp_path):
+    verdict = verdict_of(name, candidate, tmp_path)
     assert verdict.ok, str(verdict)
     assert {row.outcome for row in verdict.rows} <= {"works"}, str(verdict)
 
 
-@pytest.mark.parametrize("path", candidates("wrong"))
-def test_a_subtly_wrong_kernel_does_not_pass(path):
-    """Its values are within 1e-2 of the right ones."""
-    reference, reason = said_of(path)
-    verdict = judge(reference).judge(path)
+@pytest.mark.parametrize("name, candidate", cases(changed(changed_candidates.WRONG)))
+def test_a_subtly_wrong_kernel_does_not_pass(name, candidate, tmp_path):
+    verdict = verdict_of(name, candidate, tmp_path)
     assert verdict.word == "wrong", str(verdict)
-    assert has_reason(verdict, reason), str(verdict)
+    assert has_reason(verdict, candidate.reason), str(verdict)
 
 
-@pytest.mark.parametrize("path", candidates("cheats"))
-def test_a_cheat_does_not_pass(path):
-    reference, reason = said_of(path)
-    verdict = judge(reference).judge(path)
+@pytest.mark.parametrize(
+    "name, candidate", cases(of_folder("cheats") | changed(changed_candidates.CHEATS))
+)
+def test_a_cheat_does_not_pass(name, candidate, tmp_path):
+    verdict = verdict_of(name, candidate, tmp_path)
     assert not verdict.ok, str(verdict)
-    assert has_reason(verdict, reason), str(verdict)
+    assert has_reason(verdict, candidate.reason), str(verdict)
 
 
 def test_what_a_reference_lacks_is_one_line(tmp_path, capsys):
@@ -124,14 +151,29 @@ def test_a_product_of_4096_is_sampled(tmp_path, capsys):
     code = (FOLDER / "references" / "linear.py").read_text("utf-8")
     large = code.replace("torch.randn(24, 48)", "torch.randn(4096, 4096)")
     (reference := tmp_path / "linear.py").write_text(large.replace("48, 40", "4096, 4096"), "utf-8")
-    assert main([str(reference), str(FOLDER / "right" / "linear_larger_tiles.py")]) == 0
+    assert main([str(reference), str(FOLDER / "right" / "linear_tiled.py")]) == 0
     printed = capsys.readouterr().out
     assert "(4096, 4096); at most 64 programs of a launch were executed" in printed
     assert f"{2 * 4096**3 + 4096**2:,} operations: at least" in printed  # and sigmoids
+    assert re.search(r"^given size +works +16,384 numbers$", printed, re.MULTILINE)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", candidates("hostile"))
+def test_what_is_wrong_at_the_given_size_alone_is_found(tmp_path):
+    code = (FOLDER / "references" / "maximum.py").read_text("utf-8").replace("24, 40", "1024, 1024")
+    (reference := tmp_path / "maximum.py").write_text(code, "utf-8")
+    wraps = Changed("maximum_flat", "", {"tl.load(a + i,": "tl.load(a + (i & 0x7FFF),"})
+    (candidate := tmp_path / "wraps.py").write_text(wraps.code(), "utf-8")
+    with nogpu.emulate() as gpu, nogpu.cuda_is_cpu(gpu):
+        problem = Problem(reference, {})
+    verdict = Judge(problem, "H100", LIMITS).judge(candidate)
+    assert [row.name for row in verdict.rows if row.outcome == "wrong"] == ["given size"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", sorted((FOLDER / "hostile").glob("*.py")), ids=lambda one: one.stem
+)
 def test_a_program_without_an_end_is_stopped_and_named(path):
     reason = path.read_text("utf-8").splitlines()[1].removeprefix("# ")
     seconds = 20 if path.stem == "loops" else 60

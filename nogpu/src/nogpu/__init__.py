@@ -57,8 +57,8 @@ and `numba_kernels` the launches.
 `command`, `pytest` with `pytest_hooks`, `check` and `judge` are the ways to run it. `check`
 compares a kernel with its reference: `kernels`, by `compare`, to a `table` of `rows`. `judge` does
 so for kernels of unknown authors: `judging` takes a `problem`, makes `variants` of its inputs,
-starts a `candidate_process` that is `confined`, and has a `verdict`. All of them may use `console`,
-`data_sheets`, `decorating`, `libraries` and `version`.
+starts a `candidate_process` that is `confined` and notes `facts`, and has a `verdict`. All of them
+may use `console`, `data_sheets`, `decorating`, `libraries` and `version`.
 
 Imports go one way, which import-linter checks: `cuda`, `triton`, `report` and `record` import the
 folders after them, and the modules of `cuda`, `triton`, `machine`, `instructions` and `native` have

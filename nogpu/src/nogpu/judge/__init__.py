@@ -3,6 +3,6 @@
 
 `judging` is the command. `problem` has a reference and its inputs, of which `variants` makes
 others: other shapes, values and layouts. `confined` starts the candidate's process, in which
-`candidate_process` calls it on the emulated GPU; inputs and results travel as files. `verdict`
-compares the results, and is the table.
+`candidate_process` calls it on the emulated GPU; inputs and results travel as files, and so do its
+notes, the `facts`. `verdict` compares the results, and is the table.
 """

@@ -5,6 +5,8 @@ It is run by its path, whose folder Python's -P leaves out. Nothing of the judge
 here: neither the reference, nor the generator of inputs, nor the comparison.
 """
 
+from __future__ import annotations
+
 import json
 import runpy
 import sys
@@ -13,7 +15,10 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nogpu.judge.facts import Facts, Launched
 
 sys.modules["nogpu.judge"] = None  # type: ignore[assignment]  # to import it raises an error
 
@@ -32,25 +37,26 @@ WATCHED = (
     "__main__",
 )
 CLASSES = (torch.Tensor, torch.nn.Module)
-Functions = dict[tuple[str, str], Any]
+Functions = list[tuple[str, Mapping[str, Any], str, Any]]
 # The candidate may replace those of torch.
 save, load = torch.save, torch.load
 
 
 def functions() -> Functions:
-    """Return the functions of watched modules and classes."""
-    found: Functions = {}
+    """Return the functions of watched modules and classes: where each is, and what it is."""
+    found: Functions = []
     for name, module in list(sys.modules.items()):
         is_watched = name in WATCHED or name.startswith(("nogpu.", "torch.cuda.", "torch.utils._"))
         if module is None or not is_watched:
             continue
+        found.append(("sys.modules", sys.modules, name, module))
         for attribute, value in list(vars(module).items()):
             if callable(value):
-                found[name, attribute] = value
+                found.append((name, vars(module), attribute, value))
             if isinstance(value, type) and (value in CLASSES or value.__module__ == name):
                 for inner, one in list(vars(value).items()):
                     if callable(one):
-                        found[f"{name}.{attribute}", inner] = one
+                        found.append((f"{name}.{attribute}", vars(value), inner, one))
     return found
 
 
@@ -86,7 +92,7 @@ class Candidate:
         self.gpu.run = noted  # type: ignore[method-assign]
         self.before = functions()
 
-    def import_it(self) -> dict[str, Any]:
+    def import_it(self) -> Facts:
         with OperatorWork() as operators:
             self.names = runpy.run_path(
                 str(self.folder / self.settings["file"]), run_name="candidate"
@@ -115,7 +121,7 @@ class Candidate:
             self.models[key] = model.cuda().eval()
         return self.models[key]
 
-    def call(self, number: int, case: Mapping[str, Any], held: list[Any]) -> dict[str, Any]:
+    def call(self, number: int, case: Mapping[str, Any], held: list[Any]) -> Facts:
         """Call it once.
 
         Args:
@@ -143,15 +149,34 @@ class Candidate:
                 facts = self.done(operators)
                 facts["error"] = [type(e).__name__, str(e).strip().partition("\n")[0]]
                 return facts
-        facts = self.done(operators) | {"made": made, "weights": self.has_weights}
+        facts = self.done(operators)
+        facts["made"], facts["weights"] = made, self.has_weights
         leaves, _ = tree_flatten(result)
         facts["types"] = sorted({type(one).__name__ for one in leaves if isinstance(one, Tensor)})
         facts["unwritten"] = sum(map(self.unwritten, leaves))
-        kept = [_kept(one) for one in leaves]
         after = [one.cpu() if isinstance(one, Tensor) else one for one in tree_leaves(held[0])]
-        file = self.folder / f"result_{number}.pt"
-        save({"outputs": kept, "inputs": after}, file)
+        written = None
+        if any(one["executed"] for one in facts["launches"]):
+            written = self.written_by_sample(facts, leaves)
+            facts["is_compared"] = written is not None
+        if facts.get("is_compared", True):
+            kept = [_kept(one) for one in leaves]
+            file = self.folder / f"result_{number}.pt"
+            save({"outputs": kept, "inputs": after, "written": written}, file)
         return facts
+
+    def written_by_sample(self, facts: Facts, leaves: list[Any]) -> list[Any] | None:
+        """Return which numbers of a result the executed programs of a launch have computed.
+
+        Returns:
+            None if that is unknown, since more than one kernel may have computed them.
+        """
+        if len(facts["launches"]) > 1 or any(one[0].endswith("_") for one in facts["operations"]):
+            return None
+        plain = [one for one in leaves if type(one) is Tensor]
+        found = [self.gpu.host_memory.written_by_launch(one) for one in plain]
+        is_known = len(plain) == len(leaves) and all(one is not None for one in found)
+        return found if is_known else None
 
     def unwritten(self, one: object) -> int:
         """Return how many bytes of a result nobody has written."""
@@ -167,28 +192,27 @@ class Candidate:
         )
         return int((~written).sum())
 
-    def done(self, operators: OperatorWork) -> dict[str, Any]:
+    def done(self, operators: OperatorWork) -> Facts:
         """Return what was done since the last call."""
         launches, faults = self.gpu.launches[self.seen[0] :], self.gpu.faults[self.seen[1] :]
         self.seen = len(self.gpu.launches), len(self.gpu.faults)
         unordered = sorted({name for work, name in self.work if not self.streams.is_ordered(work)})
-        after = functions()
         return {
             "launches": [_of_launch(one) for one in launches],
             "faults": [
                 [one.kind, one.name, one.in_one_line()] for one in faults if one.kind != "note"
             ],
-            "operations": [tuple(one) for one in operators.operations],
-            "operator_µs": sum(
+            "operations": list(operators.operations),
+            "operator_microseconds": sum(
                 one.microseconds(self.settings["gpu"]) for one in operators.operations
             ),
             "unordered": unordered,
             "threads": len(set(threading.enumerate()) - self.threads),
             "children": len(set(_children()) - self.children),
             "changed": [
-                ".".join(name)
-                for name, one in self.before.items()
-                if is_replaced(one, after.get(name), self.folder)
+                f"{where}.{name}"
+                for where, attributes, name, one in self.before
+                if is_replaced(one, attributes.get(name), self.folder)
             ],
         }
 
@@ -217,7 +241,7 @@ def _on_device(one: Any) -> Any:
     return found.copy_(one) if one.numel() else found
 
 
-def _of_launch(launch: Any) -> dict[str, Any]:
+def _of_launch(launch: Any) -> Launched:
     total = launch.counters.total
     memory = launch.counters.sums("global")
     return {
@@ -226,7 +250,7 @@ def _of_launch(launch: Any) -> dict[str, Any]:
         "bytes": 32 * (launch.counters.distinct_read + launch.counters.distinct_written),
         "sectors": memory.transactions,
         "resources": str(launch.resources or ""),
-        "µs": {gpu: one.microseconds for gpu, one in launch.time.items()},
+        "microseconds": {gpu: one.microseconds for gpu, one in launch.time.items()},
         "executed": launch.executed,
         "tf32": "tf32" in total.tensor_flops,
     }
@@ -238,7 +262,7 @@ def main(folder: Path) -> None:
     settings = json.loads((folder / "request.json").read_text("utf-8"))
     candidate = Candidate(folder, settings, None)
     held: list[Any] = []
-    facts: list[dict[str, Any]] = []
+    facts: list[Facts] = []
 
     def write() -> None:
         text = json.dumps({"token": token, "facts": facts})

@@ -24,12 +24,16 @@ from nogpu.check.compare import farthest
 from nogpu.data_sheets import DATA_SHEETS
 from nogpu.judge import variants
 from nogpu.judge.confined import Limits, confined
+from nogpu.judge.facts import Facts
 from nogpu.judge.problem import Inputs, Needed, Problem, ProblemError, Right, same
 from nogpu.judge.verdict import Verdict, unwritten_inputs, wrong
 from nogpu.record.time import ESTIMATE_ACCURACY, shown
 
 NOT_RUN = "it ended before all its results were there"
 SAMPLE = 64  # programs of a launch at the whole size
+MOST_FLOPS = (
+    1e12  # of a reference that is computed at the whole size; a core does some 1e10 a second
+)
 PLAIN = ("Tensor", "Parameter")  # classes of tensors that compute nothing when they are read
 # ATen may compute this share of the reference's arithmetic, and own kernels must compute so much of
 # what takes floating-point instructions, which depends on how the reference is written.
@@ -91,40 +95,42 @@ class Judge:
                 token.encode(),
             )
             facts = _facts(folder / "facts.json", token)
-            results = [_result(folder / f"result_{n}.pt") for n in range(len(cases))]
+            *results, of_whole = [_result(folder / f"result_{n}.pt") for n in range(len(cases) + 1)]
         if not facts:
             return verdict.end("stopped", ended.why or "it ended before it had a result")
         try:
-            return self._judged(verdict, cases, whole, facts, results, needed, ended.why)
+            self._judge(verdict, cases, whole, facts, results, of_whole, needed, ended.why)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
             said = f"{type(e).__name__}: {e}"
             return verdict.end("stopped", f"what it wrote cannot be read ({said})")
+        return verdict
 
-    def _judged(
+    def _judge(
         self,
         verdict: Verdict,
         cases: list[Case],
         whole: Case,
-        facts: list[dict[str, Any]],
+        facts: list[Facts],
         results: list[Any],
+        of_whole: Any,
         needed: list[Needed],
         stopped: str,
-    ) -> Verdict:
+    ) -> None:
         latest = facts[1] if len(facts) > 1 else facts[0]  # the first call, or the import
         if "error" in latest:
-            return verdict.end("does not run", _asks(latest["error"], self.problem))
-        if stopped:
-            return verdict.end("stopped", stopped)
-        if len(facts) < 2 + len(cases) or results[0] is None:
-            return verdict.end("stopped", NOT_RUN)
+            verdict.end("does not run", _asks(latest["error"], self.problem))
+            return
+        if stopped or len(facts) < 2 + len(cases) or results[0] is None:
+            verdict.end("stopped", stopped or NOT_RUN)
+            return
         calls = facts[1:]
         self.values(verdict, cases, calls, results)
+        self.given_size(verdict, whole, calls[-1], of_whole, needed[-1])
         self.faults(verdict, calls)
         self.same_twice(verdict, cases, results)
         self.memory(verdict, cases, calls, results)
         self.honesty(verdict, facts[0], calls, results, [*cases, whole], needed)
         self.figures(verdict, whole, calls[-1], needed[-1])
-        return verdict
 
     @property
     def arch(self) -> str:
@@ -222,7 +228,7 @@ class Judge:
         self,
         verdict: Verdict,
         cases: Sequence[Case],
-        calls: Sequence[dict[str, Any]],
+        calls: Sequence[Facts],
         results: Sequence[Any],
     ) -> None:
         for kind in ("values", "shapes", "special values", "layouts"):
@@ -248,7 +254,43 @@ class Judge:
                 else:
                     verdict.add(kind, "not run", "the reference takes no others")
 
-    def faults(self, verdict: Verdict, calls: Sequence[dict[str, Any]]) -> None:
+    def given_size(
+        self, verdict: Verdict, whole: Case, call: Facts, result: Any, needed: Needed
+    ) -> None:
+        """Compare the results of the programs that were executed at the given size."""
+        if "error" in call:
+            kind, said = call["error"]
+            is_large = kind == "TooLarge"
+            verdict.add("given size", "not run" if is_large else "wrong", f"{kind}: {said}")
+            return
+        if result is None:
+            verdict.add("given size", "not run", "several kernels, of which a sample was executed")
+            return
+        if needed.operators.flops > MOST_FLOPS:
+            verdict.add("given size", "not run", "the reference takes too long here")
+            return
+        native, exact = (
+            self.right(whole.inputs, whole.seed, dtype) for dtype in (None, torch.float64)
+        )
+        if native is None:
+            verdict.add("given size", "not run", self.error)
+            return
+        outputs, written = result["outputs"], result["written"]
+        count = sum(one.numel() for one in outputs if isinstance(one, Tensor))
+        if written is not None and [_kind(one) for one in outputs] == [
+            _kind(one) for one in native.outputs
+        ]:
+            count = sum(int(one.sum()) for one in written)
+            outputs = list(map(torch.where, written, outputs, native.outputs))
+        given = tree_leaves(whole.inputs.data)
+        found = wrong(outputs, native, exact, None, given)
+        if found:  # a rounding of the inputs may explain it
+            near = self.right(variants.rounded(whole.inputs), whole.seed, torch.float64)
+            found = wrong(outputs, native, exact, near, given)
+        why = found and found + (_by_tf32(call, found) or _by_weights(call))
+        verdict.add("given size", "wrong" if why else "works", why or f"{count:,} numbers")
+
+    def faults(self, verdict: Verdict, calls: Sequence[Facts]) -> None:
         found = [one for call in calls for one in call["faults"]]
         errors = [one for one in found if one[0] == "error"]
         if errors:
@@ -281,7 +323,7 @@ class Judge:
         self,
         verdict: Verdict,
         cases: Sequence[Case],
-        calls: Sequence[dict[str, Any]],
+        calls: Sequence[Facts],
         results: Sequence[Any],
     ) -> None:
         found = ""
@@ -303,8 +345,8 @@ class Judge:
     def honesty(
         self,
         verdict: Verdict,
-        imported: dict[str, Any],
-        calls: Sequence[dict[str, Any]],
+        imported: Facts,
+        calls: Sequence[Facts],
         results: Sequence[Any],
         cases: Sequence[Case],
         needed: Sequence[Needed],
@@ -336,7 +378,7 @@ class Judge:
         nothing = "nothing cached, replaced, put off or done beforehand"
         verdict.add("honest", "cheats" if reason else "works", reason or nothing)
 
-    def figures(self, verdict: Verdict, whole: Case, call: dict[str, Any], needed: Needed) -> None:
+    def figures(self, verdict: Verdict, whole: Case, call: Facts, needed: Needed) -> None:
         """Add counters, what the problem must take, and estimates, at the given size."""
         sheet, gpu = DATA_SHEETS[self.gpu], self.gpu
         tensors = [one for one in tree_leaves(whole.inputs.data) if isinstance(one, Tensor)]
@@ -360,7 +402,10 @@ class Judge:
         verdict.figures["least"] = (
             f"{least_bytes:,} bytes, {flops:,.0f} operations: at least {least:.2g} µs on one {gpu}"
         )
-        own = sum(one["µs"].get(gpu, 0.0) for one in launches) + call["operator_µs"]
+        own = (
+            sum(one["microseconds"].get(gpu, 0.0) for one in launches)
+            + call["operator_microseconds"]
+        )
         theirs = sum(one.microseconds(gpu) for one in operations)
         verdict.figures["estimate"] = (
             f"about {shown(own)} on one {gpu}; the reference by PyTorch's kernels about "
@@ -368,12 +413,12 @@ class Judge:
         )
 
 
-def _replaced(calls: Sequence[dict[str, Any]]) -> str:
+def _replaced(calls: Sequence[Facts]) -> str:
     names = [name for call in calls for name in call["changed"]]
     return f"it replaces {names[0]}" if names else ""
 
 
-def _beforehand(facts: dict[str, Any], needed: Needed, when: str) -> str:
+def _beforehand(facts: Facts, needed: Needed, when: str) -> str:
     """Say what was computed before a call; "" if nothing was."""
     if facts["launches"]:
         return f"it launches {facts['launches'][0]['kernel']} when it is {when}"
@@ -383,7 +428,7 @@ def _beforehand(facts: dict[str, Any], needed: Needed, when: str) -> str:
     return ""
 
 
-def _shares(call: dict[str, Any]) -> str:
+def _shares(call: Facts) -> str:
     own, aten = call["launches"], call["operations"]
     return (
         f"own kernels: {sum(one['flops'] for one in own):,.0f} operations, "
@@ -392,7 +437,7 @@ def _shares(call: dict[str, Any]) -> str:
     )
 
 
-def _by_others(call: dict[str, Any], needed: Needed) -> str:
+def _by_others(call: Facts, needed: Needed) -> str:
     """Say that others than the candidate's own kernels compute; "" if these do."""
     own = sum(one["flops"] for one in call["launches"])
     aten = sum(one[1] for one in call["operations"])
@@ -409,7 +454,7 @@ def _by_others(call: dict[str, Any], needed: Needed) -> str:
     return ""
 
 
-def _put_off(call: dict[str, Any]) -> str:
+def _put_off(call: Facts) -> str:
     """Say what a call leaves for later; "" if nothing."""
     if call["children"]:
         return "it leaves a process that goes on after the call"
@@ -435,7 +480,7 @@ def _earlier(cases: Sequence[Case], results: Sequence[Any]) -> str:
     return ""
 
 
-def _by_tf32(call: dict[str, Any], found: str) -> str:
+def _by_tf32(call: Facts, found: str) -> str:
     has = any(one.get("tf32") for one in call["launches"])
     return "; tl.dot takes TF32 unless input_precision='ieee'" * (has and "error of" in found)
 
@@ -451,7 +496,7 @@ def _kind(one: object) -> object:
     return (one.shape, one.dtype) if isinstance(one, Tensor) else type(one)
 
 
-def _by_weights(call: dict[str, Any]) -> str:
+def _by_weights(call: Facts) -> str:
     has_none = call.get("weights") is False
     return (
         "; its parameters are not named as the reference's, so they keep their own values"
@@ -464,7 +509,7 @@ def _is_file(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def _facts(path: Path, token: str) -> list[dict[str, Any]]:
+def _facts(path: Path, token: str) -> list[Facts]:
     """Return what the candidate's process noted, if it knows the token that it was given."""
     try:
         written = json.loads(path.read_text("utf-8")) if _is_file(path) else {}

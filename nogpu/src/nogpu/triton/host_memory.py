@@ -149,6 +149,21 @@ class HostMemory:
                     of_page = one.of_page(n, held)
                     place.writes[start + n * PAGE :][: len(held)][of_page] = UNWRITTEN
 
+    def written_by_launch(self, t: Tensor) -> Tensor | None:
+        """Return which elements of a tensor the last launch has written.
+
+        Returns:
+            None if others than this launch have written the tensor's memory, too.
+        """
+        place = self._places.get(storage_of(t))
+        if place is None or place.unwritten is None or t.element_size() % place.unit:
+            return None
+        units = t.element_size() // place.unit
+        strides = (*(units * stride for stride in t.stride()), 1)
+        first = (t.data_ptr() - place.base) // place.unit
+        written = torch.from_numpy(place.writes > UNWRITTEN)
+        return written.as_strided((*t.shape, units), strides, first).all(-1)
+
     def _find(self, address: int) -> Allocation | None:
         """Return the memory of a live tensor that has the address, which a kernel has loaded."""
         if self._live is None:
