@@ -253,6 +253,7 @@ def test_the_printed_example_runs_as_it_is(tmp_path, monkeypatch):
     example = text.partition("\n\n")[2].partition("\n\nIts sizes")[0]
     with nogpu.emulate() as gpu:
         exec(example, {})
+    assert "line = (1.0, 1.0)  # Line" in example
     assert [(one.kernel, one.grid, one.block, one.shared) for one in gpu.launches] == [
         ("mixed", (1, 1, 1), (32, 1, 1), 0),
         ("transpose<float, 16>", (2, 2, 1), (16, 16, 1), 0),

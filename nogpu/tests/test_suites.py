@@ -171,6 +171,11 @@ def test_a_suite_is_summed_up(suite, pytester):
     check_files(pytester.path, said)
 
 
+def test_kernels_beside_the_folder_of_the_tests_belong_to_the_project(suite, pytester):
+    done = suite(TESTS, f"--rootdir={pytester.mkdir('tests')}")
+    done.stdout.fnmatch_lines(["kernels never launched:", "    the_kernels.py:* never"])
+
+
 @pytest.mark.slow
 def test_workers_of_xdist_tell_all_to_their_controller(suite, pytester):
     pytest.importorskip("xdist", reason="pytest-xdist divides the tests")

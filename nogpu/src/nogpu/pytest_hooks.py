@@ -18,6 +18,7 @@ from nogpu.cuda.stand_in import cuda_is_cpu
 from nogpu.machine.gpu_state import TooLarge
 from nogpu.record.fault_names import NAMES
 from nogpu.record.faults import Fault
+from nogpu.record.source import repository
 from nogpu.report.findings import findings_of
 from nogpu.report.github import annotations
 from nogpu.report.report import Report
@@ -138,7 +139,8 @@ class Hooks:
     ) -> Generator[None, object, object]:
         with self.active:  # the last fixtures are torn down here, if the session was stopped
             result = yield
-        kernels = [(*key, line) for key, line in defined_kernels(self.config.rootpath).items()]
+        root = repository(self.config.rootpath) or self.config.rootpath
+        kernels = [(*key, line) for key, line in defined_kernels(root).items()]
         output = getattr(self.config, "workeroutput", None)
         if output is None:
             self.suite.define(kernels)

@@ -11,7 +11,7 @@ from keyword import iskeyword
 from pathlib import Path
 
 from nogpu.console import in_columns
-from nogpu.cpp.declarations import Declaration, Declared, blank
+from nogpu.cpp.declarations import Declaration, Declared, blank, structures
 from nogpu.cpp.launching import DEFAULT_ARCH, FLOATS, Module, compile_source
 from nogpu.cpp.nvrtc import TEXT, CompileError
 from nogpu.data_sheets import ARCHITECTURES, WARPS
@@ -112,7 +112,13 @@ def _call(module: Module, declared: Declaration, arch: str) -> list[str]:
         name += "_" * (iskeyword(name) or name in ("np", "torch", "nogpu", "kernels"))
         kind = re.sub(r"\w+", lambda word: types.get(word[0], word[0]), one.type)
         known = Declared(one.name, kind)
-        lines.append(f"{name} = {_value(known, signature[n] if signature else None)}  # {one.type}")
+        fields = structures(module.source).get(kind.split("::")[-1])
+        if fields:
+            values = [_value(each.declared, None) for each in fields]
+            value = f"({', '.join(values)}{',' * (len(values) == 1)})"
+        else:
+            value = _value(known, signature[n] if signature else None)
+        lines.append(f"{name} = {value}  # {one.type}")
         names.append(name)
     body = _body(module, declared)
     size = "1, 32"

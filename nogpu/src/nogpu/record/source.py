@@ -71,12 +71,13 @@ def in_repository(path: str) -> str | None:
     file = Path(path).absolute()
     if file.parts.count("site-packages") or not file.is_file():
         return None
-    root = _repository(file.parent)
+    root = repository(file.parent)
     return None if root is None else file.relative_to(root).as_posix()
 
 
 @lru_cache
-def _repository(folder: Path) -> Path | None:
+def repository(folder: Path) -> Path | None:
+    """Return the root of a folder's repository, as `in_repository` knows it."""
     for one in (folder, *folder.parents):
         if (one / ".git").exists():
             return one
