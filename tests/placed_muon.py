@@ -23,7 +23,9 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.optim import SGD, Optimizer
 
+from torchpar import exact
 from torchpar.errors import ConfigError
+from torchpar.exact.dispatch import ordinary
 from torchpar.optim import Muon
 from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
 from torchpar.parallel.split.parts import part_of
@@ -72,6 +74,7 @@ class Program(NamedTuple):
         group: "", "world" or "mesh": the optimizer's process group.
         edits: what happens before each step but the first: "lr", "decay", "resume", "lose" a
             gradient, "zeros" in place of one, or "".
+        exact: whether all is computed in `torchpar.exact.mode`.
     """
 
     mesh: tuple[int, ...]
@@ -85,6 +88,7 @@ class Program(NamedTuple):
     nesterov: bool
     edits: tuple[str, ...]
     seed: int
+    exact: bool = False
 
 
 def train(program: Program, fault: str = "") -> str:
@@ -96,7 +100,10 @@ def train(program: Program, fault: str = "") -> str:
         fault: "exchange" plants a fault: parameters of one rank alone get the results of all.
     """
     logging.disable(logging.WARNING)  # PyTorch advises on the meshes
-    with patch.object(Muon, "_exchanges", results_of_all) if fault else nullcontext():
+    with (
+        patch.object(Muon, "_exchanges", results_of_all) if fault else nullcontext(),
+        exact.mode() if program.exact else nullcontext(),
+    ):
         return _Training(program).run()
 
 
@@ -180,8 +187,9 @@ class _Training:
             self.give_gradients(edit)
             self.ours.step()
             self.expected.step()
-            if found := next(self.differences(), None):
-                return f"step {step}: {found}"
+            with ordinary():
+                if found := next(self.differences(), None):
+                    return f"step {step}: {found}"
         return ""
 
     def edit(self, edit: str) -> None:

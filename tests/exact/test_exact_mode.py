@@ -251,7 +251,7 @@ REFUSED: dict[str, Any] = {
     ),
     r"takes float32, an operand is torch\.float64": lambda: torch.ones(3).double().sum(),
     r"takes float32, an operand is torch\.float16": lambda: HALF.scatter_add(0, HALF.long(), HALF),
-    "foreach.*; give foreach=False.*; take no Muon": lambda: step(foreach=True),
+    "foreach.*; give foreach=False to clip_grad_norm_": lambda: step(foreach=True),
     "fused.*, no fused=True": lambda: step(fused=True),
     r"no exact version of aten\.sum\.default": lambda: COMPLEX.sum(),
     r"no exact version of aten\.mm\.default": lambda: SPARSE @ torch.ones(3, 3),

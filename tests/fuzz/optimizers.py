@@ -8,6 +8,7 @@ docstrings name, is the documented refusal.
 
 On several ranks some of the matrices are sharded, each in its own way, and others are not. The
 weights must have the bits of whole matrices, and nothing is refused but models without a matrix.
+Some of these programs run in `torchpar.exact.mode`.
 """
 
 import atexit
@@ -33,6 +34,7 @@ from torchpar.parallel.launch.local import PRELOAD, Ranks, fork_context
 
 fault = ""  # of `train`
 SIZES = (1, 2, 3, 8, 17, 32)
+DTYPES = (torch.float32, torch.float32, torch.float32, torch.bfloat16)
 # A step rounds numbers of the parameter's and of the update's size to float32 some times.
 UNITS = 16
 
@@ -303,7 +305,7 @@ def draw_program(rng: random.Random) -> Program:
     for _ in range(rng.randint(2, 6)):
         layers.append(draw_layer(rng, mesh, layers))
     count = len([layer for layer in layers if layer.twin is None])
-    of_model = rng.random() < 0.25
+    of_model, is_exact = rng.random() < 0.25, rng.random() < 0.3
     return Program(
         mesh=mesh,
         layers=tuple(layers),
@@ -312,13 +314,14 @@ def draw_program(rng: random.Random) -> Program:
         of_model=of_model,
         group=rng.choice(["", "", "", "world", "mesh"]),
         named=rng.random() < 0.5,
-        dtype=rng.choice([torch.float32, torch.float32, torch.float32, torch.bfloat16]),
+        dtype=torch.float32 if is_exact else rng.choice(DTYPES),
         nesterov=rng.random() < 0.7,
         edits=tuple(
             rng.choice(["", "lr", "decay", "resume", "lose", "zeros"])
             for _ in range(rng.randint(1, 4))
         ),
         seed=rng.randrange(1000),
+        exact=is_exact,
     )
 
 

@@ -132,6 +132,7 @@ class _Functions(TorchFunctionMode):
 
 class _Operators(TorchDispatchMode):
     knows_aten_alone = True  # so that operators of torchpar.ops decompose, where they can
+    is_exact = True  # so that Muon computes in float32
     marks = True  # whether arithmetic outside of the mode with the results is warned of
 
     def __torch_dispatch__(
@@ -179,10 +180,7 @@ class _Operators(TorchDispatchMode):
                 return result
         remedy = "make it of other operators; torchpar.exact.coverage lists what is missing"
         if any(word in str(func) for word in ("_foreach_", "_fused_ad", "_fused_sgd")):
-            remedy = (
-                "give foreach=False to clip_grad_norm_ and the optimizer, no fused=True; take no "
-                "Muon"
-            )
+            remedy = "give foreach=False to clip_grad_norm_ and the optimizer, no fused=True"
         elif func.namespace in ("c10d", "fsdp"):
             remedy = "add gradients by torchpar.exact.DataParallel"
         raise ConfigError(f"no exact version of {func}{foreign}; {remedy}")

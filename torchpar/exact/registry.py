@@ -35,8 +35,10 @@ _PASSING = """
     is_same_size is_pinned embedding random rand rand_like
 """
 PASSING = frozenset(_PASSING.split())
-# Operators that PyTorch makes of other operators; put is refused
+# Operators that PyTorch makes of other operators; put is refused. Of those on lists of tensors,
+# Muon's: an optimizer of PyTorch takes more, and its bits with foreach=True are not those without.
 _COMPOSED = """
+    _foreach_copy _foreach_lerp _foreach_mul _foreach_sub
     bernoulli index_copy index_put put mse_loss nll_loss_forward nll_loss_backward
     nll_loss2d_forward nll_loss2d_backward randn randn_like _safe_softmax uniform _unsafe_index_put
 """
@@ -96,10 +98,8 @@ def check_float32(first: Tensor, *others: object) -> None:
     """Raise an error unless the first operand, and all other floats, are float32."""
     for t in first, *(t for t in others if isinstance(t, Tensor) and t.is_floating_point()):
         if t.dtype != torch.float32:
-            muon = " (the mode does not take Muon, whose products are in bfloat16)"
             raise ConfigError(
                 f"exact arithmetic takes float32, an operand is {t.dtype}; convert it"
-                + muon * (t.dtype == torch.bfloat16)
             )
 
 

@@ -94,6 +94,7 @@ class Linear(torch.nn.Module):
     def __init__(self, in_features: int, out_features: int, mesh: DeviceMesh, axis: int):
         super().__init__()
         self.mesh, self.axis = mesh, axis
+        self.in_features, self.out_features = in_features, out_features  # of all ranks
         part = slice_along(axis, (out_features, in_features), mesh)
         unsharded = torch.randn(out_features, in_features) * in_features**-0.5
         self.weight = torch.nn.Parameter(part.narrow(unsharded).clone())

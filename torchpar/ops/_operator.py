@@ -120,6 +120,16 @@ def is_seen_whole() -> bool:
     return not any([getattr(mode, "knows_aten_alone", False) for mode in dispatch_modes()])
 
 
+def is_exact() -> bool:
+    """Whether a mode computes in exact arithmetic, with the same bits on every processor.
+
+    The attribute ``is_exact`` marks such a mode, `torchpar.exact.mode`, which takes float32 alone.
+    """
+    return count_dispatch_modes() > 0 and any(
+        [getattr(mode, "is_exact", False) for mode in dispatch_modes()]
+    )
+
+
 def save_operands(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     """The ``setup_context`` of an operator whose derivatives take all its operands."""
     ctx.save_for_backward(*inputs)

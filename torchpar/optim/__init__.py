@@ -2,9 +2,9 @@
 """Optimizers: Muon and its orthogonalization, and a chain of optimizers.
 
 `muon` is the optimizer, and `newton_schulz` its iteration, by the products of `buffered_products`
-and the kernels of `elementwise`. `assign` chooses an optimizer for each parameter of a model, and
-`chained` steps several as one. `matrices` sees parameters as batches of matrices, and `exchange`
-sends shards between ranks.
+or `exact_products`, and the kernels of `elementwise`. `assign` chooses an optimizer for each
+parameter of a model, and `chained` steps several as one. `matrices` sees parameters as batches of
+matrices, and `exchange` sends shards between ranks.
 """
 
 from torchpar.optim.chained import ChainedOptimizer

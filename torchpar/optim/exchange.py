@@ -2,11 +2,12 @@
 """Messages of Muon on several ranks: shards of momenta to their owners, and results back.
 
 The ranks of a group divide the work: each rank owns some of the parameters. A step makes two
-all-to-alls in bfloat16. The first sends the shards of each momentum to the parameter's owner, which
-orthogonalizes the unsharded momentum. The second sends each rank its shard of the owner's result.
-Where the parameters are replicated, only the second is needed. The first message of a step also has
-a checksum of the sender's arguments, and of the gradients that the sender has. So every rank
-notices a missing gradient, or a learning rate that differs.
+all-to-alls in bfloat16, or in float32 in exact arithmetic. The first sends the shards of each
+momentum to the parameter's owner, which orthogonalizes the unsharded momentum. The second sends
+each rank its shard of the owner's result. Where the parameters are replicated, only the second is
+needed. The first message of a step also has a checksum of the sender's arguments, and of the
+gradients that the sender has. So every rank notices a missing gradient, or a learning rate that
+differs.
 """
 
 import zlib
@@ -21,10 +22,11 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.optim.matrices import ParamInfo
+from torchpar.optim.newton_schulz import dtype_of_updates
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.split.parts import Part
 
-# Four bytes, each a bfloat16, which holds the integers up to 256.
+# Four bytes, each a number of the messages' dtype: bfloat16 holds the integers up to 256.
 _CHECKSUM_PART = Part((4,), (0,), (4,))
 
 
@@ -60,7 +62,7 @@ class Exchange:
 
     def __init__(self, group: dist.ProcessGroup, params: list[ParamInfo]):
         self.group, self.params = group, params
-        self._sent: tuple[int, Tensor] | None = None  # the last checksum
+        self._sent: tuple[object, Tensor] | None = None  # the last checksum
         # The last step on a GPU: a tensor that says whether the checksums differed, the event after
         # which it can be read, and the facts.
         self._unread: tuple[Tensor, torch.cuda.Event | None, Mapping[str, object]] | None = None
@@ -70,6 +72,7 @@ class Exchange:
         self._wire = torch.device("cpu") if by_gloo else params[0].p.device
         self.reads_later = self._wire.type == "cuda"
         same = {f"parameter {i}": info.description for i, info in enumerate(params)}
+        same["dtype of a step's messages"] = str(dtype_of_updates())
         check_same_on_all_ranks(group, "Muon", same)
         self.rank, by_rank = dist.get_rank(group), [shards] * group.size()
         dist.all_gather_object(by_rank, shards, group)
@@ -115,7 +118,7 @@ class Exchange:
     def gather(
         self, parts: Mapping[ParamInfo, Tensor], facts: Mapping[str, object]
     ) -> dict[ParamInfo, Tensor]:
-        """Return the unsharded momenta of the parameters that this rank owns, in bfloat16.
+        """Return the unsharded momenta of the parameters that this rank owns, as they are sent.
 
         Args:
             parts: this rank's parts of the momenta of this step.
@@ -127,13 +130,14 @@ class Exchange:
         self.read()
         self._facts, self._present = facts, set(parts)
         full: dict[ParamInfo, Tensor] = {}
+        dtype = dtype_of_updates()
         for info in self.owned:
             if (t := parts.get(info)) is None:
                 continue
             if t.shape == info.part.whole and t.is_contiguous():
-                full[info] = t.to(torch.bfloat16, copy=True)
+                full[info] = t.to(dtype, copy=True)
             else:
-                full[info] = t.new_empty(info.part.whole, dtype=torch.bfloat16)
+                full[info] = t.new_empty(info.part.whole, dtype=dtype)
                 info.part.narrow(full[info]).copy_(t)
         for message, t in self._send(self._to_owners, parts):
             if message.param is not None and message.param in full:
@@ -165,7 +169,7 @@ class Exchange:
             return []
         sends, receives = route
         device = self.params[0].p.device
-        wire = torch.empty(0, dtype=torch.bfloat16, device=self._wire)
+        wire = torch.empty(0, dtype=dtype_of_updates(), device=self._wire)
         checksum = self._checksum(wire)
 
         def flat(message: Message) -> Tensor:
@@ -193,9 +197,9 @@ class Exchange:
     def _checksum(self, wire: Tensor) -> Tensor:
         """The checksum of this step's facts; made again only where they have changed."""
         number = zlib.crc32(repr(self._facts).encode())
-        if self._sent is None or self._sent[0] != number:
-            values = torch.tensor([*number.to_bytes(4)], dtype=torch.bfloat16)
-            self._sent = number, values.to(wire.device)
+        if self._sent is None or self._sent[0] != (number, wire.dtype):
+            values = torch.tensor([*number.to_bytes(4)], dtype=wire.dtype)
+            self._sent = (number, wire.dtype), values.to(wire.device)
         return self._sent[1]
 
     def _compare(self, checksum: Tensor, received: Tensor) -> None:

@@ -12,7 +12,12 @@ from torch import Tensor
 from torchpar.errors import ConfigError
 from torchpar.library.sharding import is_dtensor, local
 from torchpar.ops.matrix import runs_kernels
-from torchpar.optim.newton_schulz import Coefficients, NewtonSchulz, orthogonalize
+from torchpar.optim.newton_schulz import (
+    Coefficients,
+    NewtonSchulz,
+    dtype_of_updates,
+    orthogonalize,
+)
 from torchpar.parallel.split.parts import Part
 
 View = Callable[[Tensor], Tensor | Sequence[Tensor]]
@@ -110,7 +115,8 @@ def orthogonalize_all(
 ) -> list[Tensor]:
     """`orthogonalize` each matrix, in batches of nearly equal shapes, which keep a device busy.
 
-    Results of a batch are parts of one tensor of float32; their values are those of bfloat16.
+    Results of a batch are parts of one tensor of float32. Outside of `torchpar.exact.mode` their
+    values are those of bfloat16.
     """
     kinds: dict[tuple[tuple[int, ...], torch.device, torch.dtype], tuple[list[int], list[int]]] = {}
     on_gpu: dict[torch.device, bool] = {}
@@ -121,7 +127,7 @@ def orthogonalize_all(
         batched = _shape_in_batch(shape, on_gpu[device])
         is_transposed = batched == shape[::-1] != shape
         # On a GPU a matrix is rounded when it is divided by its norm, as it is if it is alone.
-        dtype = matrix.dtype if on_gpu[device] else torch.bfloat16
+        dtype = matrix.dtype if on_gpu[device] else dtype_of_updates()
         kinds.setdefault((batched, device, dtype), ([], []))[is_transposed].append(i)
 
     def run(x: Tensor) -> Tensor:

@@ -20,12 +20,19 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torchpar.errors import ConfigError
 from torchpar.library.player import PlayedFunction
 from torchpar.library.sharding import is_dtensor, local
+from torchpar.ops.matrix import is_exact
 from torchpar.optim.assign import Choice, ModelOptimizer, chain, check_parameters
 from torchpar.optim.chained import Group, loading
 from torchpar.optim.elementwise import update_alone, update_by_words, words_of_update
 from torchpar.optim.exchange import Exchange, check_whole_matrix
 from torchpar.optim.matrices import ParamInfo, View, orthogonalize_all
-from torchpar.optim.newton_schulz import COEFFICIENTS, Coefficients, NewtonSchulz, orthogonalize
+from torchpar.optim.newton_schulz import (
+    COEFFICIENTS,
+    Coefficients,
+    NewtonSchulz,
+    dtype_of_updates,
+    orthogonalize,
+)
 from torchpar.parallel.split.parts import part_of
 
 # The factor of the learning rate of a matrix (n, m), by the names of `torch.optim.Muon`.
@@ -61,6 +68,10 @@ class Muon(Optimizer):
     but those that it orthogonalizes (`torchpar.optim.exchange`). With ``ns="standard"`` float32
     parameters have the same bits as without sharding, on a CPU. Save and load the state as any
     optimizer's: a momentum is sharded as its parameter is.
+
+    **In `torchpar.exact.mode`** a step computes in float32, by exact products, and sends float32.
+    The parameters have the same bits on any processor and any number of ranks. There "auto" is
+    "standard".
 
     Give Muon the hidden weight matrices only. `for_model` finds them, and gives another optimizer
     the embeddings, the output head, biases and norms.
@@ -487,7 +498,7 @@ class Muon(Optimizer):
     def _orthogonalize(
         self, group: Group, momenta: Mapping[ParamInfo, Tensor]
     ) -> dict[ParamInfo, Tensor]:
-        """The unsharded momenta, orthogonalized, with values of bfloat16."""
+        """The unsharded momenta, orthogonalized, with values of `dtype_of_updates`."""
         infos = tuple(momenta)
 
         def compute(tensors: list[Tensor], _: Sequence[int]) -> list[Tensor]:
@@ -560,8 +571,14 @@ class Muon(Optimizer):
         _note_written(updates)
 
     def _rate(self, group: Group, p: Tensor) -> float | Tensor:
-        """The group's learning rate: a number, or a tensor on the device of ``p``."""
+        """The group's learning rate: a number, or a tensor on the device of ``p``.
+
+        In exact arithmetic it is a tensor of float32, also where it is given as a number: a CUDA
+        graph's rates are, and the bits must be the same.
+        """
         lr: float | Tensor = group["lr"]
+        if is_exact():
+            return torch.as_tensor(lr, dtype=torch.float32, device=p.device).reshape(())
         if isinstance(lr, Tensor) and _is_read_at_once(lr, p):
             return float(lr)
         if not isinstance(lr, Tensor):  # a tensor is not read back from the device
@@ -602,7 +619,7 @@ def _checked(options: Group, ns: NewtonSchulz) -> Group:
 
 def _joined(group: Group, info: ParamInfo, t: Tensor, updates: list[Tensor]) -> Tensor:
     """The updates of a parameter's matrices, as one tensor like the parameter."""
-    result = t.new_empty(info.part.whole, dtype=torch.bfloat16)
+    result = t.new_empty(info.part.whole, dtype=dtype_of_updates())
     places = info.matrices(result)
     torch._foreach_copy_(places, updates)
     for place in places:

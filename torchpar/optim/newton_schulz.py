@@ -43,10 +43,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from torchpar.ops.matrix import runs_kernels
+from torchpar.ops.matrix import is_exact, runs_kernels
 from torchpar.ops.processor import has_bfloat16
 from torchpar.optim.buffered_products import Products
 from torchpar.optim.elementwise import normalized, on_device_of
+from torchpar.optim.exact_products import ExactProducts
 
 NewtonSchulz = Literal["auto", "standard", "gram"]
 Triple = tuple[float, float, float]
@@ -89,7 +90,8 @@ def orthogonalize(
 
     ``f(f(…f(x / max(‖x‖, eps))))`` with ``f(x) = a·x + b·(x·xᵀ)·x + c·(x·xᵀ)²·x``. The products are
     of bfloat16, and the result has no gradient. On a CPU without fast products of bfloat16 the
-    products are of float32, and x and the result are rounded to bfloat16.
+    products are of float32, and x and the result are rounded to bfloat16. In `torchpar.exact.mode`
+    the products are exact products, and x and the result are float32.
 
     Args:
         x: ``(*, n, m)``, floating; each matrix of a batch is orthogonalized.
@@ -100,10 +102,11 @@ def orthogonalize(
         ns: the iteration. "standard" is as accurate as `torch.optim.Muon`. "gram" iterates on the
             Gram matrix: it is less accurate, and faster where one side is at least twice the other.
             "auto" is "gram" for such matrices if both sides are at least 256, else "standard". On a
-            GPU it is "gram" only if x·xᵀ of the batch has at least 15·10⁹ multiplications.
+            GPU it is "gram" only if x·xᵀ of the batch has at least 15·10⁹ multiplications. In
+            `torchpar.exact.mode` it is always "standard".
 
     Returns:
-        ``(*, n, m)``, bfloat16.
+        ``(*, n, m)``, bfloat16; float32 in `torchpar.exact.mode`.
 
     Raises:
         ValueError: an argument is out of the bounds above.
@@ -122,14 +125,20 @@ def orthogonalize(
         return orthogonalize(x.flatten(0, -3), coefficients, steps, eps, ns).view(x.shape)
     if x.shape[-2] > x.shape[-1]:
         return orthogonalize(x.mT, coefficients, steps, eps, ns).mT
+    dtype = dtype_of_updates()
     if runs_kernels(x):
-        x = normalized(x, eps, torch.bfloat16)
+        x = normalized(x, eps, dtype)
     else:
         # Products of float32 take a tenth of the time on a CPU without those of bfloat16.
         wide = x.is_cpu and not has_bfloat16()
-        x = x.to(torch.bfloat16).to(torch.float32 if wide else torch.bfloat16)
+        x = x.to(dtype).to(torch.float32 if wide else dtype)
         x = x.div(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps))
-    return iterate(x, triples, ns).to(torch.bfloat16)
+    return iterate(x, triples, ns).to(dtype)
+
+
+def dtype_of_updates() -> torch.dtype:
+    """The dtype in which a momentum is orthogonalized and sent."""
+    return torch.float32 if is_exact() else torch.bfloat16
 
 
 def coefficients_per_step(coefficients: Coefficients, steps: int) -> list[Triple]:
@@ -150,7 +159,8 @@ def coefficients_per_step(coefficients: Coefficients, steps: int) -> list[Triple
 def iterate(x: Tensor, triples: Sequence[Triple], ns: NewtonSchulz) -> Tensor:
     """The iterations of ``x (n, m)``, or a batch, with n ≤ m and norms of 1; overwrites ``x``."""
     parts = _iterations_per_gram(x, len(triples), ns)
-    products = Products(x, squares=2 if max(parts, default=1) == 1 else 5)
+    squares = 2 if max(parts, default=1) == 1 else 5
+    products = ExactProducts() if is_exact() else Products(x, squares)
     rest = iter(triples)
     with on_device_of(x) if products.launches_kernels else nullcontext():
         for i, k in enumerate(parts):
@@ -161,7 +171,7 @@ def iterate(x: Tensor, triples: Sequence[Triple], ns: NewtonSchulz) -> Tensor:
 def _iterations_per_gram(x: Tensor, steps: int, ns: NewtonSchulz) -> list[int]:
     """The number of iterations on each Gram matrix; their sum is ``steps``."""
     n, m = x.shape[-2:]
-    if ns == "standard" or (ns == "auto" and not _gram_is_faster(x)):
+    if ns == "standard" or (ns == "auto" and (is_exact() or not _gram_is_faster(x))):
         return [1] * steps
     # Three iterations on one Gram matrix leave singular values up to 1.45, and a further iteration
     # diverges from there. After more than five iterations the standard one ends nearer to 1, so
@@ -178,7 +188,9 @@ def _gram_is_faster(x: Tensor) -> bool:
     return not runs_kernels(x) or x.numel() * n >= _GRAM_MULTIPLICATIONS
 
 
-def _iterate(products: Products, x: Tensor, triples: list[Triple], shifted: bool) -> Tensor:
+def _iterate(
+    products: Products | ExactProducts, x: Tensor, triples: list[Triple], shifted: bool
+) -> Tensor:
     """``Q·x`` after an iteration for each triple on one Gram matrix, with ``Q = shift·I + p``.
 
     While singular values are small, shift is much larger than p: in their sum the last bits of p
