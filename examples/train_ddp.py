@@ -35,10 +35,17 @@ The model is an MLP. Its inputs are averages of 2 × 2 pixels. Its hidden layer 
 of two linear functions.
 
 Without torchrun, ``python examples/train_ddp.py`` is one process with all threads.
+
+With ``--arithmetic exact`` the weights have the same bits on any processor and any number of ranks,
+and the last line is their SHA-256 (docs/exact.md). DistributedDataParallel adds floats, in an order
+that depends on the ranks, so `torchpar.exact.DataParallel` takes its place: 512 samples are a unit,
+whose gradient is computed by itself, and the gradients of units are added as integers.
 """
 
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from support import cli, learning_rate, lesson
@@ -48,11 +55,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
+from torchpar import exact
+from torchpar.data import Batch, batches
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP, Hidden
 from torchpar.parallel import join_world, register_shared_memory_hook
+from torchpar.parallel.launch.world import World
 from torchpar.training import Classification, Run, graphed, side_stream
+
+UNIT = 512  # samples whose gradient is rounded once in exact arithmetic, whatever ranks there are
 
 
 # docs/training.md compares the defaults with others, on training images that were left out.
@@ -79,6 +92,8 @@ class Flags(lesson.TrainFlags):
     plain: Switch = False
     # Capture a step in a CUDA graph, and launch it as one; on a CPU, steps are as without it.
     graph: Switch = False
+    # Exact: the same bits everywhere, several times slower.
+    arithmetic: Literal["fast", "exact"] = "fast"
 
     # By --plain.
     PLAIN: ClassVar[dict[str, Any]] = {
@@ -106,6 +121,14 @@ class Flags(lesson.TrainFlags):
             raise ConfigError(
                 f"{self.recorded} looks into a step, and --graph launches it as one; drop one"
             )
+        if self.arithmetic == "exact":
+            set_flags = ("compile", "clip", "orthogonality")
+            unknown = [f"--{name}" for name in set_flags if getattr(self, name)]
+            unknown += ["--schedule cosine"] * (self.schedule == "cosine")
+            if unknown:
+                raise ConfigError(
+                    f"--arithmetic exact has no version of {unknown[0]}; drop one of the two"
+                )
 
     @property
     def recorded(self) -> str:
@@ -114,42 +137,32 @@ class Flags(lesson.TrainFlags):
         return next((f"--{name}" for name in names if getattr(self, name)), "")
 
 
+Step = Callable[[Tensor, Tensor, int], Tensor]
+
+
 def main(flags: Flags) -> None:
+    is_exact = flags.arithmetic == "exact"
     with join_world(flags.device, flags.timeout, gloo_yields=True) as world:
         train, test = flags.load(world)
         torch.manual_seed(flags.seed)  # the same weights on every rank
-        model = MLP(flags.layer_sizes(train), flags.activation).to(world.device)
-        # Its forward pass is the model's. Its backward pass averages the gradients over the ranks.
-        with side_stream() if flags.graph else nullcontext():
-            ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        if not flags.plain:
-            register_shared_memory_hook(
-                ddp, world
-            )  # faster than gloo between the CPUs of one machine
-        if flags.compile:
-            ddp.compile()
+        with exact.mode() if is_exact else nullcontext():
+            model = MLP(flags.layer_sizes(train), flags.activation).to(world.device)
         # Muon for the weight matrices and SGD for the biases, at a rate that falls to 0 linearly,
         # unless --optimizer, --lr and --schedule say otherwise.
-        optimizer = flags.make_optimizer(model)
+        optimizer = flags.make_optimizer(model, exact=is_exact)
         lr_scheduler = learning_rate.lr_scheduler(
             optimizer, flags.schedule, flags.total_steps(train)
         )
-
-        def step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
-            outputs = ddp(x)
-            loss = cross_entropy(
-                outputs, labels, reduction="sum", label_smoothing=flags.label_smoothing
-            )
-            # The mean over the global batch: DDP divides by the number of ranks, whose shares of
-            # the batch may differ in size.
-            (loss * (world.dp_size / global_size)).backward()
-            flags.adjust_gradients(model, world)  # --clip and --orthogonality
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss
-
+        make_step = exact_step if is_exact else averaged_step
+        step = make_step(flags, model, optimizer, world)
         take_step = graphed(step, optimizer) if flags.graph else step
-        task = Classification(train, test, flags.batch_size, seed=flags.seed)
+        task = (WholeBatches if is_exact else Classification)(
+            train,
+            test,
+            flags.batch_size,
+            predict=partial(predict_exactly, model) if is_exact else None,
+            seed=flags.seed,
+        )
         run = Run(
             model=model,
             optimizer=optimizer,
@@ -170,6 +183,66 @@ def main(flags: Flags) -> None:
                     run.end_step(loss_sum=loss)
                     log.step()
                 log.epoch(run.end_epoch())
+
+
+def averaged_step(flags: Flags, model: MLP, optimizer: Optimizer, world: World) -> Step:
+    """Return a step on this rank's share of a batch, by DistributedDataParallel."""
+    # Its forward pass is the model's. Its backward pass averages the gradients over the ranks.
+    with side_stream() if flags.graph else nullcontext():
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if not flags.plain:
+        register_shared_memory_hook(ddp, world)  # faster than gloo between the CPUs of one machine
+    if flags.compile:
+        ddp.compile()
+
+    def step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
+        outputs = ddp(x)
+        loss = cross_entropy(
+            outputs, labels, reduction="sum", label_smoothing=flags.label_smoothing
+        )
+        # The mean over the global batch: DDP divides by the number of ranks, whose shares of the
+        # batch may differ in size.
+        (loss * (world.dp_size / global_size)).backward()
+        flags.adjust_gradients(model, world)  # --clip and --orthogonality
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
+def exact_step(flags: Flags, model: MLP, optimizer: Optimizer, world: World) -> Step:
+    """Return a step on a whole batch in exact arithmetic, of which this rank takes some units."""
+    parallel = exact.DataParallel(model, world.mesh["dp"].get_group())
+
+    @exact.mode()
+    def step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
+        units = [*zip(x.split(UNIT), labels.split(UNIT), strict=True)]
+        for inputs, targets in units[world.dp_rank :: world.dp_size]:
+            loss = cross_entropy(
+                model(inputs), targets, reduction="sum", label_smoothing=flags.label_smoothing
+            )
+            parallel.backward(loss / global_size)
+        loss = parallel.all_reduce()  # sets the gradients; the mean over the global batch
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss * (global_size / world.dp_size)  # the ranks' parts add up
+
+    return step
+
+
+class WholeBatches(Classification):
+    """The task of `exact_step`: each rank gets whole batches."""
+
+    def batches(self, epoch: int, start: int, world: World) -> Iterator[Batch]:  # noqa: ARG002  # a task's signature
+        return batches(self.train, self.batch_size, seed=self.seed, epoch=epoch, start=start)
+
+
+def predict_exactly(model: MLP, x: Tensor) -> Tensor:
+    """The model's outputs, as tensors that the mode does not watch."""
+    with exact.mode():
+        outputs = model(x)
+    return outputs.clone()
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ It reads characters of "Alice's Adventures in Wonderland" and predicts the next 
 of the book is the validation text, which it is not trained on. Both optimizers start from the same
 weights and see the same windows of the training text. `Muon.for_model` gives the hidden matrices to
 Muon and the other parameters to AdamW, and prints a table of them. On several ranks each one takes
-a share of the windows and of Muon's matrices. With ``--arithmetic exact`` AdamW alone trains, and
-ends with the same bits on any processor and any number of ranks: four windows are a unit, which is
-computed by itself, and the gradients of units are added as integers.
+a share of the windows and of Muon's matrices. With ``--arithmetic exact`` both end with the same
+bits on any processor and any number of ranks: four windows are a unit, which is computed by itself,
+and the gradients of units are added as integers.
 """
 
 import math
@@ -232,8 +232,7 @@ def main(flags: Flags) -> None:
             )
         if world.world_size == 1:  # of a layer of a block
             cli.take_threads(world.device.type, flags.batch_size * CONTEXT * WIDTH * 4 * WIDTH)
-        names = ["adamw"] if flags.arithmetic == "exact" else ["muon", "adamw"]
-        runs = {name: train(name, flags, world) for name in names}
+        runs = {name: train(name, flags, world) for name in ("muon", "adamw")}
         if world.rank > 0:
             return
         for name, run in runs.items():

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torchpar import data, training
 from torchpar.data import Samples
 from torchpar.errors import ConfigError, writing
+from torchpar.exact.verify.weights import sha256_of
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.clip import clip_grad_norm_
@@ -149,20 +150,25 @@ class TrainFlags(cli.DataFlags):
         cli.check_memory(sizes)
         return sizes
 
-    def make_optimizer(self, model: torch.nn.Module, mesh: DeviceMesh | None = None) -> Optimizer:
+    def make_optimizer(
+        self, model: torch.nn.Module, mesh: DeviceMesh | None = None, exact: bool = False
+    ) -> Optimizer:
         """Return SGD, or Muon for the weights and SGD for the biases.
 
         Args:
             mesh: ranks that share the work of Muon's iterations on a split matrix.
+            exact: whether the optimizer steps in `torchpar.exact.mode`.
         """
+        foreach = False if exact else None
         defaults = self.SGD if self.optimizer == "sgd" else self.MUON
         given = {name: getattr(self, name) for name in defaults}
         options: dict[str, Any] = {
             name: defaults[name] if value is None else value for name, value in given.items()
         }
         if self.optimizer == "sgd":
-            return training.sgd(model, **options, decay_biases=self.decay_biases, fused=True)
-        return training.muon(model, **options, mesh=mesh)
+            options |= {"decay_biases": self.decay_biases, "fused": not exact}
+            return training.sgd(model, **options, foreach=foreach)
+        return training.muon(model, **options, mesh=mesh, foreach=foreach)
 
     def total_steps(self, train: Samples) -> int:
         """Return the number of steps of the run."""
@@ -176,7 +182,11 @@ class TrainFlags(cli.DataFlags):
     def config(self) -> dict[str, object]:
         """Return the flags that a resumed run must share with the saved one."""
         # Of the lessons that lack these flags
-        config: dict[str, object] = {"activation": "sigmoid", "label_smoothing": 0.0}
+        config: dict[str, object] = {
+            "activation": "sigmoid",
+            "label_smoothing": 0.0,
+            "arithmetic": "fast",
+        }
         for flag, value, marks in self.marked():
             if not any(isinstance(mark, Free) for mark in marks):
                 config[flag.removeprefix("--").replace("-", "_")] = value
@@ -219,6 +229,7 @@ class Log:
         self.profiler: torch.profiler.profile | None = None
         self._shown = 0  # epochs
         self._active = ExitStack()
+        self._is_exact = getattr(flags, "arithmetic", "fast") == "exact"
         if draw:
             timeline.check_one_machine(run.world)
         if draw or flags.phases or flags.collectives or flags.memory or flags.report:
@@ -319,6 +330,9 @@ class Log:
                 "after it, with the labels as they are"
             )
         self._print(console.summary(run.results))
+        if self._is_exact:
+            digest = sha256_of(run.state.model.named_parameters())
+            self._print(f"SHA-256 of the weights: {digest}")
 
     def _save_trace(self) -> str:
         """Write this rank's trace, and return a table of its costliest operators."""

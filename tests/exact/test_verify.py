@@ -52,6 +52,9 @@ def test_the_status_says_if_the_hash_is_published(capsys, status):
         ),
         ("--pp 4", "--pp is 4, expected at most 3, one stage for each layer"),
         ("--model gpt --pp 2", "--pp is 2, expected 1 for the GPT, which has no pipeline"),
+        ("--model lesson --tp 2", "--tp is 2, expected 1 for the lesson, whose ranks have the"),
+        ("--model lesson --pp 2", "--pp is 2, expected 1 for the lesson, whose ranks have the"),
+        ("--model lesson --data /tests", "--data is /tests, expected the folder that has MNIST"),
         ("--model gpt --tp 3", "--tp is 3, expected a divisor of the GPT's 4 heads"),
     ],
 )

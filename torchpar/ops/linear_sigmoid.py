@@ -32,6 +32,7 @@ from torchpar.library.transforms import needs_formula
 from torchpar.ops import fp32
 from torchpar.ops._operator import (
     is_emulating,
+    is_exact,
     is_seen_whole,
     operator,
     overloads,
@@ -112,6 +113,8 @@ def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: objec
     16-bit floats they are right if all sizes are whole tiles (`is_tiled`): the gradients are
     products along the other sizes.
     """
+    if is_exact():  # whose mode has no rule for this operator, on any device
+        return True
     if not x.is_cpu or is_emulating() or not is_eager(x, weight, bias):
         return False
     if count_dispatch_modes() and is_seen_whole():  # the number alone takes less time

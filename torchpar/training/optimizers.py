@@ -16,6 +16,7 @@ def sgd(
     weight_decay: float,
     decay_biases: bool = False,
     fused: bool | None = None,
+    foreach: bool | None = None,
 ) -> torch.optim.SGD:
     """Return SGD with Nesterov momentum and an L2 penalty ``λ/2·‖p‖²`` of the weights.
 
@@ -23,6 +24,7 @@ def sgd(
         weight_decay: λ.
         decay_biases: count the biases in the penalty, too.
         fused: as for `torch.optim.SGD`; with True an update is one pass over a parameter's memory.
+        foreach: as for `torch.optim.SGD`; False for `torchpar.exact.mode`.
     """
     groups = [{"params": list(model.parameters()), "weight_decay": weight_decay}]
     if weight_decay and not decay_biases:
@@ -32,7 +34,8 @@ def sgd(
             {"params": weights, "weight_decay": weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+    options = {"fused": fused, "foreach": foreach}
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, **options)
 
 
 def muon(
@@ -42,6 +45,7 @@ def muon(
     weight_decay: float,
     ns_steps: int = 5,
     mesh: DeviceMesh | None = None,
+    foreach: bool | None = None,
 ) -> ChainedOptimizer:
     """Return `torchpar.optim.Muon` for all weight matrices of an MLP and SGD for its biases.
 
@@ -52,7 +56,9 @@ def muon(
         weight_decay: λ of the weights, decoupled: ``W ← (1 − lr·λ)·W``.
         ns_steps: iterations of Newton–Schulz.
         mesh: the ranks that have the model, or shards of its layers, and divide Muon's work.
+        foreach: as for `torch.optim.SGD`; False for `torchpar.exact.mode`.
     """
+    of_biases = {"lr": lr, "momentum": momentum, "nesterov": momentum > 0, "foreach": foreach}
     return Muon.for_model(
         model,
         lr,
@@ -60,6 +66,6 @@ def muon(
         weight_decay=weight_decay,
         ns_steps=ns_steps,
         process_group=mesh,
-        others=partial(torch.optim.SGD, lr=lr, momentum=momentum, nesterov=momentum > 0),
+        others=partial(torch.optim.SGD, **of_biases),
         overrides={name: "muon" for name, p in model.named_parameters() if p.dim() == 2},
     )

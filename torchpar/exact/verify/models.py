@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""A small MLP that learns pictures, a small GPT that learns a text, and their trainings."""
+"""A small MLP that learns pictures, a small GPT that learns a text, and the lesson's MLP.
 
+The lesson is that of `examples/train_ddp.py --arithmetic exact`, from an installed package.
+"""
+
+import math
 from collections.abc import Iterable
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +16,15 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from torchpar.console import say_progress
-from torchpar.data import batches
+from torchpar.data import batches, load
 from torchpar.exact.data_parallel import DataParallel
 from torchpar.exact.dispatch import mode
 from torchpar.exact.tensor_parallel import Linear
 from torchpar.exact.verify.drawn import CHARACTERS, draw_pictures, draw_text
+from torchpar.nn import MLP
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.schedules import P2PCommunicator, gpipe
+from torchpar.training.optimizers import muon
 
 SIZES = (784, 128, 64, 10)  # of the MLP's layers
 MLP_STEPS, BATCH_SIZE = 100, 128  # of the MLP's training; samples of a step
@@ -26,6 +33,10 @@ CONTEXT, WIDTH = 64, 64  # of the GPT: characters that it sees; features of a ch
 HEADS, BLOCKS = 4, 2  # of the GPT
 SEQUENCES, GPT_STEPS, LR = 8, 20, 3e-3  # windows of a step; of the GPT's training
 TEXT = 20_000  # characters
+# The lesson's defaults.
+LESSON_SIZES, LESSON_EPOCHS, LESSON_BATCH, LESSON_UNIT = (121, 512, 10), 3, 1024, 512
+LESSON_CROP, LESSON_POOL, LESSON_SMOOTHING = 3, 2, 0.05
+LESSON_MUON = {"lr": 0.5, "momentum": 0.8, "weight_decay": 0.0}
 
 
 class SplitMLP(nn.Module):
@@ -68,6 +79,7 @@ def _train(
     steps: Iterable[list[tuple[Tensor, Tensor]]],
     count: int,
     world: World,
+    smoothing: float = 0.0,
 ) -> None:
     """Train by ``count`` steps of units of work, each of inputs and targets. A slow rank 0 says how
     far it is.
@@ -84,13 +96,39 @@ def _train(
         def forward(i: int, activations: Tensor | None) -> Tensor:
             x, targets = mine[i]  # noqa: B023 (called within this step)
             y: Tensor = model(x if activations is None else activations)
-            return F.cross_entropy(y, targets, reduction="sum") / size if p2p.is_last else y  # noqa: B023  # likewise
+            if not p2p.is_last:
+                return y
+            loss = F.cross_entropy(y, targets, reduction="sum", label_smoothing=smoothing)
+            return loss / size  # noqa: B023  # likewise
 
         gpipe(forward, parallel.backward, [(len(x), features) for x, _ in mine], p2p)
         parallel.all_reduce()
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
+
+
+def train_lesson(world: World, folder: Path) -> MLP:
+    """Train on MNIST in ``folder``, torchvision's root, by Muon and by SGD for the biases."""
+    pictures, _ = load("mnist", folder, world.device)
+    pictures = pictures.pooled(LESSON_CROP, LESSON_POOL)
+    drawn = (
+        batch
+        for epoch in range(1, LESSON_EPOCHS + 1)
+        for batch in batches(pictures, LESSON_BATCH, seed=0, epoch=epoch)
+    )
+    steps = (
+        [*zip(x.split(LESSON_UNIT), labels.split(LESSON_UNIT), strict=True)]
+        for x, labels, _ in drawn
+    )
+    count = LESSON_EPOCHS * math.ceil(len(pictures) / LESSON_BATCH)
+    with mode():
+        torch.manual_seed(0)
+        model = MLP(LESSON_SIZES).to(world.device)
+        optimizer = muon(model, **LESSON_MUON, foreach=False)
+        schedule = LambdaLR(optimizer, lambda step: 1 - step / count)
+        _train(model, optimizer, schedule, steps, count, world, LESSON_SMOOTHING)
+    return model
 
 
 class Block(nn.Module):

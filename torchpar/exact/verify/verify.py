@@ -2,17 +2,18 @@
 """Check that training has the published bits: ``python -m torchpar verify``.
 
 The command trains a small MLP on pictures, or a small GPT on a text, in `torchpar.exact.mode` on
-any mesh of ranks. Pictures and text are drawn, so that an installed package needs no files. The
-SHA-256 of the weights is compared with the hash in `EXPECTED`, which README and docs print.
+any mesh of ranks. Pictures and text are drawn, so that an installed package needs no files. Or it
+trains as the lesson `train_ddp.py` does, on MNIST. The SHA-256 of the weights is compared with the
+hash in `EXPECTED`, which README and docs print.
 """
 
 import argparse
-import hashlib
 import sys
 import time
 from collections import ChainMap
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from torchpar.errors import ConfigError, TorchparError
 from torchpar.exact.verify import models
+from torchpar.exact.verify.weights import sha256_of
 from torchpar.parallel.launch.local import Ranks, set_variables
 from torchpar.parallel.launch.processes import Terminated, terminable
 from torchpar.parallel.launch.world import World, is_communication_error, join_world
@@ -29,7 +31,9 @@ from torchpar.parallel.split.reduction import all_gather
 EXPECTED = {
     "mlp": "bc4ee285d71761b56caa7f8a0cb6e357e7a23bb0a3b925ca8c22ddecc176b2ab",
     "gpt": "33c93356a4181f9399bd854c2aa1d90562e46228f03563b16653c851a99be63e",
+    "lesson": "2bb2d512580ae20aa69164cbe005668d762d665563751d88913cfe3bb1de2f77",
 }
+DATA = Path(__file__).parents[3] / "examples" / "data"  # in a checkout
 MOST = 64  # processes, each of a quarter of a gigabyte; also the most threads
 
 
@@ -43,6 +47,7 @@ class Plan(NamedTuple):
     device: str = "cpu"
     threads: int = 1
     port: int = 0
+    data: Path = DATA
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,7 +57,17 @@ def main(arguments: Sequence[str]) -> int:
         "one.",
     )
     parser.add_argument(
-        "--model", choices=EXPECTED, default="mlp", help="a network for pictures, or for text"
+        "--model",
+        choices=EXPECTED,
+        default="mlp",
+        help="a network for pictures, or for text, or the lesson train_ddp.py",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=DATA,
+        help="folder of MNIST for the lesson, as torchvision's root; in a checkout its examples' "
+        "data",
     )
     parser.add_argument(
         "--ranks", type=int, help="number of ranks to start; by default tp times pp"
@@ -81,27 +96,13 @@ def main(arguments: Sequence[str]) -> int:
     return 2
 
 
-def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device: str) -> int:
+def verify(
+    model: str, data: Path, ranks: int | None, tp: int, pp: int, threads: int, device: str
+) -> int:
     """Train, print the SHA-256 of the weights, and return 0 if it is the published hash, else 1."""
-    stages = tp * pp
-    ranks = stages if ranks is None else ranks
-    for name, number in {"tp": tp, "pp": pp, "ranks": ranks, "threads": threads}.items():
-        if number < 1:
-            raise ConfigError(f"--{name} is {number}, expected at least 1")
-        if number > MOST:
-            raise ConfigError(f"--{name} is {number}, expected at most {MOST}, on this one machine")
-    if model == "gpt" and pp > 1:
-        raise ConfigError(f"--pp is {pp}, expected 1 for the GPT, which has no pipeline")
-    if model == "gpt" and models.HEADS % tp:
-        raise ConfigError(f"--tp is {tp}, expected a divisor of the GPT's {models.HEADS} heads")
-    if pp > len(models.SIZES) - 1:
-        raise ConfigError(
-            f"--pp is {pp}, expected at most {len(models.SIZES) - 1}, one stage for each layer"
-        )
-    if ranks % stages:
-        raise ConfigError(f"--ranks is {ranks}, expected a multiple of --tp {tp} times --pp {pp}")
+    ranks = _check(model, data, ranks, tp, pp, threads)
     start = time.perf_counter()
-    plan = Plan(model, ranks // stages, tp, pp, device, threads, get_free_port())
+    plan = Plan(model, ranks // (tp * pp), tp, pp, device, threads, get_free_port(), data)
     digest = _train_on_ranks(plan, ranks)
     capability = torch.backends.cpu.get_cpu_capability()
     where = f"dp {plan.dp} × tp {tp} × pp {pp} on {device}, {capability}"
@@ -116,6 +117,36 @@ def verify(model: str, ranks: int | None, tp: int, pp: int, threads: int, device
             "output, with that of: python -m torchpar doctor"
         )
     return 0 if same else 1
+
+
+def _check(model: str, data: Path, ranks: int | None, tp: int, pp: int, threads: int) -> int:
+    """The number of ranks; a ConfigError where the model has no such mesh, or no data."""
+    stages = tp * pp
+    ranks = stages if ranks is None else ranks
+    for name, number in {"tp": tp, "pp": pp, "ranks": ranks, "threads": threads}.items():
+        if number < 1:
+            raise ConfigError(f"--{name} is {number}, expected at least 1")
+        if number > MOST:
+            raise ConfigError(f"--{name} is {number}, expected at most {MOST}, on this one machine")
+    if model == "lesson" and stages > 1:
+        flag = f"--tp is {tp}" if tp > 1 else f"--pp is {pp}"
+        raise ConfigError(f"{flag}, expected 1 for the lesson, whose ranks have the whole model")
+    if model == "lesson" and not (data / "MNIST").is_dir():
+        raise ConfigError(
+            f"--data is {data}, expected the folder that has MNIST, as torchvision's root; give "
+            "that of a checkout, examples/data"
+        )
+    if model == "gpt" and pp > 1:
+        raise ConfigError(f"--pp is {pp}, expected 1 for the GPT, which has no pipeline")
+    if model == "gpt" and models.HEADS % tp:
+        raise ConfigError(f"--tp is {tp}, expected a divisor of the GPT's {models.HEADS} heads")
+    if pp > len(models.SIZES) - 1:
+        raise ConfigError(
+            f"--pp is {pp}, expected at most {len(models.SIZES) - 1}, one stage for each layer"
+        )
+    if ranks % stages:
+        raise ConfigError(f"--ranks is {ranks}, expected a multiple of --tp {tp} times --pp {pp}")
+    return ranks
 
 
 def _train_on_ranks(plan: Plan, ranks: int) -> str:
@@ -143,12 +174,13 @@ def _trained_on_rank(rank: int, plan: Plan) -> str:
 def trained(world: World, plan: Plan) -> str:
     """Train on this rank; return the SHA-256 of the unsharded model's parameters by name."""
     world = world.with_mesh(dp=plan.dp, tp=plan.tp, pp=plan.pp)
-    network = models.train_mlp(world) if plan.model == "mlp" else models.train_gpt(world)
+    network: torch.nn.Module
+    if plan.model == "lesson":
+        network = models.train_lesson(world, plan.data)
+    else:
+        network = models.train_mlp(world) if plan.model == "mlp" else models.train_gpt(world)
     parameters = {
         name: (all_gather(p, part_of(p)) if part_of(p).is_slice else p).detach().cpu()
         for name, p in network.named_parameters()
     }
-    total = hashlib.sha256()
-    for name, t in sorted(ChainMap(*world.gather_results(lambda: parameters)).items()):
-        total.update(name.encode() + t.numpy().astype("<f4").tobytes())
-    return total.hexdigest()
+    return sha256_of(ChainMap(*world.gather_results(lambda: parameters)).items())

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: MIT
+"""The lesson `train_ddp.py` in exact arithmetic: one hash on any ranks, and that of `verify`."""
+
+import re
+from pathlib import Path
+from unittest.mock import patch
+
+import train_ddp
+from commands import lesson
+from fake_data import fashion_mnist
+
+from torchpar.data import load
+from torchpar.exact.verify import models, verify
+from torchpar.parallel import join_world
+
+SAMPLES, EPOCHS, UNIT = 150, 2, 48  # of a batch: units of 48, 48, 48 and 6 samples
+
+
+def hash_of_lesson(root: Path, unit: int = UNIT) -> str:
+    flags = f"--dataset fashion-mnist --data {root} --samples {SAMPLES} --epochs {EPOCHS}"
+    with patch.object(train_ddp, "UNIT", unit):
+        code, out, err = lesson("train_ddp", *flags.split(), "--arithmetic", "exact")
+    assert code == 0, err
+    *_, accuracy, last = out.splitlines() or ["", ""]
+    assert not out or accuracy.startswith("test accuracy ")
+    return last.removeprefix("SHA-256 of the weights: ")
+
+
+def hash_of_verify(root: Path) -> str:
+    train, test = load("fashion-mnist", root)
+    with (
+        patch.multiple(models, LESSON_EPOCHS=EPOCHS, LESSON_UNIT=UNIT),
+        patch.object(models, "load", lambda *_: (train[:SAMPLES], test)),
+        join_world("cpu") as world,
+    ):
+        return verify.trained(world, verify.Plan("lesson", world.world_size))
+
+
+def test_any_ranks_and_the_command_have_one_hash(ranks, tmp_path):
+    root = fashion_mnist(tmp_path, train=SAMPLES, test=20)
+    (expected,) = ranks(1, hash_of_lesson, root)
+    assert re.fullmatch("[0-9a-f]{64}", expected)
+    for world_size in (2, 3):
+        assert ranks(world_size, hash_of_lesson, root) == [expected] + [""] * (world_size - 1)
+    assert ranks(2, hash_of_verify, root) == [expected] * 2
+    assert ranks(1, hash_of_lesson, root, UNIT - 1) != [expected]
+
+
+def test_the_command_trains_with_the_lessons_defaults():
+    flags = train_ddp.Flags()
+    assert (flags.epochs, flags.batch_size) == (models.LESSON_EPOCHS, models.LESSON_BATCH)
+    assert (flags.crop, flags.pool) == (models.LESSON_CROP, models.LESSON_POOL)
+    assert models.LESSON_SIZES[1:-1] == flags.hidden
+    assert (models.LESSON_UNIT, models.LESSON_MUON) == (train_ddp.UNIT, flags.MUON)
+    assert flags.label_smoothing == models.LESSON_SMOOTHING
+    assert (flags.optimizer, flags.schedule, flags.activation) == ("muon", "linear", "sigmoid")
