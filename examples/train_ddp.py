@@ -155,6 +155,11 @@ def main(flags: Flags) -> None:
         )
         make_step = exact_step if is_exact else averaged_step
         step = make_step(flags, model, optimizer, world)
+        if flags.graph and is_exact and world.device.type == "cuda":
+            raise ConfigError(
+                "--arithmetic exact reads numbers back from the GPU within a step, which --graph "
+                "cannot capture; drop one of the two"
+            )
         take_step = graphed(step, optimizer) if flags.graph else step
         task = (WholeBatches if is_exact else Classification)(
             train,
@@ -215,7 +220,6 @@ def exact_step(flags: Flags, model: MLP, optimizer: Optimizer, world: World) -> 
     """Return a step on a whole batch in exact arithmetic, of which this rank takes some units."""
     parallel = exact.DataParallel(model, world.mesh["dp"].get_group())
 
-    @exact.mode()
     def step(x: Tensor, labels: Tensor, global_size: int) -> Tensor:
         units = [*zip(x.split(UNIT), labels.split(UNIT), strict=True)]
         for inputs, targets in units[world.dp_rank :: world.dp_size]:
@@ -228,7 +232,7 @@ def exact_step(flags: Flags, model: MLP, optimizer: Optimizer, world: World) -> 
         optimizer.zero_grad()
         return loss * (global_size / world.dp_size)  # the ranks' parts add up
 
-    return step
+    return exact.mode()(step)
 
 
 class WholeBatches(Classification):

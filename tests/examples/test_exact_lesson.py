@@ -51,6 +51,8 @@ def test_the_command_trains_with_the_lessons_defaults():
     assert (flags.epochs, flags.batch_size) == (models.LESSON_EPOCHS, models.LESSON_BATCH)
     assert (flags.crop, flags.pool) == (models.LESSON_CROP, models.LESSON_POOL)
     assert models.LESSON_SIZES[1:-1] == flags.hidden
-    assert (models.LESSON_UNIT, models.LESSON_MUON) == (train_ddp.UNIT, flags.MUON)
+    assert train_ddp.UNIT == models.LESSON_UNIT
+    muon = tuple(flags.MUON[name] for name in ("lr", "momentum", "weight_decay"))
+    assert muon == models.LESSON_MUON
     assert flags.label_smoothing == models.LESSON_SMOOTHING
     assert (flags.optimizer, flags.schedule, flags.activation) == ("muon", "linear", "sigmoid")

@@ -10,10 +10,15 @@ documented refusal. Where PyTorch refuses, the mode must refuse, too. Otherwise:
 - bits do not depend on threads, the default dtype, inference mode, activation checkpoints, or the
   other rows of the batch.
 
+Some trials take steps of Muon. Its error against float64 is at most twice that of float32, plus the
+rounding of singular values near 0. Its bits do not depend on threads, on the other matrices, on the
+layout of gradients, on how the rate is given, or on a state that is saved and loaded between steps.
+
 The last line's digest is of all bits. With `ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2` it
 must be the same, for the same seed and `--trials`.
 """
 
+import copy
 import hashlib
 import itertools
 import math
@@ -35,6 +40,8 @@ from torch.utils.checkpoint import checkpoint
 
 from torchpar import exact
 from torchpar.errors import ConfigError
+from torchpar.optim import Muon
+from torchpar.optim.newton_schulz import COEFFICIENTS
 
 ROUNDINGS = 4  # of an element's function that is composed of several which round once
 # NaN crashes some of MKL's.
@@ -77,6 +84,9 @@ PRODUCTS = [
 ]
 
 Call = Callable[[], Any]
+MUON = 0.05  # the share of trials of Muon
+# An iteration multiplies a singular value near 0, and its rounding of 2⁻²⁴, by 3.4445.
+SMALL = 4 * 3.4445**5 * 2.0**-24
 
 
 def floats(value: Any) -> list[Tensor]:
@@ -196,6 +206,8 @@ def result_of(call: Call, *contexts: Any) -> Any:
 def trial(rng: random.Random) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if rng.random() < MUON:
+            return muon(rng)
         op, sample, error = draw(rng)
         name = op.name + ("" if not op.variant_test_name else f" ({op.variant_test_name})")
         try:
@@ -204,6 +216,94 @@ def trial(rng: random.Random) -> str:
             raise Found(
                 f"{name}{', gradient' if sample and sample.slopes else ''}: {found}"
             ) from None
+
+
+class Training:
+    """Steps of Muon: first weights, gradients of each step, and arguments."""
+
+    def __init__(self, rng: random.Random):
+        torch.manual_seed(rng.getrandbits(60))
+        sizes = (1, 2, 3, 8, 17, 32, 33, 40)
+        shapes = [(rng.choice(sizes), rng.choice(sizes)) for _ in range(rng.randint(1, 4))]
+        self.weights = [torch.randn(shape) for shape in shapes]
+        scales = [rng.choice([1e-3, 1.0, 30.0]) for _ in range(rng.randint(1, 3))]
+        self.gradients = [[torch.randn(shape) * scale for shape in shapes] for scale in scales]
+        for step in self.gradients:
+            g = rng.choice(step)
+            if rng.random() < 0.5:  # of rank 1, or rows of very different sizes
+                g[:] = g[:1]
+            else:
+                spread([g], rng)
+                g.nan_to_num_(1.0, 1.0, -1.0)
+        self.options = {
+            "lr": rng.choice([0.1, 0.02]),
+            "momentum": rng.choice([0.0, 0.9]),
+            "weight_decay": rng.choice([0.0, 0.1]),
+            "nesterov": rng.random() < 0.5,
+        }
+
+    def take(
+        self, indices: list[int], change: Callable[[Tensor], Tensor], lr: Any, reloads: bool
+    ) -> list[Tensor]:
+        """The weights of some matrices after the steps in the mode."""
+        weights = [self.weights[i].clone().requires_grad_() for i in indices]
+        options = {**self.options, "lr": lr}
+        with exact.mode():
+            optimizer = Muon(weights, **options)
+            for gradients in self.gradients:
+                for p, i in zip(weights, indices, strict=True):
+                    p.grad = change(gradients[i])
+                optimizer.step()
+                if reloads:
+                    state = copy.deepcopy(optimizer.state_dict())
+                    optimizer = Muon(weights, **options)
+                    optimizer.load_state_dict(state)
+        return [p.detach() for p in weights]
+
+    def plain(self, i: int, dtype: torch.dtype) -> Tensor:
+        """The weights of a matrix after the steps, by PyTorch in ``dtype``."""
+        lr, mu, decay = (self.options[name] for name in ("lr", "momentum", "weight_decay"))
+        w = self.weights[i].to(dtype)
+        b, (n, m) = torch.zeros_like(w), w.shape
+        for gradients in self.gradients:
+            g = gradients[i].to(dtype)
+            b = b + (1 - mu) * (g - b)
+            x = g + mu * (b - g) if self.options["nesterov"] else b
+            x = x.T if n > m else x
+            x = x / x.norm().clamp(min=1e-7)
+            for _ in range(5):
+                r = x @ x.T
+                x = COEFFICIENTS[0] * x + (COEFFICIENTS[1] * r + COEFFICIENTS[2] * r @ r) @ x
+            x = x.T if n > m else x
+            w = (1 - lr * decay) * w - lr * max(1.0, n / m) ** 0.5 * x
+        return w
+
+
+def muon(rng: random.Random) -> str:
+    training = Training(rng)
+    lr, every = training.options["lr"], [*range(len(training.weights))]
+    found = training.take(every, torch.clone, lr, False)
+    for i, one in enumerate(found):
+        ideal, native = training.plain(i, torch.float64), training.plain(i, torch.float32)
+        error, of_torch = ((t.double() - ideal).norm().item() for t in (one, native))
+        steps = len(training.gradients) * lr * max(1.0, one.shape[0] / one.shape[1]) ** 0.5
+        bound = 2 * of_torch + SMALL * steps * min(one.shape) ** 0.5 + 2.0**-22 * ideal.norm()
+        if not error <= bound:
+            raise Found(f"Muon of {tuple(one.shape)}: an error of {error:.2g}, above {bound:.2g}")
+    with Threads(2):
+        others = {"2 threads": training.take(every, torch.clone, lr, False)}
+    others["each matrix alone"] = [training.take([i], torch.clone, lr, False)[0] for i in every]
+    others["transposed memory"] = training.take(every, lambda g: g.T.contiguous().T, lr, False)
+    rate = torch.tensor(lr, dtype=rng.choice([torch.float32, torch.float64]))
+    others["a rate in a tensor"] = training.take(every, torch.clone, rate, False)
+    others["a state that is loaded"] = training.take(every, torch.clone, lr, True)
+    for name, other in others.items():
+        if not same(found, other):
+            raise Found(f"Muon, with {name}: {brief_all(other)}, without it: {brief_all(found)}")
+    bits = hashlib.sha256()
+    for t in found:
+        bits.update(bytes_of(t))
+    return bits.hexdigest()
 
 
 def refuses(call: Call) -> str:
@@ -573,7 +673,39 @@ def no_recomputed_functions() -> None:
     dispatch.within = lambda mode: {}
 
 
-FAULTS = {"exp": unfaithful_exp, "rows": dependent_rows, "checkpoint": no_recomputed_functions}
+def rounded_updates() -> None:
+    """Let Muon round its updates to bfloat16, as it does outside of the mode."""
+    global MUON
+    from torchpar.optim import newton_schulz
+
+    MUON = 1.0
+
+    newton_schulz.dtype_of_updates = lambda: torch.bfloat16
+
+
+def fewer_bits_beside_others() -> None:
+    """Let the bits of Muon depend on the other matrices of a batch."""
+    global MUON
+    from torchpar.optim import matrices
+
+    MUON = 1.0
+
+    right = matrices._orthogonalize_batch
+
+    def wrong(straight: list[Tensor], transposed: list[Tensor], *args: Any) -> list[Tensor]:
+        count = len(straight) + len(transposed)
+        return [t * (1 + 2.0**-23 * (count > 1)) for t in right(straight, transposed, *args)]
+
+    matrices._orthogonalize_batch = wrong
+
+
+FAULTS = {
+    "exp": unfaithful_exp,
+    "rows": dependent_rows,
+    "checkpoint": no_recomputed_functions,
+    "rounded-muon": rounded_updates,
+    "batched-muon": fewer_bits_beside_others,
+}
 
 if __name__ == "__main__":
     sys.exit(run(trial, FAULTS))

@@ -573,8 +573,8 @@ class Muon(Optimizer):
     def _rate(self, group: Group, p: Tensor) -> float | Tensor:
         """The group's learning rate: a number, or a tensor on the device of ``p``.
 
-        In exact arithmetic it is a tensor of float32, also where it is given as a number: a CUDA
-        graph's rates are, and the bits must be the same.
+        In exact arithmetic it is a tensor of float32, however it is given: the bits must not depend
+        on that.
         """
         lr: float | Tensor = group["lr"]
         if is_exact():

@@ -2,6 +2,7 @@
 """Optimizers of the examples and benchmarks: SGD, and Muon with SGD."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -34,7 +35,7 @@ def sgd(
             {"params": weights, "weight_decay": weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-    options = {"fused": fused, "foreach": foreach}
+    options: dict[str, Any] = {"fused": fused, "foreach": foreach}
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, **options)
 
 
@@ -58,7 +59,7 @@ def muon(
         mesh: the ranks that have the model, or shards of its layers, and divide Muon's work.
         foreach: as for `torch.optim.SGD`; False for `torchpar.exact.mode`.
     """
-    of_biases = {"lr": lr, "momentum": momentum, "nesterov": momentum > 0, "foreach": foreach}
+    of_biases: dict[str, Any] = {"lr": lr, "momentum": momentum, "nesterov": momentum > 0}
     return Muon.for_model(
         model,
         lr,
@@ -66,6 +67,6 @@ def muon(
         weight_decay=weight_decay,
         ns_steps=ns_steps,
         process_group=mesh,
-        others=partial(torch.optim.SGD, **of_biases),
+        others=partial(torch.optim.SGD, **of_biases, foreach=foreach),
         overrides={name: "muon" for name, p in model.named_parameters() if p.dim() == 2},
     )

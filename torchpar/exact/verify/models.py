@@ -36,7 +36,7 @@ TEXT = 20_000  # characters
 # The lesson's defaults.
 LESSON_SIZES, LESSON_EPOCHS, LESSON_BATCH, LESSON_UNIT = (121, 512, 10), 3, 1024, 512
 LESSON_CROP, LESSON_POOL, LESSON_SMOOTHING = 3, 2, 0.05
-LESSON_MUON = {"lr": 0.5, "momentum": 0.8, "weight_decay": 0.0}
+LESSON_MUON = 0.5, 0.8, 0.0  # learning rate, momentum and weight decay
 
 
 class SplitMLP(nn.Module):
@@ -125,7 +125,7 @@ def train_lesson(world: World, folder: Path) -> MLP:
     with mode():
         torch.manual_seed(0)
         model = MLP(LESSON_SIZES).to(world.device)
-        optimizer = muon(model, **LESSON_MUON, foreach=False)
+        optimizer = muon(model, *LESSON_MUON, foreach=False)
         schedule = LambdaLR(optimizer, lambda step: 1 - step / count)
         _train(model, optimizer, schedule, steps, count, world, LESSON_SMOOTHING)
     return model
