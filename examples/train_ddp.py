@@ -245,7 +245,7 @@ class WholeBatches(Classification):
 def predict_exactly(model: MLP, x: Tensor) -> Tensor:
     """The model's outputs, as tensors that the mode does not watch."""
     with exact.mode():
-        outputs = model(x)
+        outputs: Tensor = model(x)
     return outputs.clone()
 
 
