@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 import train_ddp
 from commands import lesson
 from fake_data import fashion_mnist
@@ -36,6 +37,7 @@ def hash_of_verify(root: Path) -> str:
         return verify.trained(world, verify.Plan("lesson", world.world_size))
 
 
+@pytest.mark.slow
 def test_any_ranks_and_the_command_have_one_hash(ranks, tmp_path):
     root = fashion_mnist(tmp_path, train=SAMPLES, test=20)
     (expected,) = ranks(1, hash_of_lesson, root)
