@@ -249,3 +249,54 @@ def test_an_error_of_the_executor_is_still_a_fault(monkeypatch):
     with emulate() as gpu:
         double[(1,)](x, torch.empty_like(x), 16)
     assert [fault.name for fault in gpu.faults] == ["error of the executor"]
+
+
+# Products in another type than their operands
+
+
+def parts(dtype):
+    return [torch.randn(*shape).to(dtype) for shape in ((3, 40), (40, 5))]
+
+
+PRODUCTS = {
+    "mm": lambda a, b, **o: torch.mm(a, b, **o),
+    "bmm": lambda a, b, **o: torch.bmm(a[None], b[None], **o),
+    "addmm": lambda a, b, **o: torch.addmm(a[0, :5], a, b, beta=0.5, alpha=0.25, **o),
+    "baddbmm": lambda a, b, **o: torch.baddbmm(a[:1, :5], a[None], b[None], beta=0.5, **o),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("operators", ["cpu", "float32"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_has_the_type_that_is_asked_for(name, operators, dtype):
+    a, b = parts(dtype)
+    exact = PRODUCTS[name](a.double(), b.double())
+    with emulate(operators=operators) as gpu, cuda_is_cpu(gpu):
+        found = PRODUCTS[name](a.cuda(), b.cuda(), out_dtype=torch.float32)
+        out = torch.empty_like(found)
+        PRODUCTS[name](a.cuda(), b.cuda(), out_dtype=torch.float32, out=out)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, out)
+    torch.testing.assert_close(found, exact.float())
+    assert not torch.equal(found, exact.to(dtype).float())
+
+
+def test_a_product_is_added_to_itself():
+    a, b = parts(torch.bfloat16)
+    total = torch.ones(3, 5)
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        total = total.cuda()
+        torch.addmm(total, a.cuda(), b.cuda(), out_dtype=torch.float32, out=total)
+    torch.testing.assert_close(total, 1 + a.float() @ b.float())
+
+
+def test_a_product_with_a_type_is_refused_where_a_gpu_refuses_it():
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        a, b = parts(torch.bfloat16)
+        with pytest.raises(NotImplementedError, match="on the host"):
+            torch.mm(a, b, out_dtype=torch.float32)
+        with pytest.raises(RuntimeError, match="out_dtype torch.float16; on a GPU it is"):
+            torch.mm(a.cuda(), b.cuda(), out_dtype=torch.float16)
+    with pytest.raises(NotImplementedError, match="aten::mm.dtype"):
+        torch.mm(a, b, out_dtype=torch.float32)

@@ -36,6 +36,7 @@ from nogpu.triton.emulator import MULTIPROCESSORS, SHARED_BYTES, Emulator
 from nogpu.triton.float32_operators import Float32Operators
 from nogpu.triton.torch_operators import Host
 from nogpu.triton.uncompiled import uncompiled
+from nogpu.triton.wide_products import wide_products
 
 # The first version of Triton whose CompiledKernel has a method __del__, which unloads `module`.
 UNLOADS_SINCE = (3, 8)
@@ -266,6 +267,7 @@ def _install() -> None:
         stack.enter_context(patch.object(compiler, "max_shared_mem", _shared_bytes))
         stack.enter_context(autotuner.changes(present))
         stack.enter_context(uncompiled())
+        stack.enter_context(wide_products(present))
         stack.callback(setattr, active_driver, "_active", active_driver._active)
         active_driver.set_active(Driver())
         patches.push(stack.pop_all())

@@ -42,7 +42,7 @@ class Float32Operators(UncompiledMode):
                 expected = func(
                     *tree_map(_without_values, args), **_mapped(_without_values, kwargs)
                 )
-            except (RuntimeError, NotImplementedError):  # PyTorch knows no types of its results
+            except (RuntimeError, TypeError):  # PyTorch does not find the types of its results
                 return func(*args, **kwargs)
             return _compute(func, args, kwargs, tree_leaves(expected))
 
