@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
+import draw_tests
 import pytest
 import torch
 import triton
@@ -499,3 +500,16 @@ def test_a_mark_without_names_is_refused(suite, mark):
     done = suite(f"import pytest\n@pytest.mark.nogpu_allow{mark}\ndef test(): ...")
     done.assert_outcomes(errors=1)
     assert re.search("nogpu_allow (takes names of faults|does not know)", done.stdout.str())
+
+
+def test_small_tests_are_drawn_by_their_names():
+    tests = [f"test_a.py::test_sum[False-{n}-bfloat16-0.5-1e-08]" for n in range(1, 200)]
+    tests += ["test_a.py::test_other", "test_a.py::test_lengths[D8-[0, 15, 99]-torch.float16]"]
+    assert [draw_tests.size(test) for test in tests[-3:]] == [199, 1, 792]
+    drawn = draw_tests.draw(tests, largest=200, most=4)
+    assert len(drawn) == 5
+    assert "test_a.py::test_other" in drawn
+    assert drawn == draw_tests.draw(tests, largest=200, most=4)
+    assert drawn != draw_tests.draw(tests, largest=200, most=4, seed=1)
+    assert draw_tests.draw(tests, largest=200, most=4, number=2) == drawn[:2]
+    assert len(draw_tests.draw(tests, number=1000, most=1000)) == len(tests)

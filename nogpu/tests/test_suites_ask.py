@@ -296,7 +296,7 @@ def test_a_product_with_a_type_is_refused_where_a_gpu_refuses_it():
         a, b = parts(torch.bfloat16)
         with pytest.raises(NotImplementedError, match="on the host"):
             torch.mm(a, b, out_dtype=torch.float32)
-        with pytest.raises(RuntimeError, match="out_dtype torch.float16; on a GPU it is"):
+        with pytest.raises(RuntimeError, match=r"out_dtype torch\.float16; on a GPU it is"):
             torch.mm(a.cuda(), b.cuda(), out_dtype=torch.float16)
-    with pytest.raises(NotImplementedError, match="aten::mm.dtype"):
+    with pytest.raises(NotImplementedError, match=r"aten::mm\.dtype"):
         torch.mm(a, b, out_dtype=torch.float32)

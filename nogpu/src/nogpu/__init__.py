@@ -11,9 +11,10 @@ A launch passes these folders, one after the other:
   asks and launches), `stages` (of its compiler), `parameters` (of a launch, from its arguments),
   `conditions` and `assumptions` (of the compiled code), `emulator` (the GPU, its launches and
   faults), its `account` (what launches have taken together), `host_memory` (of tensors),
-  `torch_operators` (beside launches), `float32_operators` (which round once), `uncompiled`
-  (functions that PyTorch would compile), `autotuner`, whose state of a call is `tuning`, and
-  `defined_kernels` (those of a project, launched or not).
+  `torch_operators` (beside launches), `float32_operators` (which round once), `wide_products`
+  (in another type than their operands), `uncompiled` (functions that PyTorch would compile),
+  `autotuner`, whose state of a call is `tuning`, and `defined_kernels` (those of a project,
+  launched or not).
 - `machine`: one launch on a `gpu`, whose blocks share its `gpu_state`. What is executed: `parse`
   (text to instructions), `kinds` (of instructions), `decode` (instructions to functions),
   `registers` (kinds of numbers), `block` (warps and barriers), `cluster`, `execute` (steps of a

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Matrix products with ``out_dtype``, which PyTorch computes on a GPU alone.
 
-    torch.addmm(total, a, b, out_dtype=torch.float32, out=total)  # a and b are in bfloat16
+torch.addmm(total, a, b, out_dtype=torch.float32, out=total)  # a and b are in bfloat16
 """
 
 from collections.abc import Callable, Iterator
