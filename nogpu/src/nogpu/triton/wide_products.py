@@ -23,16 +23,16 @@ def wide_products(present: Callable[[], Emulator]) -> Iterator[None]:
     Args:
         present: returns the emulator that knows which tensors those are.
     """
-    library = torch.library.Library("aten", "IMPL", "CPU")  # type: ignore[no-untyped-call]
+    library = torch.library.Library("aten", "IMPL", "CPU")
     try:
         for name in PRODUCTS:
             for overload in (f"{name}.dtype", f"{name}.dtype_out"):
                 # Another emulator, or a later PyTorch, has one.
                 if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{overload}", "CPU"):
-                    library.impl(overload, _product(name, present))  # type: ignore[no-untyped-call]
+                    library.impl(overload, _product(name, present))
         yield
     finally:
-        library._destroy()  # type: ignore[no-untyped-call]
+        library._destroy()
 
 
 def _product(name: str, present: Callable[[], Emulator]) -> Callable[..., Tensor]:
