@@ -64,6 +64,7 @@ OTHERS_FLAGS = {  # of the launchers, pip, pytest, Lightning and .ci/release
         "junitxml",
     ),
     *("maxprocesses", "config", "help", "strict", "tyro_print_completion", "logdir", "torch"),
+    *("collect_only", "timeout"),
 }
 
 
@@ -74,6 +75,7 @@ def our_flags() -> set[str]:
         for folder in ("benchmarks", "torchpar", "tests/fuzz", "nogpu/src")
         for path in (ROOT / folder).rglob("*.py")
     ]
+    paths.append(ROOT / "nogpu" / "tests" / "draw_tests.py")
     parsers = "".join(path.read_text() for path in paths)
     examples = "".join(path.read_text() for path in (ROOT / "examples").rglob("*.py"))
     flags = re.findall(r'"--([a-z][\w-]+)"', parsers) + re.findall(

@@ -49,7 +49,9 @@ def draw(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draw tests of small shapes from a suite.")
-    for name, default in (("number", 150), ("largest", 2**16), ("most", 3), ("seed", 91)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--number", type=int, default=150)
+    parser.add_argument("--largest", type=int, default=2**16)
+    parser.add_argument("--most", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=91)
     collected = [line.rstrip("\n") for line in sys.stdin if TEST.match(line)]
     print(*draw(collected, **vars(parser.parse_args())), sep="\n")

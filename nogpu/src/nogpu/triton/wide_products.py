@@ -27,7 +27,7 @@ def wide_products(present: Callable[[], Emulator]) -> Iterator[None]:
     try:
         for name in PRODUCTS:
             for overload in (f"{name}.dtype", f"{name}.dtype_out"):
-                # Another emulator, or a later PyTorch, has one.
+                # A later PyTorch may have one.
                 if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{overload}", "CPU"):
                     library.impl(overload, _product(name, present))
         yield
