@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""Exact sums of products: float32 rows become integers; tensor cores multiply 8-bit digits.
+"""Exact sums of products: rows become integers, whose 8-bit digits tensor cores multiply.
 
-A row is scaled by a power of two and rounded to integers X, |X| ≤ 2³¹ − 2²⁴, which are cut into
-four signed digits, X = d₀·2²⁴ + d₁·2¹⁶ + d₂·2⁸ + d₃. For rows i of A, with exponents e, and rows j
-of B, with digits c and exponents f, the kernel sums the products of each order s = p + q ≤ 3 in
-int32:
+A row is scaled by a power of two and rounded to integers X. Those of float32, |X| ≤ 2³¹ − 2²⁴, are
+cut into four signed digits, X = d₀·2²⁴ + d₁·2¹⁶ + d₂·2⁸ + d₃. Those of bfloat16 and float16, |X| ≤
+2²³ − 2¹⁶, are cut into three. For rows i of A, with exponents e, and rows j of B, with digits c and
+exponents f, the kernel sums the products of each order s = p + q ≤ 3 in int32:
 
     S_s = Σ_k Σ_{p + q = s} d_p·c_q
     T_ij = ((S₀·2⁸ + S₁)·2⁸ + S₂)·2⁸ + S₃
     (A·Bᵀ)_ij ≈ T_ij · 2^(e_i + f_j − 38)
+
+Of three digits s ≤ 2, T_ij = (S₀·2⁸ + S₁)·2⁸ + S₂, and the unit is 2^(e_i + f_j − 30).
 
 T is an integer, so that neither the tiles nor the order of the sums change its bits. Where int8 is
 slow, digits are float16, which holds them exactly, and S_s is float32, a sum of so few terms that
 it is not rounded.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,12 +39,12 @@ LONGEST = 2**23  # terms, for which T fits in an int64
 
 LIMIT_K = tl.constexpr(16)  # columns of signs at a time; tensor cores need at least 16
 MAX_EXPONENT = tl.constexpr(129)  # A greater exponent marks a row that has a NaN or an infinity.
-WEIGHT = tl.constexpr(38)  # T counts units of 2^(e + f − WEIGHT).
+DIGITS = {torch.float32: 4, torch.bfloat16: 3, torch.float16: 3}
+BELOW_16_BITS = tl.constexpr(2**37 - 1)  # of a float64
 # Added to |x| < 2²², ROUND leaves no bits for a fraction: the sum is rounded to an integer, ties to
 # even, whose bits are ROUND_BITS plus the rounded x.
 ROUND = tl.constexpr(12582912.0)  # 1.5·2²³
 ROUND_BITS = tl.constexpr(0x4B400000)
-HALVES = tl.constexpr(0x00808080)  # half of each digit but the first
 
 
 @triton.jit
@@ -61,21 +64,25 @@ def power(exponents):
 
 
 @triton.jit
-def digits(x, first, second, FLOAT: tl.constexpr):
-    """The four digits of ``X = round(x·first·second·2⁹)`` for ``|x·first·second| < 2²²``.
+def digits(x, first, second, COUNT: tl.constexpr, FLOAT: tl.constexpr):
+    """The digits of ``X = round(x·first·second·2ᵇ)`` for ``|x·first·second| < 2²²``.
 
-    X = 2⁹·h + l, where h is the integer next to the scaled x. The rest is exact, and l is the
-    integer next to it. A compiler may fuse these products and sums: all products are exact, or so
-    small that X is 0.
+    b is 9 for four digits, and 1 for three, where a fourth is 0. X = 2ᵇ·h + l, where h is the
+    integer next to the scaled x. The rest is exact, and l is the integer next to it. A compiler may
+    fuse these products and sums: all products are exact, or so small that X is 0.
     """
-    x = x * first * second
+    SHIFT: tl.constexpr = 8 * COUNT - 23
+    HALVES: tl.constexpr = 0x00808080 if COUNT == 4 else 0x8080  # of each digit but the first
+    x = x.to(tl.float32) * first * second
     h = x + ROUND
-    l = (x - (h - ROUND)) * 512.0 + ROUND  # noqa: E741  # the formula's name
+    l = (x - (h - ROUND)) * 2.0**SHIFT + ROUND  # noqa: E741  # the formula's name
     # Adding the halves and flipping the sign bit of each byte turns the bytes into digits from
     # −128 to 127.
-    offset: tl.constexpr = (HALVES - ROUND_BITS - (ROUND_BITS << 9)) % 2**32
-    x = (h.to(tl.int32, bitcast=True) << 9) + l.to(tl.int32, bitcast=True)
+    offset: tl.constexpr = (HALVES - ROUND_BITS - (ROUND_BITS << SHIFT)) % 2**32
+    x = (h.to(tl.int32, bitcast=True) << SHIFT) + l.to(tl.int32, bitcast=True)
     x = (x + offset) ^ HALVES
+    if COUNT == 3:
+        x = x << 8
     return digit(x >> 24, FLOAT), digit(x >> 16, FLOAT), digit(x >> 8, FLOAT), digit(x, FLOAT)
 
 
@@ -100,10 +107,11 @@ def chain(
     k,
     a_col,
     b_col,
+    COUNT: tl.constexpr,
     EVEN_K: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
-    """T of at most CHAIN terms, int64.
+    """T of at most CHAIN terms of COUNT digits, int64.
 
     Rows where ``a_inside`` or ``b_inside`` is false count as 0.
     """
@@ -125,27 +133,46 @@ def chain(
             b_mask = b_inside[None, :] & (cols < k - start)[:, None]
         a = tl.load(a_tile, mask=a_mask, other=0.0)
         b = tl.load(b_tile, mask=b_mask, other=0.0)
-        a0, a1, a2, a3 = digits(a, a_first[:, None], a_second[:, None], FLOAT)
-        b0, b1, b2, b3 = digits(b, b_first[None, :], b_second[None, :], FLOAT)
+        a0, a1, a2, a3 = digits(a, a_first[:, None], a_second[:, None], COUNT, FLOAT)
+        b0, b1, b2, b3 = digits(b, b_first[None, :], b_second[None, :], COUNT, FLOAT)
         s0 = tl.dot(a0, b0, s0, out_dtype=SUM)
         s1 = tl.dot(a0, b1, s1, out_dtype=SUM)
         s1 = tl.dot(a1, b0, s1, out_dtype=SUM)
         s2 = tl.dot(a0, b2, s2, out_dtype=SUM)
         s2 = tl.dot(a1, b1, s2, out_dtype=SUM)
         s2 = tl.dot(a2, b0, s2, out_dtype=SUM)
-        s3 = tl.dot(a0, b3, s3, out_dtype=SUM)
-        s3 = tl.dot(a1, b2, s3, out_dtype=SUM)
-        s3 = tl.dot(a2, b1, s3, out_dtype=SUM)
-        s3 = tl.dot(a3, b0, s3, out_dtype=SUM)
+        if COUNT == 4:
+            s3 = tl.dot(a0, b3, s3, out_dtype=SUM)
+            s3 = tl.dot(a1, b2, s3, out_dtype=SUM)
+            s3 = tl.dot(a2, b1, s3, out_dtype=SUM)
+            s3 = tl.dot(a3, b0, s3, out_dtype=SUM)
         a_tile += step * a_col
         b_tile += step * b_col
     s0, s1, s2, s3 = s0.to(tl.int32), s1.to(tl.int32), s2.to(tl.int32), s3.to(tl.int32)
-    return (((s0.to(tl.int64) << 8) + s1 << 8) + s2 << 8) + s3
+    total = ((s0.to(tl.int64) << 8) + s1 << 8) + s2
+    if COUNT == 4:
+        total = (total << 8) + s3
+    return total
+
+
+@triton.jit
+def rounded_to(x, dtype: tl.constexpr):
+    """Float64 in another dtype, rounded once.
+
+    On the way to 16 bits x is rounded to odd, to 16 significant bits, which float32 holds: if it
+    changes, the last of them is 1.
+    """
+    if dtype != tl.float32:
+        bits = x.to(tl.int64, bitcast=True)
+        bits = (((bits & BELOW_16_BITS) + BELOW_16_BITS) | bits) & ~BELOW_16_BITS
+        x = bits.to(tl.float64, bitcast=True)
+    return x.to(tl.float32).to(dtype)
 
 
 @triton.jit
 def sign(x):
     """−1, 0 or 1 for finite x, else x; float16."""
+    x = x.to(tl.float32)
     finite = tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
     return tl.where(tl.abs(x) < float("inf"), finite, x).to(tl.float16)
 
@@ -194,11 +221,12 @@ def exact_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    COUNT: tl.constexpr,
     CHAIN: tl.constexpr,
     ONE_CHAIN: tl.constexpr,
     FLOAT: tl.constexpr,
 ):
-    """A tile of T, int64, or of the product rounded to float32.
+    """A tile of T, int64, or of the product, rounded once.
 
     SYMMETRIC says that B is A: the tile is on or below the diagonal, and its transpose is stored
     with it. T is symmetric. The product made of T is symmetric, too, since products by powers of
@@ -226,25 +254,30 @@ def exact_product_kernel(
     b_tile = b_ptr + ((j * b_row)[None, :] + (cols * b_col)[:, None])
     a_inside, b_inside = (i < m) & e_finite, (j < n) & f_finite
     if ONE_CHAIN:
-        total = chain(a_tile, b_tile, a_inside, b_inside, e, f, k, a_col, b_col, EVEN_K, FLOAT)
+        total = chain(
+            a_tile, b_tile, a_inside, b_inside, e, f, k, a_col, b_col, COUNT, EVEN_K, FLOAT
+        )
     else:
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int64)
         step = tl.full((), CHAIN, tl.int64)
         for start in range(0, k, CHAIN):
             terms = tl.minimum(k - start, CHAIN)
             total += chain(
-                a_tile, b_tile, a_inside, b_inside, e, f, terms, a_col, b_col, EVEN_K, FLOAT
+                a_tile, b_tile, a_inside, b_inside, e, f, terms, a_col, b_col, COUNT, EVEN_K, FLOAT
             )
             a_tile += step * a_col
             b_tile += step * b_col
     if out_ptr.dtype.element_ty == tl.int64:
         out = total
     else:
-        out = (total.to(tl.float64) * power(e)[:, None] * power(f - WEIGHT)[None, :]).to(tl.float32)
+        # T counts units of 2^(e + f − 8·COUNT − 6).
+        wide = total.to(tl.float64) * power(e)[:, None] * power(f - (8 * COUNT + 6))[None, :]
+        out = rounded_to(wide, out_ptr.dtype.element_ty)
         if tl.min(e_finite.to(tl.int32)) + tl.min(f_finite.to(tl.int32)) < 2:
             limit = products_of_signs(
                 a_ptr, b_ptr, i, j, m, n, k, a_row, a_col, b_row, b_col, LIMIT_K
             )
+            limit = limit.to(out_ptr.dtype.element_ty)
             out = tl.where(e_finite[:, None] & f_finite[None, :], out, limit)
     out_ptr += batch * m * n
     tl.store(out_ptr + (i[:, None] * n + j[None, :]), out, mask=(i < m)[:, None] & (j < n)[None, :])
@@ -255,17 +288,18 @@ def exact_product_kernel(
 
 
 def exact_product(a: Tensor, b: Tensor, e: Tensor, f: Tensor, wrap: Wrap, *, out: Tensor) -> Tensor:
-    """``a @ b.mT`` of float32 ``a (*, m, k)`` and ``b (*, n, k)`` by exact sums.
+    """``a @ b.mT`` of ``a (*, m, k)`` and ``b (*, n, k)`` by exact sums.
 
     If ``b is a``, half of the product is computed.
 
     Args:
+        a, b: float32, bfloat16 or float16, of one dtype.
         e, f: int32 exponents ``(*, m)`` and ``(*, n)`` of the rows, contiguous: |x| < (1 −
             2⁻⁷)·2^e, and from −149 to 129. A greater exponent marks a row that has a NaN or an
             infinity.
         out: ``(*, m, n)``, contiguous. In int64 it becomes T, whose marked rows and columns mean
-            nothing; in float32 it becomes the product, whose marked rows and columns are NaN or
-            infinite.
+            nothing; in a dtype of floats it becomes the product, whose marked rows and columns are
+            NaN or infinite.
 
     Returns:
         ``out``; exactly symmetric if ``b is a``.
@@ -308,6 +342,7 @@ def _plan(a: Tensor, b: Tensor | None) -> Plan:
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
         "EVEN_K": bool(k % tiles.block_k == 0),
+        "COUNT": DIGITS[a.dtype],
         "CHAIN": terms,
         "ONE_CHAIN": bool(k <= terms),
         "FLOAT": floats,

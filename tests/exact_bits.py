@@ -13,12 +13,19 @@ from torch.nn import functional as F
 import torchpar
 from torchpar import exact
 from torchpar.exact.functions import erf64, exp64, log64, sin64, tanh64
+from torchpar.exact.products import wide_product
 
 RECORDED = {
     "exact_matmul": "283031e2a5cd363d",
     "exact_matmul_t": "18aedb8e5fec8f5e",
     "batch": "a4fb80472d5f5f08",
     "gradient": "d17dfb93ddf54808",
+    "bfloat16": "7ff416fd3ed810be",
+    "bfloat16 in float32": "9982de7bcc3092ed",
+    "float16": "c386642a30f9029e",
+    "float16 in float32": "711fd3f6ef8ba36d",
+    "rows in bfloat16": "4766b501bb461545",
+    "gradients in bfloat16": "468dcbb241dff024",
     "wide": "59289fbf2ea11ddb",  # the functions before they are rounded to float32
     "functions": "6e02f041ce44698a",
     "rows": "172c91a66e348114",
@@ -42,8 +49,14 @@ def products(device: str = "cpu") -> dict[str, str]:
         for seed, shape in enumerate([(130, 257), (65, 257), (600, 40), (3, 33, 17)])
     )
     product = torchpar.exact_matmul(a.requires_grad_(), b)
+    narrow = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        p, q = ((t.detach() * 2.0**-9).to(dtype) for t in (a, b))
+        narrow[str(dtype).removeprefix("torch.")] = torchpar.exact_matmul(p, q)
+        narrow[str(dtype).removeprefix("torch.") + " in float32"] = wide_product(p, q)
     return hashes(
-        {
+        narrow
+        | {
             "exact_matmul": product,
             "exact_matmul_t": torchpar.exact_matmul_t(x),
             "batch": torchpar.exact_matmul(batch, batch.flip(0)),
@@ -85,6 +98,15 @@ def rules(device: str = "cpu") -> dict[str, str]:
         for y in rows[:3]:
             loss = loss + y.square().mean()
         loss.backward()
+        narrow = x.detach().bfloat16().requires_grad_()
+        parts = [narrow[:, i : i + 8] for i in (0, 8, 16)]
+        of_narrow = [
+            F.scaled_dot_product_attention(*parts, is_causal=True),
+            F.layer_norm(narrow, (1009,)),
+            narrow.softmax(1) / 3,
+            F.gelu(narrow).addcmul(narrow, narrow, value=0.3).sum(1),
+        ]
+        torch.autograd.backward([y.float().square().sum() for y in of_narrow])
     of_rows = torch.cat([y.flatten() for y in rows])
     positive = x.detach().abs().double() + 2.0**-20
     wide = torch.stack([function(positive) for function in (exp64, log64, tanh64, erf64, sin64)])
@@ -93,6 +115,8 @@ def rules(device: str = "cpu") -> dict[str, str]:
             "functions": of_elements,
             "rows": of_rows,
             "gradients": x.grad,
+            "rows in bfloat16": torch.cat([y.flatten() for y in of_narrow]),
+            "gradients in bfloat16": narrow.grad,
             "random": torch.stack(drawn),
             "wide": wide,
         }

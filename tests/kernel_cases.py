@@ -18,7 +18,6 @@ from launching import Gpu
 from samples import LAYOUTS, bits, lower_twice
 from torch import Tensor
 
-import torchpar
 from torchpar.kernels import exact_matmul, matmul_t, maximum, sigmoid_backward
 from torchpar.kernels import linear_sigmoid as linear
 from torchpar.kernels.device import Device
@@ -371,6 +370,7 @@ def rows_of_extreme_digits(k: int, odd: int) -> Tensor:
 def exact(
     *matrices: tuple[int, ...] | Tensor,
     dtypes: Sequence[torch.dtype] = (F32,),
+    operand_dtype: torch.dtype = F32,
     layouts: Sequence[str] = ("contiguous", "contiguous"),
     special: bool = False,
     floats: bool = False,
@@ -379,12 +379,13 @@ def exact(
     capability: int = 90,
     **options: Any,
 ) -> Case:
-    """The exact product of two matrices, or of one with itself: the CPU's bits in float32, T in
+    """The exact product of two matrices, or of one with itself: the CPU's bits in floats, T in
     int64.
 
     Args:
         matrices: shapes of `random_rows`, or tensors.
         dtypes: of the results.
+        operand_dtype: of the matrices. In float16 the rows' magnitudes differ less.
         layouts: of the matrices.
         floats: whether the digits are float16, as on a GPU that multiplies int8 slowly.
         terms: of a chain.
@@ -398,6 +399,9 @@ def exact(
             one if isinstance(one, Tensor) else random_rows(*one, special=special)
             for one in matrices
         ]
+        if operand_dtype == torch.float16:
+            drawn = [t.sign() * t.abs() ** 0.2 for t in drawn]
+        drawn = [t.to(operand_dtype) for t in drawn]
         drawn = [LAYOUTS[layout](t) for layout, t in zip(layouts, drawn, strict=False)]
         return [*drawn, *(exact_digits.row_exponents(t)[..., 0] for t in drawn)]
 
@@ -414,9 +418,11 @@ def exact(
 
     def results(*given: Tensor) -> list[Tensor]:
         a, b, e, f = four(given)
-        if torch.int64 not in dtypes:
-            return [torchpar.exact_matmul(a, b)]
-        total = exact_digits.sums(a, b, e[:, None], f[:, None])
-        return [total if dtype == torch.int64 else torchpar.exact_matmul(a, b) for dtype in dtypes]
+        return [one_result(dtype, a, b, e[..., None], f[..., None]) for dtype in dtypes]
+
+    def one_result(dtype: torch.dtype, *given: Tensor) -> Tensor:
+        if dtype == torch.int64:
+            return exact_digits.sums(*given)
+        return exact_digits.product_of_exponents(*given, dtype=dtype)
 
     return Case(operands, run, results, capability=capability, **options)

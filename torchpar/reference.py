@@ -33,21 +33,24 @@ def matmul_t(x: Tensor, block: int = 64) -> Tensor:
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b.T`` for float32 ``a (m, k)`` and ``b (n, k)``, finite, by sums of Python's integers.
+    """``a @ b.T`` for finite ``a (m, k)`` and ``b (n, k)``, by sums of Python's integers.
 
     The fast version is `torchpar.exact_matmul`, with the same bits. `torchpar.ops.exact_digits` has
     the formula.
     """
+    n = 4 if a.dtype == torch.float32 else 3  # digits
+    least = {torch.float32: 149, torch.bfloat16: 133, torch.float16: 24}[a.dtype]
+    significant = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}[a.dtype]
 
     def cut(row: list[float]) -> tuple[int, list[list[int]]]:
-        """The exponent of a row, and four digits of each number."""
+        """The exponent of a row, and the digits of each number."""
         largest, exponent = math.frexp(max(map(abs, row), default=0.0))
         exponent += largest >= 1 - 2**-7
         digits = []
         for x in row:
-            rest = round(math.ldexp(x, 31 - exponent))
+            rest = round(math.ldexp(x, 8 * n - 1 - exponent))
             lower: list[int] = []
-            for _ in range(3):
+            for _ in range(n - 1):
                 lower.insert(0, (rest + 128) % 256 - 128)
                 rest = (rest - lower[0]) // 256
             digits.append([rest, *lower])
@@ -58,12 +61,16 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
     for i, (e, row) in enumerate(map(cut, a.tolist())):
         for j, (f, column) in enumerate(columns):
             total = sum(
-                x[p] * y[q] * 256 ** (3 - p - q)
+                x[p] * y[q] * 256 ** (n - 1 - p - q)
                 for x, y in zip(row, column, strict=True)
-                for p in range(4)
-                for q in range(4 - p)
+                for p in range(n)
+                for q in range(n - p)
             )
-            c[i, j] = math.ldexp(total, e + f - 38)
+            value = math.ldexp(total, e + f - 8 * n - 6)
+            # A multiple of the last place, so that rounding to the dtype changes nothing.
+            place = max(math.frexp(value)[1] - significant, -least)
+            nearest = math.ldexp(round(math.ldexp(value, -place)), place)
+            c[i, j] = math.copysign(nearest, value)
     return c.to(a)
 
 

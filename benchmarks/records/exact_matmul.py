@@ -14,7 +14,7 @@ from .linear_sigmoid import layer_text
 from .matmul_t import gram, gram_shapes, gram_work
 from .record import Operator, Refused, SmallCall, Workload
 
-FLOAT32 = (torch.float32,)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _work(m: int, k: int, n: int) -> Sequence[tuple[int, int]]:
@@ -30,9 +30,9 @@ EXACT_MATMUL = Operator(
     name="exact_matmul",
     kernels={"exact_product_kernel"},
     other_kernels={"fp32_matmul": {"fp32_matmul_kernel"}},
-    native=lambda a, b: (a.double() @ b.double().mT).float(),
+    native=lambda a, b: (a.double() @ b.double().mT).to(a.dtype),
     formula=lambda a, b: a @ np.swapaxes(b, -1, -2),
-    dtypes=FLOAT32,
+    dtypes=DTYPES,
     shapes=("mnk", "mok"),
     cases=[
         ((0, 3), (4, 3)),
@@ -45,7 +45,12 @@ EXACT_MATMUL = Operator(
     local=3,
     refused=[
         Refused(
-            (ones(3, 2).double(), ones(3, 2)), "a has dtype torch.float64, expected torch.float32"
+            (ones(3, 2).double(), ones(3, 2)),
+            "a has dtype torch.float64, expected float32, bfloat16 or float16",
+        ),
+        Refused(
+            (ones(3, 2), ones(3, 2).half()),
+            "b has dtype torch.float16 and a torch.float32, expected one dtype; cast one",
         ),
         Refused((ones(3), ones(3)), "a has shape (3,), expected (*, m, k)"),
         Refused((ones(3, 2), ones(2, 3)), "b is (2, 3) on {where}, expected (n, 2) on {where}"),
@@ -64,7 +69,7 @@ EXACT_MATMUL = Operator(
             cpu=[(n, n, n) for n in (256, 1024, 2048)],
             gpu=[(n, n, n) for n in (1024, 2048, 4096, 8192)],
             text=layer_text,
-            dtypes=FLOAT32,
+            dtypes=DTYPES,
         ),
         Workload(
             name="exact_matmul_t",
@@ -76,7 +81,7 @@ EXACT_MATMUL = Operator(
             cpu=[(n, n) for n in (256, 1024, 2048)],
             gpu=[(n, n) for n in (1024, 2048, 4096, 8192)],
             compiled=[(256, 256), (1024, 1024), (4096, 4096)],
-            dtypes=FLOAT32,
+            dtypes=DTYPES,
         ),
     ],
     call=SmallCall(_by_digits, lambda n: [(n, n), (n, n)], differentiable=False),

@@ -116,9 +116,9 @@ def test_what_cannot_be_added_is_refused():
         with pytest.raises(ConfigError, match="frozen or unfrozen after DataParallel was made"):
             parallel.backward(model(x).sum())
         with pytest.raises(
-            ConfigError, match=r"weight is torch\.bfloat16, expected a parameter of float32"
+            ConfigError, match=r"weight is torch\.float64, expected a parameter of float32"
         ):
-            exact.DataParallel(torch.nn.Linear(3, 2, dtype=torch.bfloat16))
+            exact.DataParallel(torch.nn.Linear(3, 2, dtype=torch.float64))
 
 
 # Split models

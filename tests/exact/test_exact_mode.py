@@ -239,18 +239,17 @@ def step(**options: bool) -> None:
 
 
 COMPLEX, SPARSE = torch.ones(3) + 1j, torch.eye(3).to_sparse()  # which the mode does not make
-HALF = torch.ones(3, 3, dtype=torch.float16)
+WIDE = torch.ones(3, 3, dtype=torch.float64)
 # Some of these forms of an operator would give other results than PyTorch's, silently.
 REFUSED: dict[str, Any] = {
     r"no exact version of aten\.erfc\.default; make it of other": lambda: torch.ones(3).erfc(),
     r"no exact version of aten\.cumsum\.default for these": lambda: (torch.ones(3) / 3).cumsum(0),
     r"no exact version of aten\.cumsum\.default; make": lambda: TEXT.cumsum(0, dtype=torch.float32),
-    r"takes float32, an operand is torch\.bfloat16": lambda: HALF.bfloat16() @ HALF.bfloat16(),
-    r"takes float32, .* torch\.float16": lambda: F.scaled_dot_product_attention(
-        *3 * [IMAGE.half()]
+    r"and float16, an operand is torch\.float64": lambda: torch.ones(3).double().sum(),
+    r"takes float32, .* torch\.float64": lambda: F.scaled_dot_product_attention(
+        *3 * [IMAGE.double()]
     ),
-    r"takes float32, an operand is torch\.float64": lambda: torch.ones(3).double().sum(),
-    r"takes float32, an operand is torch\.float16": lambda: HALF.scatter_add(0, HALF.long(), HALF),
+    r"float16, an operand is torch\.float64": lambda: WIDE.scatter_add(0, WIDE.long(), WIDE),
     "foreach.*; give foreach=False to clip_grad_norm_": lambda: step(foreach=True),
     "fused.*, no fused=True": lambda: step(fused=True),
     r"no exact version of aten\.sum\.default": lambda: COMPLEX.sum(),
@@ -354,7 +353,7 @@ def test_a_model_without_values_has_shapes():
         with torch.device("meta"):
             assert nn.Embedding(9, 8).weight.is_meta  # drawn by a rule
         assert shapes("meta") == shapes("cpu")
-        with pytest.raises(ConfigError, match=r"takes float32, an operand is torch\.float64"):
+        with pytest.raises(ConfigError, match=r"float16, an operand is torch\.float64"):
             torch.ones(3, dtype=torch.float64, device="meta").sum()
 
 

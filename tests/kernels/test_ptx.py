@@ -12,7 +12,7 @@ import mutants
 import pytest
 import torch
 from exact_operands import HARD
-from kernel_cases import F16, F32, F64, Case
+from kernel_cases import BF16, F16, F32, F64, Case
 from launching import Gpu
 from products import PRODUCTS
 
@@ -147,6 +147,14 @@ DEFAULTS = {
     "exact_matmul, symmetric": cases.exact((40, 20)),
     "exact_matmul, special values": cases.exact(
         (33, 40), (20, 40), special=True, tiles=Tiles(16, 16, 32, 1, 2)
+    ),
+    "exact_matmul of bfloat16": cases.exact(
+        (33, 40),
+        (20, 40),
+        operand_dtype=BF16,
+        dtypes=[BF16, F32],
+        special=True,
+        tiles=Tiles(16, 16, 32, 1, 2),
     ),
     "exact_matmul, no rows": cases.exact((0, 2), (3, 2)),
     "exact_matmul, no batches": cases.exact((0, 3, 5)),
@@ -323,6 +331,24 @@ OTHERS = {
     "exact_matmul, longest chain": extreme_digits(
         exact_matmul.CHAIN + 1, Tiles(16, 16, 32, 1, 3), capability=80
     ),
+    "exact_matmul of float16": cases.exact(
+        (33, 129), (20, 129), operand_dtype=F16, dtypes=[F16, torch.int64], special=True, terms=64
+    ),
+    "exact_matmul of bfloat16, symmetric": cases.exact(
+        (40, 20), operand_dtype=BF16, dtypes=[BF16], layouts=["transposed"]
+    ),
+    "exact_matmul of bfloat16, sm_80": cases.exact(
+        (40, 72), (24, 72), operand_dtype=BF16, dtypes=[BF16], capability=80
+    ),
+    "exact_matmul of bfloat16 by float16": cases.exact(
+        (33, 40), (20, 40), operand_dtype=BF16, dtypes=[BF16, F32], special=True, **BY_FLOAT16
+    ),
+    **{
+        f"exact_matmul of {dtype}, {name}": cases.exact(
+            *HARD[name], operand_dtype=dtype, dtypes=[dtype], tiles=Tiles(16, 16, 32, 1, 2)
+        )
+        for name, dtype in (("subnormal", BF16), ("ties of X", F16), ("ties of sums", BF16))
+    },
     "exact_matmul by float16": cases.exact((2, 33, 35), layouts=["stepped"], **BY_FLOAT16),
     "exact_matmul by float16, batches, large tiles": cases.exact(
         (2, 1, 33, 35), (2, 1, 5, 35), layouts=["offset", "expanded"], **BY_FLOAT16

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from itertools import product
 from unittest.mock import patch
 
 import exact_bits
@@ -20,6 +21,7 @@ from torch.testing import assert_close
 
 from torchpar import exact_matmul, exact_matmul_t, reference
 from torchpar.errors import ConfigError
+from torchpar.exact.products import wide_product
 from torchpar.ops import exact_digits
 
 
@@ -27,22 +29,69 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     assert torch.equal(bits(actual.cpu()), bits(expected.cpu()))
 
 
+# The error beside half an ulp for each term; significant bits, and the exponents of the largest
+# numbers and of normal ones.
+BOUNDS = {
+    torch.float32: (2.0**-27, 24, 128, -126),
+    torch.bfloat16: (2.0**-20, 8, 128, -126),
+    torch.float16: (2.0**-20, 11, 16, -14),
+}
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("name", HARD)
-def test_hard_products(name: str, device: str) -> None:
+def test_hard_products(name: str, dtype: torch.dtype, device: str) -> None:
     """The reference's bits, and at most the documented error beyond half an ulp."""
-    a, b = (t.to(device) for t in HARD[name])
+    most = torch.finfo(dtype).max
+    a, b = (t.clamp(-most, most).to(dtype).to(device) for t in HARD[name])
     found = exact_matmul(a, b)
     assert_same_bits(found, reference.exact_matmul(a, b))
     assert_same_bits(exact_matmul_t(a), reference.exact_matmul(a, a))
+    in_float32 = wide_product(a, b)
+    assert_within_bound(found, a, b, *BOUNDS[dtype])
+    assert_within_bound(in_float32, a, b, BOUNDS[dtype][0], *BOUNDS[torch.float32][1:])
+
+
+def assert_within_bound(
+    found: Tensor, a: Tensor, b: Tensor, term: float, significant: int, most: int, least: int
+) -> None:
     a, b, found = a.cpu().double(), b.cpu().double(), found.cpu().double()
     exact = [[math.fsum(products) for products in row] for row in (a[:, None] * b).tolist()]
     exact, found = (
-        t.clamp(-(2.0**128), 2.0**128) for t in (torch.tensor(exact, dtype=torch.float64), found)
+        t.clamp(-(2.0**most), 2.0**most) for t in (torch.tensor(exact, dtype=torch.float64), found)
     )
-    larger = torch.maximum(found.abs(), exact.abs()).clamp(min=2.0**-126)
-    half_ulp = 2 ** (larger.frexp().exponent.double() - 25)
+    larger = torch.maximum(found.abs(), exact.abs()).clamp(min=2.0**least)
+    half_ulp = 2 ** (larger.frexp().exponent.double() - significant - 1)
     largest = a.abs().amax(1, keepdim=True) * b.abs().amax(1)
-    assert ((found - exact).abs() <= half_ulp + a.shape[1] * 2.0**-27 * largest).all()
+    assert ((found - exact).abs() <= half_ulp + a.shape[1] * term * largest).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("outliers", [1.0, 1000.0])
+def test_errors_of_16_bits_are_at_most_twice_pytorchs(outliers: float, dtype: torch.dtype) -> None:
+    """Of rows with outliers, whose products with the other operand's zeros do not hide an error."""
+    a, b = random(64, 1024), random(48, 1024, seed=1)
+    a[:, ::97] *= outliers
+    b[:, ::97] *= outliers == 1
+    a, b = a.to(dtype), b.to(dtype)
+    exact = a.double() @ b.double().mT
+    error, torchs = ((y.double() - exact).abs().max() for y in (exact_matmul(a, b), a @ b.mT))
+    assert error <= 2 * torchs
+    # Two digits would not do.
+    coarse = [(t.double() * 2.0**15 / 4096 / outliers).round() for t in (a, b)]
+    by_two = (coarse[0] @ coarse[1].mT * (4096 * outliers / 2.0**15) ** 2).to(dtype)
+    assert (by_two.double() - exact).abs().max() > 2 * torchs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_product_is_rounded_once(dtype: torch.dtype) -> None:
+    """Float32 is no stop on the way: it would lose which side of a middle the sum is on."""
+    middle = 1 + torch.finfo(dtype).eps / 2
+    a = torch.tensor([[middle - 0.5, 0.5, 2.0**-12], [middle - 0.5, 0.5, -(2.0**-12)]])
+    b = torch.tensor([[1.0, 1.0, 2.0**-14], [1.0, 1.0, 0.0]])
+    found = exact_matmul(a.to(dtype), b.to(dtype))
+    above = torch.nextafter(torch.tensor(1.0, dtype=dtype), torch.tensor(2.0, dtype=dtype))
+    assert found.tolist() == [[above.item(), 1.0], [1.0, 1.0]]
 
 
 # The same bits, whatever computes them.
@@ -89,23 +138,28 @@ CONSTANTS = [
 ]
 
 
-@pytest.mark.parametrize("constants", CONSTANTS, ids=str)
+@pytest.mark.parametrize(
+    "constants, dtype",
+    [*product(CONSTANTS, [torch.float32]), *product(CONSTANTS[1:], [torch.bfloat16])],
+    ids=str,
+)
 def test_blocks_and_chains_do_not_matter(
-    constants: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    constants: dict[str, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = [(exact_matmul(a, b), exact_matmul(a, a.clone())) for a, b in PAIRS]
-    assert_same_bits(expected[0][0], reference.exact_matmul(*PAIRS[0]))
+    pairs = [[(t * 2.0**-9).to(dtype) for t in pair] for pair in PAIRS]
+    expected = [(exact_matmul(a, b), exact_matmul(a, a.clone())) for a, b in pairs]
+    assert_same_bits(expected[0][0], reference.exact_matmul(*pairs[0]))
     for name, value in constants.items():
         monkeypatch.setattr(exact_digits, name, value)
     for int8 in (False, True):
         calls = by_int8(monkeypatch) if int8 else []
-        for (a, b), (product, square) in zip(PAIRS, expected, strict=True):
+        for (a, b), (found, square) in zip(pairs, expected, strict=True):
             for x, y in ((a, b), (a.mT.contiguous().mT, b.mT.contiguous().mT)):
-                assert_same_bits(exact_matmul(x, y), product)
+                assert_same_bits(exact_matmul(x, y), found)
                 assert_same_bits(exact_matmul_t(x), square)
         assert any(calls) == int8
     with pytest.raises(AssertionError):
-        assert_same_bits(PAIRS[0][0] @ PAIRS[0][1].mT, expected[0][0])
+        assert_same_bits(pairs[0][0].float() @ pairs[0][1].float().mT, expected[0][0].float())
 
 
 @pytest.mark.parametrize("k", [exact_digits.CHAIN, exact_digits.CHAIN + 1])

@@ -19,11 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchpar.exact.products import wide_product
 from torchpar.exact.reductions import softmax
-from torchpar.exact.registry import rule
+from torchpar.exact.registry import rule, wide
 from torchpar.exact.sums import exact_sum
 from torchpar.ops import exact_matmul
-from torchpar.ops.exact_digits import MAX_EXPONENT, product_of_exponents, row_exponents, scaled
+from torchpar.ops.exact_digits import (
+    DIGITS,
+    MAX_EXPONENT,
+    product_of_exponents,
+    row_exponents,
+    scaled,
+)
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 # Octaves below the power of two above a key, so that its product with a weight is finite.
@@ -50,7 +57,7 @@ def product_by_keys(p: Tensor, v: Tensor) -> Tensor:
 # PyTorch calls this operator on a CPU, without dropout. Its backward pass gets O and P.
 
 
-@rule("_scaled_dot_product_flash_attention_for_cpu", private=True)
+@rule("_scaled_dot_product_flash_attention_for_cpu", narrow=True, private=True)
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -61,28 +68,28 @@ def _attention(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """O and P, for ``q (*, m, d)`` and ``k (*, n, d)``.
+    """O, and P in float32, for ``q (*, m, d)`` and ``k (*, n, d)``.
 
     The mask is of booleans, or of numbers that are added to the scores.
     """
-    scores = exact_matmul(q, k) * _scale(q, scale)
+    scores = wide_product(q, k) * _scale(q, scale)
     if not k.shape[-2]:
         return q.new_zeros(*q.shape[:-1], v.shape[-1]), scores
     if causal:  # a query attends to its own position and to earlier ones
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if attn_mask is not None:
         is_added = attn_mask.dtype != torch.bool
-        scores = scores + attn_mask if is_added else scores.masked_fill(~attn_mask, -math.inf)
+        scores = scores + wide(attn_mask) if is_added else scores.masked_fill(~attn_mask, -math.inf)
     p = torch.where((scores == -math.inf).all(-1, True), 0.0, softmax(scores, -1))
     p = p.tril() if causal else p  # 0 also where the row is NaN
-    return product_by_keys(p, v), p
+    return product_by_keys(p, wide(v)).to(q.dtype), p
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
     return 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
 
 
-@rule("_scaled_dot_product_flash_attention_for_cpu_backward", private=True)
+@rule("_scaled_dot_product_flash_attention_for_cpu_backward", narrow=True, private=True)
 def _attention_backward(
     g: Tensor,
     q: Tensor,
@@ -96,13 +103,15 @@ def _attention_backward(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dp = exact_matmul(g, v)
+    dp, dtype = wide_product(g, v), q.dtype
     ds = (
         p
         * (dp - exact_sum(dp.double() * p.double(), [-1], keepdim=True).float())
         * _scale(q, scale)
     )
-    return exact_matmul(ds, k.mT), exact_matmul(ds.mT, q.mT), exact_matmul(p.mT, g.mT)
+    g, q, k = map(wide, (g, q, k))
+    dq, dk, dv = exact_matmul(ds, k.mT), exact_matmul(ds.mT, q.mT), exact_matmul(p.mT, g.mT)
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
 def scaled_dot_product_attention(
@@ -117,13 +126,17 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` by the rules above, on any device.
 
-    It takes any shapes. A row that attends to nothing is 0. With dropout or another dtype,
-    PyTorch's function computes, by products and a softmax.
+    It takes any shapes. A row that attends to nothing is 0. With dropout PyTorch's function
+    computes, by products and a softmax.
     """
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(times, -3) for t in (key, value))
-    if dropout_p or query.dtype != torch.float32:
+    kind = query.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = (t.to(dtype) for t in (query, key, value))
+    if dropout_p or query.dtype not in DIGITS:
         attend = torch.nn.functional.scaled_dot_product_attention
         return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     batch = torch.broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))
@@ -175,7 +188,7 @@ class _OfMask(torch.autograd.Function):
         of_products = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             g, q, k, v, out, p, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale
         )
-        # Here, unlike in a rule, the mode computes, which sums float32 alone.
-        dp = exact_matmul(g, v)
+        # Here, unlike in a rule, the mode computes, which sums no float64.
+        dp = exact_matmul(wide(g), wide(v))
         ds = p * (dp - (dp * p).sum(-1, keepdim=True))
-        return *of_products, ds.sum_to_size(mask.shape), None, None
+        return *of_products, ds.sum_to_size(mask.shape).to(mask.dtype), None, None

@@ -23,6 +23,7 @@ from torchpar.errors import ConfigError
 from torchpar.exact.dispatch import is_active, ordinary
 from torchpar.exact.sums import exponents_of
 from torchpar.library.sharding import is_dtensor
+from torchpar.ops.exact_digits import DIGITS, rounded_to
 from torchpar.parallel.launch.agreement import check_same_bits
 
 _WIDTH = 30
@@ -57,15 +58,15 @@ class BinnedSum:
                 self.bins.zero_()
             self.top = top
 
-    def total(self) -> Tensor | None:
-        """The sum in float32; NaN if a term was not finite, None if there is no term."""
+    def total(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """The sum, rounded once; NaN if a term was not finite, None if there is no term."""
         if self.top == _NONE:
             return None
         if self.top >= _UNUSUAL:
-            return torch.full_like(self.bins[0], torch.nan, dtype=torch.float32)
+            return torch.full_like(self.bins[0], torch.nan, dtype=dtype)
         upper, lower = self.bins
         total: Tensor = upper * 2.0**_WIDTH + lower
-        return (total * 2.0 ** (_WIDTH * (self.top - 1))).float()
+        return rounded_to(total * 2.0 ** (_WIDTH * (self.top - 1)), dtype)
 
 
 class DataParallel:
@@ -78,7 +79,7 @@ class DataParallel:
         optimizer.step()
 
     Args:
-        model: its parameters are the same on every rank, and float32.
+        model: its parameters are the same on every rank, and float32, bfloat16 or float16.
         group: the ranks that share the units; by default only this rank.
 
     Raises:
@@ -93,10 +94,11 @@ class DataParallel:
         self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         for name, p in model.named_parameters():
-            if p.requires_grad and (is_dtensor(p) or p.dtype != torch.float32):
+            if p.requires_grad and (is_dtensor(p) or p.dtype not in DIGITS):
                 kind = "a DTensor" if is_dtensor(p) else str(p.dtype)
                 raise ConfigError(
-                    f"{name} is {kind}, expected a parameter of float32, replicated on all ranks"
+                    f"{name} is {kind}, expected a parameter of float32, bfloat16 or float16, "
+                    "replicated on all ranks"
                 )
         self.group = group
         self._is_checked = False
@@ -171,9 +173,9 @@ class DataParallel:
             dist.all_reduce(flat, group=self.group)
             for b, part in zip(bins, flat.split([b.numel() for b in bins]), strict=True):
                 b.copy_(part.view_as(b))
-        *gradients, loss = (binned.total() for binned in self._sums)
-        for p, gradient in zip(self.parameters, gradients, strict=True):
-            p.grad = gradient
+        loss = self._sums[-1].total()
+        for p, binned in zip(self.parameters, self._sums, strict=False):
+            p.grad = binned.total(p.dtype)
         self._restart()
         if loss is None:
             raise ConfigError(

@@ -37,13 +37,16 @@ from torchpar.exact.registry import (
     EXACT_RULES,
     INTEGERS,
     METADATA,
+    NARROW,
     PASSING,
     PRIVATE,
+    STATISTICS,
     Result,
     Rule,
 )
 from torchpar.exact.watch import Watch, marks
 from torchpar.exact.within import within
+from torchpar.ops.exact_digits import DIGITS, rounded_to
 
 _FUNCTIONS: dict[object, Callable[..., Tensor]] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
@@ -74,7 +77,8 @@ def mode() -> Iterator[None]:
     that computes with its tensors what depends on the processor.
 
     Raises:
-        ConfigError: an operator that has no exact version, or a dtype other than float32.
+        ConfigError: an operator that has no exact version, or floats of another dtype than float32,
+            bfloat16 and float16.
     """
     if is_active():
         yield
@@ -157,6 +161,7 @@ class _Operators(TorchDispatchMode):
         kwargs, (known, own_rule, _) = dict(kwargs or {}), _look_up(func)
         kind, foreign = kind_of(func, [*args, *kwargs.values()])
         if kind == "passing":
+            args = _rounded_once(func, args, kwargs)
             with torch._C.DisableTorchFunction():
                 result = func(*args, **kwargs)
             if known == "passing" or not _has_float(result):
@@ -168,10 +173,11 @@ class _Operators(TorchDispatchMode):
                     *tree_map_only(Tensor, torch.clone, args),
                     **tree_map_only(Tensor, torch.clone, kwargs),
                 )
-            native = () if name in PRIVATE else check_native(func, args, kwargs)
+            native = () if name in PRIVATE else check_native(func, _saved(name, args), kwargs)
             if own_rule is not None:
-                # Rules do not call attention, and their calls are many.
-                with torch._C.DisableTorchFunction():
+                # Rules do not call attention, and their calls are many. Autocast would change
+                # their dtypes.
+                with torch._C.DisableTorchFunction(), torch._C._DisableAutocast():
                     return _call_rule(own_rule, func, args, kwargs, native)
         if not foreign and kind == known:
             with self:  # without autograd, composite operators arrive here undecomposed
@@ -289,6 +295,26 @@ def _is_implicit(func: Operator) -> bool:
 
 
 @cache
+def _is_cast(func: Operator) -> bool:
+    return func._schema.name in ("aten::copy_", "aten::_to_copy")
+
+
+def _rounded_once(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+    """The arguments, where in a cast to 16 bits the operand is rounded already.
+
+    PyTorch would round wider operands to float32 before.
+    """
+    if not _is_cast(func):
+        return args
+    place = int(len(args) > 1)  # of the operand; the target comes before it
+    dtype = kwargs.get("dtype") if place == 0 else args[0].dtype
+    operand = args[place]
+    if dtype not in NARROW or operand.dtype in DIGITS or operand.dtype.itemsize < 4:
+        return args
+    return [*args[:place], rounded_to(operand.double(), dtype), *args[place + 1 :]]
+
+
+@cache
 def _returns_views(func: Operator) -> bool:
     """Whether an operator's results may be operands, or views of them, that it does not change."""
     return func.is_view or (_is_implicit(func) and not func._schema.is_mutable)
@@ -304,6 +330,16 @@ def _composition(func: Operator) -> Callable[..., object]:
             return partial(func._op_dk, key)
         composition = decomposition_table.get(func, composition)
     return composition
+
+
+def _saved(name: str, args: Sequence[Any]) -> Sequence[Any]:
+    """The operands, with a norm's statistics in the dtype in which PyTorch saves them on a CPU."""
+    places = STATISTICS.get(name.removesuffix("_backward"))
+    if places is None or not name.endswith("_backward") or args[places[0]].dtype not in NARROW:
+        return args
+    operand, mean, deviation, weight = places
+    like = args[operand] if args[weight] is None else args[weight]
+    return [one.to(like.dtype) if i in (mean, deviation) else one for i, one in enumerate(args)]
 
 
 def _call_rule(
@@ -343,7 +379,7 @@ def _written(
     results = result if isinstance(result, tuple) else (result,)
     for into, found in zip(outs, results, strict=True):
         assert found is not None
-        if into.dtype != found.dtype:
+        if into.dtype != found.dtype and into.dtype not in NARROW:
             raise ConfigError(
                 f"out is {into.dtype}, expected {found.dtype}, in which {func} is exact"
             )
@@ -360,17 +396,24 @@ def _as_native(func: Operator, result: Result, native: Sequence[Metadata | None]
     if isinstance(result, Tensor):
         (expected,) = native
         return _in_order(func, result, expected)
+    keeps_float32 = func._schema.name.removeprefix("aten::") in STATISTICS
     return tuple(
         [
-            None if found is None else _in_order(func, found, expected)
-            for found, expected in zip(result, native, strict=True)
+            None if found is None else _in_order(func, found, expected, i and keeps_float32)
+            for i, (found, expected) in enumerate(zip(result, native, strict=True))
         ]
     )
 
 
-def _in_order(func: Operator, found: Tensor, expected: Metadata | None) -> Tensor:
+def _in_order(
+    func: Operator, found: Tensor, expected: Metadata | None, keeps_float32: bool | int = False
+) -> Tensor:
     if expected is None:
         return found
+    if expected.dtype in NARROW and found.dtype == torch.float32:
+        if keeps_float32:
+            return found
+        found = found.to(expected.dtype)
     if (found.shape, found.dtype) != (expected.shape, expected.dtype):
         raise RuntimeError(
             f"the rule of {func} returns {found.dtype} of shape {tuple(found.shape)}, "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.exact.registry import EXACT_RULES, check_float32, rule, times
+from torchpar.exact.registry import EXACT_RULES, NARROW, check_dtypes, rule, times, widened
 from torchpar.ops.exact_digits import power_of_two
 
 # ln 2 in a part of 32 bits, whose products with exponents are exact, and the rest.
@@ -88,7 +88,7 @@ def in_pieces(function: Callable[..., Tensor], *operands: object, **options: obj
     Operands that are not tensors, and options, are passed on.
     """
     tensors = [x for x in operands if isinstance(x, Tensor)]
-    check_float32(*tensors)
+    check_dtypes(*tensors)
     shape = torch.broadcast_shapes(*(x.shape for x in tensors))
     flat = [x.expand(shape).reshape(-1) for x in tensors]
     out = torch.empty(shape, dtype=torch.float32, device=flat[0].device).view(-1)
@@ -343,16 +343,18 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "gelu": _gelu,
     "gelu_backward": _gelu_backward,
 }
-EXACT_RULES.update({name: partial(in_pieces, function) for name, function in _FUNCTIONS.items()})
 # One operation at a time: a processor may fuse a product and a sum, which rounds once
-EXACT_RULES.update(
-    add=lambda x, y, alpha=1: x + times(y, alpha),
-    sub=lambda x, y, alpha=1: x - times(y, alpha),
-    rsub=lambda x, y, alpha=1: y - times(x, alpha),
-    addcmul=lambda x, a, b, *, value=1: x + times(a, value) * b,
-    addcdiv=lambda x, a, b, *, value=1: x + times(a, value) / b,
-    lerp=_lerp,
-)
+_STEPS: dict[str, Callable[..., Tensor]] = {
+    "add": lambda x, y, alpha=1: x + times(y, alpha),
+    "sub": lambda x, y, alpha=1: x - times(y, alpha),
+    "rsub": lambda x, y, alpha=1: y - times(x, alpha),
+    "addcmul": lambda x, a, b, *, value=1: x + times(a, value) * b,
+    "addcdiv": lambda x, a, b, *, value=1: x + times(a, value) / b,
+    "lerp": _lerp,
+}
+for _name, _function in _FUNCTIONS.items():
+    EXACT_RULES[_name] = widened(partial(in_pieces, _function))
+EXACT_RULES.update({name: widened(steps) for name, steps in _STEPS.items()})
 
 
 @rule("sqrt", any_dtype=True)
@@ -372,7 +374,7 @@ def _pow(x: Any, exponent: Any) -> Tensor:
     dtype = torch.result_type(x, exponent)
     if not dtype.is_floating_point:
         return torch.pow(x, exponent)
-    check_float32(torch.empty(0, dtype=dtype))
+    check_dtypes(torch.empty(0, dtype=dtype))
     if not isinstance(exponent, Tensor):
         return in_pieces(_pow_number, x.to(dtype), float(exponent))
     base = x.to(dtype) if isinstance(x, Tensor) else torch.full_like(exponent, x, dtype=dtype)
@@ -391,4 +393,7 @@ def _arange(*bounds: float, **options: Any) -> Tensor:
             f"arange{bounds} in exact arithmetic expects whole numbers; scale their range"
         )
     numbers: Tensor = torch.arange(*bounds, **options)
-    return numbers
+    if numbers.dtype not in NARROW:
+        return numbers
+    # PyTorch rounds the first number of each vector, and counts from it.
+    return torch.arange(*bounds, **options | {"dtype": torch.float32}).to(numbers.dtype)

@@ -3,27 +3,47 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from torchpar.errors import ConfigError
-from torchpar.exact.registry import rule, times
+from torchpar.exact.registry import rule, times, wide
 from torchpar.exact.sums import exact_sum
 from torchpar.ops import exact_matmul
+from torchpar.ops.exact_digits import product_of_exponents, row_exponents
 
 
-@rule("mm", "bmm")
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    return exact_matmul(a, b.mT)
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.mT`` in float32, of operands of one dtype."""
+    if a.dtype == torch.float32:
+        return exact_matmul(a, b)
+    e = row_exponents(a)
+    return product_of_exponents(a, b, e, row_exponents(b), dtype=torch.float32)
 
 
-@rule("addmm", "baddbmm")
-def _addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    product = times(_mm(a, b), alpha) if alpha else a.new_zeros(*a.shape[:-1], b.shape[-1])
-    return product if beta == 0 else product + times(c, beta)
+@rule("mm", "bmm", narrow=True)
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return exact_matmul(a, b.mT) if dtype in (None, a.dtype) else wide_product(a, b.mT)
 
 
-@rule("mv", "dot")
+@rule("addmm", "baddbmm", narrow=True)
+def _addmm(
+    c: Tensor,
+    a: Tensor,
+    b: Tensor,
+    dtype: torch.dtype | None = None,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+) -> Tensor:
+    """The product and the sum are float32, and are rounded to another dtype once."""
+    shape = *a.shape[:-1], b.shape[-1]
+    product = times(wide_product(a, b.mT), alpha) if alpha else wide(a).new_zeros(shape)
+    return product if beta == 0 else product + times(wide(c), beta)
+
+
+@rule("mv", "dot", narrow=True)
 def _mv(a: Tensor, b: Tensor) -> Tensor:
     return _mm(a[None] if a.dim() == 1 else a, b[:, None]).view(a.shape[:-1])
 
@@ -45,7 +65,7 @@ def _windows(
     return x.movedim(2, 2 + dims).flatten(2 + dims)
 
 
-@rule("convolution")
+@rule("convolution", narrow=True)
 def _convolution(
     x: Tensor,
     weight: Tensor,
@@ -67,12 +87,13 @@ def _convolution(
             f"a convolution's weight has shape {tuple(weight.shape)}, expected sizes of at least 1"
         )
     windows = _windows(x, weight.shape[2:], stride, padding, dilation, groups)
-    product = exact_matmul(weight.unflatten(0, (groups, -1)).flatten(2), windows.flatten(1, -2))
+    multiply = exact_matmul if bias is None else wide_product
+    product = multiply(weight.unflatten(0, (groups, -1)).flatten(2), windows.flatten(1, -2))
     y: Tensor = product.flatten(0, 1).unflatten(1, windows.shape[1:-1]).movedim(0, 1).contiguous()
-    return y if bias is None else y.add(bias.view(-1, *[1] * len(stride)))
+    return y if bias is None else y.add(wide(bias).view(-1, *[1] * len(stride)))
 
 
-@rule("convolution_backward")
+@rule("convolution_backward", narrow=True)
 def _convolution_backward(
     g: Tensor,
     x: Tensor,
@@ -107,4 +128,4 @@ def _convolution_backward(
         ones, zeros = [1] * len(dims), [0] * len(dims)
         padded = _convolution(spread, kernels, None, ones, zeros, dilation, False, zeros, groups)
         dx = F.pad(padded, [-p for p in reversed(padding) for _ in range(2)])
-    return dx, dw, exact_sum(g, [0, *dims]).float() if output_mask[2] else None
+    return dx, dw, exact_sum(wide(g), [0, *dims]).float() if output_mask[2] else None

@@ -63,7 +63,9 @@ def _normal(
     return (normal * std + mean).to(x.dtype)
 
 
-@rule("uniform_", any_dtype=True)  # PyTorch's kernel fuses product and sum on some processors
+@rule(
+    "uniform_", any_dtype=True, narrow=True
+)  # PyTorch's kernel fuses product and sum on some processors
 def _uniform(
     x: Tensor, low: float = 0.0, high: float = 1.0, *, generator: torch.Generator | None = None
 ) -> Tensor:

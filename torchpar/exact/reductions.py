@@ -15,11 +15,21 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.exact.functions import exp64, in_pieces, log64, sqrt64
-from torchpar.exact.registry import EXACT_RULES, Result, check_float32, rule, times
+from torchpar.exact.registry import (
+    EXACT_RULES,
+    NARROW,
+    Result,
+    check_dtypes,
+    rule,
+    times,
+    wide,
+    widened,
+)
 from torchpar.exact.sums import exact_index_sum, exact_sum
+from torchpar.ops.exact_digits import rounded_to
 
 
-@rule("sum", any_dtype=True)
+@rule("sum", any_dtype=True, narrow=True)
 def _sum(
     x: Tensor,
     dims: list[int] | None = None,
@@ -35,8 +45,8 @@ def _sum(
         return torch.sum(x, dims, keepdim, dtype=dtype)
     if not x.is_floating_point():  # a sum in another dtype would round
         return torch.sum(x, dims, keepdim).to(dtype or torch.int64)
-    check_float32(x)
-    return exact_sum(x, dims, keepdim).to(dtype or x.dtype)
+    check_dtypes(x)
+    return rounded_to(exact_sum(wide(x), dims, keepdim), dtype or x.dtype)
 
 
 @rule("cumsum")
@@ -50,7 +60,7 @@ def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     return torch.cumsum(x, dim).to(dtype or x.dtype)
 
 
-@rule("mean")
+@rule("mean", narrow=True)
 def _mean(
     x: Tensor,
     dims: list[int] | None = None,
@@ -58,8 +68,8 @@ def _mean(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    total = exact_sum(x, dims, keepdim)
-    return (total / (x.numel() / max(total.numel(), 1))).to(dtype or x.dtype)
+    total = exact_sum(wide(x), dims, keepdim)
+    return rounded_to(total / (x.numel() / max(total.numel(), 1)), dtype or x.dtype)
 
 
 @rule("var")
@@ -163,6 +173,8 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`torch.nn.functional.group_norm` by a layer norm of each group."""
+    if x.dtype in NARROW:
+        return group_norm(wide(x), groups, wide(weight), wide(bias), eps).to(x.dtype)
     n = math.prod(x.shape[1:]) // groups
     y = torch.layer_norm(x.reshape(len(x), groups, n), [n], eps=eps).view(x.shape)
     return _affine(y, weight, bias)
@@ -337,7 +349,7 @@ def _scatter_add(
     return _index_put(x, places, values, accumulate)
 
 
-EXACT_RULES["scatter"] = partial(_scatter_add, accumulate=False)
+EXACT_RULES["scatter"] = widened(partial(_scatter_add, accumulate=False))
 
 
 def _plus_zero(name: str, *operands: object, **options: object) -> Result:

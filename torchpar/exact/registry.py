@@ -3,21 +3,24 @@
 
 An operator *passes* if it moves data, compares, or rounds once for each element, as IEEE 754
 defines. More operators pass if all operands are integers. A *rule* computes an operator by exact
-products, exact sums and functions. PyTorch makes a *composed* operator of operators that pass or
-have a rule. `torchpar.exact.mode` refuses all other operators.
+products, exact sums and functions. Most rules get operands of bfloat16 and float16 as float32, and
+their results are rounded to PyTorch's dtype. PyTorch makes a *composed* operator of operators that
+pass or have a rule. `torchpar.exact.mode` refuses all other operators.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from torchpar.errors import ConfigError
+from torchpar.ops.exact_digits import DIGITS
 
 Result = Tensor | tuple[Tensor | None, ...]
 Rule = Callable[..., Result]
 R = TypeVar("R", bound=Rule)
+NARROW = DIGITS.keys() - {torch.float32}
 
 # In-place and out= variants count as their operators.
 _PASSING = """
@@ -73,33 +76,61 @@ _METADATA = """
 """
 METADATA = {"prim::device", "prim::layout", *(f"aten::{name}" for name in _METADATA.split())}
 
+# Their means and deviations stay float32 with 16-bit operands, as PyTorch's on GPUs. On a CPU
+# PyTorch's have the weight's dtype. The numbers are where the backward operator takes the operand,
+# its mean, its deviation and the weight.
+STATISTICS = {"native_layer_norm": (1, 3, 4, 5), "native_group_norm": (1, 2, 3, 4)}
 EXACT_RULES: dict[str, Rule] = {}
 PRIVATE: set[str] = set()
 """Names of operators that only torchpar's functions call, with shapes that PyTorch would refuse."""
 
 
-def rule(*names: str, any_dtype: bool = False, private: bool = False) -> Callable[[R], R]:
-    """Register a rule for ATen operators by their names. It takes float32 unless ``any_dtype``."""
+def rule(
+    *names: str, any_dtype: bool = False, narrow: bool = False, private: bool = False
+) -> Callable[[R], R]:
+    """Register a rule for ATen operators by their names.
+
+    Args:
+        any_dtype: whether it takes other dtypes than those of `DIGITS`.
+        narrow: whether it takes bfloat16 and float16 as they are, and not as float32.
+        private: whether only torchpar's functions call the operator.
+    """
     if private:
         PRIVATE.update(names)
 
     def register(function: R) -> R:
         def checked(first: Tensor, *others: object, **options: object) -> Result:
-            check_float32(first, *others)
+            check_dtypes(first, *others)
             return function(first, *others, **options)
 
-        EXACT_RULES.update(dict.fromkeys(names, function if any_dtype else checked))
+        registered: Rule = function if any_dtype else checked
+        EXACT_RULES.update(dict.fromkeys(names, registered if narrow else widened(registered)))
         return function
 
     return register
 
 
-def check_float32(first: Tensor, *others: object) -> None:
-    """Raise an error unless the first operand, and all other floats, are float32."""
+def widened(function: Rule) -> Rule:
+    """A rule that gets float32 in place of operands of bfloat16 and float16."""
+
+    def call(*operands: object, **options: object) -> Result:
+        return function(*map(wide, operands), **{name: wide(t) for name, t in options.items()})
+
+    return call
+
+
+def wide(operand: object) -> Any:
+    """An operand in float32, if it is a tensor of bfloat16 or float16."""
+    return operand.float() if isinstance(operand, Tensor) and operand.dtype in NARROW else operand
+
+
+def check_dtypes(first: Tensor, *others: object) -> None:
+    """Raise an error unless the first operand, and all other floats, have exact arithmetic."""
     for t in first, *(t for t in others if isinstance(t, Tensor) and t.is_floating_point()):
-        if t.dtype != torch.float32:
+        if t.dtype not in DIGITS:
             raise ConfigError(
-                f"exact arithmetic takes float32, an operand is {t.dtype}; convert it"
+                f"exact arithmetic takes float32, bfloat16 and float16, an operand is {t.dtype}; "
+                "convert it"
             )
 
 

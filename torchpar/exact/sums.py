@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchpar.exact.registry import check_float32
+from torchpar.exact.registry import check_dtypes
 from torchpar.ops.exact_digits import power_of_two
 
 BITS = 40
@@ -61,7 +61,7 @@ def exact_index_sum(values: Tensor, indices: Tensor, size: int) -> Tensor:
 
     Each sum has the unit of its largest term, so it does not depend on the other sums.
     """
-    check_float32(values)
+    check_dtypes(values)
     if size > 4 * len(indices):  # most rows get nothing, as in the gradient of an embedding
         rows, places = indices.unique(return_inverse=True)
         result = values.new_zeros(size, values.shape[1])

@@ -31,7 +31,8 @@ def _sharded_product(a: Tensor, b: Tensor, mesh: DeviceMesh | None) -> Tensor:
         return exact_matmul(a, b)
     exponents = torch.cat([exact_digits.row_exponents(a), exact_digits.row_exponents(b)])
     e, f = all_reduce(exponents, mesh, dist.ReduceOp.MAX).split([len(a), len(b)])
-    return exact_digits.rounded(all_reduce(exact_digits.sums(a, b, e, f), mesh), e, f)
+    total = all_reduce(exact_digits.sums(a, b, e, f), mesh)
+    return exact_digits.rounded(total, e, f, a.dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -69,13 +70,13 @@ def linear(
     Each finite number has the bits of the unsharded product in `mode`.
 
     Args:
-        x: ``(*, in_r)`` float32.
-        weight: ``(out_r, in_r)`` float32, this rank's shard.
+        x: ``(*, in_r)`` float32, bfloat16 or float16.
+        weight: ``(out_r, in_r)`` of the same dtype, this rank's shard.
         outputs: the mesh over which y is summed, if the weight is split by columns.
         inputs: the mesh over which the gradient of ``x`` is summed, if the weight is split by rows.
 
     Returns:
-        ``(*, out_r)`` float32. A row that is not finite becomes NaN where ranks add.
+        ``(*, out_r)`` of the same dtype. A row that is not finite becomes NaN where ranks add.
 
     Raises:
         RuntimeError: another dtype, or shapes that do not fit.

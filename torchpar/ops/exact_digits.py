@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Exact sums of products: float32 matrices as integers, whose sums do not depend on their order.
+"""Exact sums of products: matrices as integers, whose sums do not depend on their order.
 
-A row of A ``(m, k)`` is scaled by a power of two, rounded to integers, and cut into four signed
-8-bit digits:
+A row of A ``(m, k)`` is scaled by a power of two, rounded to integers, and cut into n signed 8-bit
+digits: four of float32, and three of bfloat16 and float16.
 
-    X = round(a · 2^(31 − e))                     e: the row's exponent, such that |X| ≤ 2³¹ − 2²⁴
-    X = d₀·2²⁴ + d₁·2¹⁶ + d₂·2⁸ + d₃                   −128 ≤ d ≤ 127
+    X = round(a · 2^(8n − 1 − e))         e: the row's exponent; |X| ≤ 2^(8n − 1) − 2^(8n − 8)
+    X = Σ_p d_p · 2^(8·(n − 1 − p))       −128 ≤ d ≤ 127
 
 For rows i of A and j of B, with the digits c and the exponents f of B,
 
-    T_ij = Σ_k Σ_{p + q ≤ 3} d_p·c_q · 2^(8·(3 − p − q))
-    (A·Bᵀ)_ij ≈ T_ij · 2^(e_i + f_j − 38)
+    T_ij = Σ_k Σ_{p + q < n} d_p·c_q · 2^(8·(n − 1 − p − q))
+    (A·Bᵀ)_ij ≈ T_ij · 2^(e_i + f_j − 8n − 6)
 
 T is an integer: its bits do not depend on the order of the sum, nor on how ranks, threads or a
-processor's instructions divide the sum. The products with p + q > 3, of the orders 4 to 6, are left
-out.
+processor's instructions divide the sum. The products with p + q ≥ n are left out.
 
 Sources: Ozaki, Ogita, Oishi and Rump, "Error-free transformations of matrix multiplication by using
 fast routines of matrix multiplication and its applications", 2012; Ootomo, Ozaki and Yokota, "DGEMM
@@ -34,17 +33,14 @@ from torchpar.kernels import Wrap
 from torchpar.ops._operator import runs_kernels
 from torchpar.ops.environment import cpuinfo
 
-DIGITS, BITS = 4, 8
-SCALE = DIGITS * BITS - 1  # |X| < 2^SCALE
-WEIGHT = 2 * SCALE - BITS * (DIGITS - 1)  # T counts units of 2^(e + f − WEIGHT)
+BITS = 8
+DIGITS = {torch.float32: 4, torch.bfloat16: 3, torch.float16: 3}
+"""The number of digits of a number, and of orders of their products, by the operands' dtype."""
 MIN_EXPONENT, MAX_EXPONENT = -149, 129  # of rows of finite numbers
-# Half of the range of each digit but the first. It is added before the cut, so that the digits are
-# signed.
-CARRY = sum(2 ** (BITS * p + BITS - 1) for p in range(DIGITS - 1))
-_SHIFTS = torch.arange(BITS * (DIGITS - 1), -1, -BITS, dtype=torch.int32, device="cpu")
 CHAIN = 2**14  # terms, for which each order fits in an int32, and T in the 53 bits of a float64
 _FLOAT_CHAIN = 2**9  # terms, of two products of digits each, whose sum float32 holds
 LONGEST = 2**23  # terms, for which T fits in an int64
+_BELOW_16_BITS = 2 ** (53 - 16) - 1  # of a float64
 # The elements that a thread cuts, or puts together, at a time: they fit in a core's cache.
 _BLOCK = 2**16
 # The least rows of a block: each block rearranges or converts all of the other operand.
@@ -74,6 +70,30 @@ def power_of_two(exponents: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     return ((exponents.long() + 1023) << 52).view(dtype)
 
 
+def bits_of(count: int) -> int:
+    """The bits of ``count`` digits beside the sign: |X| is less than 2 to this power."""
+    return BITS * count - 1
+
+
+def unit(count: int) -> int:
+    """The exponent of T's unit: T counts units of 2^(e + f − unit)."""
+    return 2 * bits_of(count) - BITS * (count - 1)
+
+
+def rounded_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float64 ``x`` in a dtype of floats, rounded once, to the nearest number, ties to even.
+
+    PyTorch rounds to float32 before it rounds to 16 bits. So x is first rounded to odd, to 16
+    significant bits: if it changes, the last of them is 1. Then float32 holds it, and it is in the
+    middle of two numbers of the dtype only if x is.
+    """
+    if dtype.itemsize > 2:
+        return x.to(dtype)
+    bits = x.view(torch.int64)
+    odd = (bits & _BELOW_16_BITS).add_(_BELOW_16_BITS).bitwise_or_(bits)
+    return odd.bitwise_and_(~_BELOW_16_BITS).view(torch.float64).to(dtype)
+
+
 def row_exponents(x: Tensor) -> Tensor:
     """The exponents e ``(*, m, 1)`` int32 of the rows of ``x``.
 
@@ -92,18 +112,22 @@ def row_exponents(x: Tensor) -> Tensor:
 
 
 def digits(x: Tensor, e: Tensor) -> Tensor:
-    """The digits ``(*, m, 4, k)`` int8 of ``x (*, m, k)`` with exponents ``e (*, m, 1)``.
+    """The digits ``(*, m, n, k)`` int8 of ``x (*, m, k)`` with exponents ``e (*, m, 1)``.
 
     |x| < (1 − 2⁻⁷)·2^e holds for all elements. The digits of rows that are not finite mean nothing.
     """
-    x = x.contiguous()
-    out = x.new_empty(*x.shape[:-1], DIGITS, x.shape[-1], dtype=torch.int8)
+    x, count = x.contiguous(), DIGITS[x.dtype]
+    shifts = torch.arange(BITS * (count - 1), -1, -BITS, dtype=torch.int32, device=x.device)
+    # Half of the range of each digit but the first. It is added before the cut, so that the digits
+    # are signed.
+    carry = sum(2 ** (BITS * p + BITS - 1) for p in range(count - 1))
+    out = x.new_empty(*x.shape[:-1], count, x.shape[-1], dtype=torch.int8)
     for block in _blocks(len(x), x[:1].numel()):
-        integers = scaled(x[block], SCALE - e[block]).round_().to(torch.int32)
+        integers = scaled(x[block], bits_of(count) - e[block]).round_().to(torch.int32)
         # To flip the sign bit of each byte but the first makes digits of the bytes; int8 keeps the
         # lowest 8 bits.
-        integers.add_(CARRY).bitwise_xor_(CARRY)
-        out[block] = integers.unsqueeze(-2) >> _SHIFTS.to(x.device)[:, None]
+        integers.add_(carry).bitwise_xor_(carry)
+        out[block] = integers.unsqueeze(-2) >> shifts[:, None]
     return out
 
 
@@ -119,20 +143,29 @@ def scaled(x: Tensor, exponents: Tensor) -> Tensor:
     return (x * power_of_two(normal)).mul_(power_of_two(exponents - normal))
 
 
-def product_of_exponents(a: Tensor, b: Tensor, e: Tensor, f: Tensor, wrap: Wrap = None) -> Tensor:
-    """``a @ b.mT`` for ``a (*, m, k)`` and ``b (*, n, k)`` by exact sums.
+def product_of_exponents(
+    a: Tensor,
+    b: Tensor,
+    e: Tensor,
+    f: Tensor,
+    wrap: Wrap = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``a @ b.mT`` for ``a (*, m, k)`` and ``b (*, n, k)`` of one dtype by exact sums.
 
     ``e (*, m, 1)`` and ``f (*, n, 1)`` are the exponents of the rows. If ``b is a``, half of the
-    product is computed.
+    product is computed. It is rounded once, to ``dtype``, by default to that of the operands.
     """
+    dtype = a.dtype if dtype is None else dtype
     if runs_kernels(a) or wrap is not None:
-        return _by_kernel(a, b, e, f, wrap)
-    out = rounded(_sums(a, b, e, f), e, f)
+        return _by_kernel(a, b, e, f, wrap, dtype)
+    out = rounded(_sums(a, b, e, f), e, f, a.dtype, dtype)
     if not (torch.cat([e.flatten(), f.flatten()]) > MAX_EXPONENT).any():
         return out
     # Whether the result is NaN, and which infinity, depends on the signs of the factors alone.
-    signs = [torch.where(t.isfinite(), t.sign(), t) for t in (a, b)]
-    return torch.where((e > MAX_EXPONENT) | (f > MAX_EXPONENT).mT, signs[0] @ signs[1].mT, out)
+    signs = [torch.where(t.isfinite(), t.sign(), t).float() for t in (a, b)]
+    limits = (signs[0] @ signs[1].mT).to(dtype)
+    return torch.where((e > MAX_EXPONENT) | (f > MAX_EXPONENT).mT, limits, out)
 
 
 def sums(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
@@ -150,8 +183,8 @@ def _by_kernel(
     b: Tensor,
     e: Tensor,
     f: Tensor,
-    wrap: Wrap = None,
-    dtype: torch.dtype = torch.float32,
+    wrap: Wrap,
+    dtype: torch.dtype,
 ) -> Tensor:
     from torchpar.kernels.exact_matmul import exact_product
 
@@ -196,7 +229,7 @@ def _int8_sums(a: Tensor, b: Tensor) -> Tensor:
     # Order s: Σ_p d_(s − p)·c_p is one product, over the leading digits of A, reversed, and the
     # leading digits of B.
     left, right = a.flip(1).flatten(1), b.flatten(1)
-    orders = a.new_empty(DIGITS, m, n, dtype=torch.int32)
+    orders = a.new_empty(a.shape[1], m, n, dtype=torch.int32)
     for s, order in enumerate(orders, 1):
         torch._int_mm(left[:, -s * k :], right[:, : s * k].T, out=order)
     total = orders[0].double()
@@ -208,28 +241,39 @@ def _int8_sums(a: Tensor, b: Tensor) -> Tensor:
 def _float_sums(a: Tensor, b: Tensor) -> Tensor:
     """T ``(*, m, n)`` in float64, by products of floats whose sums are exact.
 
-    T = Σ_k (d₀·2⁸ + d₁)·(c₀·2¹⁶ + c₁·2⁸ + c₂) + (d₂·2⁸ + d₃)·c₀ in float64, plus d₀·c₃ + d₂·c₁ in
-    float32.
+    Of four digits T = Σ_k (d₀·2⁸ + d₁)·(c₀·2¹⁶ + c₁·2⁸ + c₂) + (d₂·2⁸ + d₃)·c₀ in float64, plus
+    d₀·c₃ + d₂·c₁ in float32. Of three digits T = Σ_k (d₀·2⁸ + d₁)·(c₀·2⁸ + c₁) in float64, plus
+    d₀·c₂ + d₂·c₀ in float32.
     """
     even, odd = slice(0, None, 2), slice(1, None, 2)
-    left = torch.add(a[..., odd, :], a[..., even, :].double(), alpha=2**BITS)
-    first = b[..., 0, :].double()
-    leading = torch.add(b[..., 1, :], first, alpha=2**BITS).mul_(2**BITS).add_(b[..., 2, :])
-    total = left.flatten(-2) @ torch.stack([leading, first], -2).flatten(-2).mT
+    if a.shape[-2] == 3:
+        left, right = (
+            torch.add(t[..., 1, :], t[..., 0, :].double(), alpha=2**BITS) for t in (a, b)
+        )
+        odd = even
+    else:
+        left = torch.add(a[..., odd, :], a[..., even, :].double(), alpha=2**BITS).flatten(-2)
+        first = b[..., 0, :].double()
+        leading = torch.add(b[..., 1, :], first, alpha=2**BITS).mul_(2**BITS).add_(b[..., 2, :])
+        right = torch.stack([leading, first], -2).flatten(-2)
+    total = left @ right.mT
     chains = (t.float().split(_FLOAT_CHAIN, -1) for t in (a[..., even, :], b[..., odd, :].flip(-2)))
     for x, y in zip(*chains, strict=True):
         total += x.flatten(-2) @ y.flatten(-2).mT
     return total.add_(0.0)  # makes 0 of −0, the product of 0 and a negative number
 
 
-def rounded(total: Tensor, e: Tensor, f: Tensor) -> Tensor:
-    """The product ``(*, m, n)`` in float32, from T and the rows' exponents.
+def rounded(
+    total: Tensor, e: Tensor, f: Tensor, like: torch.dtype, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The product ``(*, m, n)``, from T and the exponents of the rows of operands in ``like``.
 
-    The exponents are ``e (*, m, 1)`` and ``f (*, n, 1)``. T is rounded once, to float32; above 2⁵³
-    it is rounded to float64 before. Rows that are not finite make results NaN.
+    It has ``dtype``, by default that of the operands. The exponents are ``e (*, m, 1)`` and
+    ``f (*, n, 1)``. T is rounded once; above 2⁵³ it is rounded to float64 before. Rows that are not
+    finite make results NaN.
     """
     left, right = (
         torch.where(t > MAX_EXPONENT, torch.nan, power_of_two(t - less, torch.float64))
-        for t, less in ((e, 0), (f.mT, WEIGHT))
+        for t, less in ((e, 0), (f.mT, unit(DIGITS[like])))
     )
-    return (total.double() * left).mul_(right).float()
+    return rounded_to((total.double() * left).mul_(right), dtype or like)

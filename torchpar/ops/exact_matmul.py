@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The product of two float32 matrices by exact sums of integers.
+"""The product of two matrices of float32, bfloat16 or float16 by exact sums of integers.
 
     C = A·Bᵀ, by the formula of `torchpar.ops.exact_digits`
 
@@ -24,21 +24,25 @@ from torchpar.ops.sizes import check_alike, has_symbols
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """The product ``a @ b.mT`` in float32, with the same bits on every processor.
+    """The product ``a @ b.mT``, with the same bits on every processor.
 
     The bits do not depend on the device or on the number of threads. The rows of both operands are
-    scaled by powers of two and rounded to integers of 32 bits, of which `torchpar.ops.exact_digits`
-    has the formula. The sums are exact, and are rounded once. The error is at most
+    scaled by powers of two and rounded to integers of 32 bits, or of 24 bits for bfloat16 and
+    float16; `torchpar.ops.exact_digits` has the formula. The sums are exact, and are rounded once.
+    For rows a_i and b_j the error is at most
 
-        k · 2⁻²⁷ · max|a_i| · max|b_j| + half an ulp
+        k · 2⁻²⁷ · max|a_i| · max|b_j| + half an ulp      float32
+        k · 2⁻²⁰ · max|a_i| · max|b_j| + half an ulp      bfloat16, float16
 
-    for rows a_i and b_j. An entry that is 2²⁰ times smaller than the largest of its row keeps at
-    least 10 bits, and one that is 2³³ times smaller counts as 0. NaN and infinities propagate as in
-    `torch.mm`, but a sum overflows only if the result does. The gradients are exact products, too.
+    A float32 that is 2²⁰ times smaller than the largest of its row keeps at least 10 bits, and one
+    that is 2³³ times smaller counts as 0. A bfloat16 that is 2¹⁴ times smaller, or a float16 that
+    is 2¹¹ times smaller, keeps all its bits, and one that is 2²⁵ times smaller counts as 0. NaN and
+    infinities propagate as in `torch.mm`, but a sum overflows only if the result does. The
+    gradients are exact products, too.
 
     Args:
-        a: ``(*, m, k)`` float32.
-        b: ``(*, n, k)`` float32, with the same first dimensions.
+        a: ``(*, m, k)`` float32, bfloat16 or float16.
+        b: ``(*, n, k)`` of the same dtype, with the same first dimensions.
 
     Returns:
         ``(*, m, n)``, contiguous.
@@ -50,12 +54,12 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def exact_matmul_t(x: Tensor) -> Tensor:
-    """The product ``x @ x.mT`` in float32, ``exact_matmul(x, x)``, of which half is computed.
+    """The product ``x @ x.mT``, ``exact_matmul(x, x)``, of which half is computed.
 
     The result equals its transpose bit for bit.
 
     Args:
-        x: ``(*, n, k)`` float32.
+        x: ``(*, n, k)`` float32, bfloat16 or float16.
 
     Returns:
         ``(*, n, n)``, contiguous.
@@ -68,9 +72,15 @@ def exact_matmul_t(x: Tensor) -> Tensor:
 
 def _check_operands(a: Tensor, b: Tensor) -> None:
     for name, t, shape in (("a", a, "(*, m, k)"), ("b", b, "(*, n, k)")):
-        if t.dtype != torch.float32:
+        if t.dtype not in exact_digits.DIGITS:
             raise RuntimeError(
-                f"torchpar::exact_matmul: {name} has dtype {t.dtype}, expected torch.float32"
+                f"torchpar::exact_matmul: {name} has dtype {t.dtype}, expected float32, bfloat16 "
+                "or float16"
+            )
+        if t.dtype != a.dtype:
+            raise RuntimeError(
+                f"torchpar::exact_matmul: b has dtype {b.dtype} and a {a.dtype}, expected one "
+                "dtype; cast one"
             )
         check_strided("exact_matmul", name, t)
         if t.dim() < 2:
