@@ -12,7 +12,7 @@ from playing import needs_cpp
 
 pytest.importorskip("tyro", reason="tyro reads the flags")
 SCRIPTS = {
-    "exact_mode": ["exp", "rows", "checkpoint", "rounded-muon", "batched-muon"],
+    "exact_mode": ["exp", "rows", "checkpoint", "digits", "rounded-muon", "batched-muon"],
     "training": ["bits", "alone", "parts"],
     "optimizers": ["decay", "closure", "exchange"],
     "operators": ["transposed", "last-bit", "behind", "overwritten", "overflow"],
