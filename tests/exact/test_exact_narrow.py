@@ -194,7 +194,11 @@ RECORDED = {
 }
 
 
-@pytest.mark.parametrize("dtype, autocast", RECORDED, ids=str)
+@pytest.mark.parametrize(
+    "dtype, autocast",
+    [pytest.param(*one, marks=[pytest.mark.slow] * bool(i)) for i, one in enumerate(RECORDED)],
+    ids=str,
+)
 def test_a_training_has_the_recorded_bits(dtype: torch.dtype, autocast: bool):
     """In any order of the units."""
     assert trained(dtype, 1, autocast) == RECORDED[dtype, autocast]
