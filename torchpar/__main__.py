@@ -19,6 +19,10 @@ COMMANDS = {
         "torchpar.exact.verify.verify",
         "train on any mesh of ranks, and compare the weights' hash",
     ),
+    "compare": (
+        "torchpar.exact.divergence.compare_runs",
+        "name the first tensor in which two recorded trainings differ",
+    ),
     "check": (
         "torchpar.testing.operators.command_line",
         "try an operator of yours with every part of PyTorch",

@@ -22,7 +22,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -50,6 +50,11 @@ GRAPHS = 16  # that are kept
 REPLACED = 3  # times that tensors of the step are replaced, without a replay, before an error
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _replays: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+# Contexts around each replay, for which no hook of PyTorch is called. They are given the
+# optimizers, the step's inputs in the graph's memory, and its results.
+around_replays: list[
+    Callable[[Sequence[Optimizer], object, object], AbstractContextManager[object]]
+] = []
 
 
 def graphed(
@@ -454,6 +459,13 @@ class _GraphedStep:
         return found
 
     def _replay(self, captured: _Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with ExitStack() as around:
+            for enter in around_replays:
+                around.enter_context(enter(self._parts, captured.inputs, captured.outputs))
+            self._replay_with(captured, args, kwargs)
+        return _mapped(_detached_copy, captured.outputs)
+
+    def _replay_with(self, captured: _Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for static, t in zip(_tensors(captured.inputs), _tensors((args, kwargs)), strict=True):
             static.detach().copy_(t, non_blocking=True)  # the step may ask for its gradient
         for group, rate in zip(self._groups(), self._rates, strict=True):
@@ -465,7 +477,6 @@ class _GraphedStep:
         captured.used = self._replayed
         for part in self._parts:
             _replays[part] = _replays.get(part, 0) + 1
-        return _mapped(_detached_copy, captured.outputs)
 
     @contextmanager
     def _with_rates(self) -> Iterator[None]:

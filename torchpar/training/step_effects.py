@@ -111,10 +111,10 @@ class StepEffects(TorchDispatchMode):
         is_copy = getattr(func, "overloadpacket", None) in _COPIES and not is_on_host
         for t, version in zip(given, versions, strict=True):
             if id(t) not in self._used and not (is_copy and _is_on_host(t)):
-                self._used[id(t)] = OutsideTensor(ref(t), version, _program_line(), _is_on_host(t))
+                self._used[id(t)] = OutsideTensor(ref(t), version, program_line(), _is_on_host(t))
         is_random = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         if is_random and results and is_on_host:
-            self._drawn_at = self._drawn_at or _program_line()
+            self._drawn_at = self._drawn_at or program_line()
         return result
 
     def outside_tensors(self) -> list[OutsideTensor]:
@@ -154,7 +154,7 @@ def _is_on_host(t: object) -> bool:
     return isinstance(t, Tensor) and t.device == HOST and t.layout == torch.strided
 
 
-def _program_line() -> str:
+def program_line() -> str:
     """Return the line of the program that is executed, outside of the libraries."""
     frame = sys._getframe(1)
     while frame.f_back is not None:

@@ -1,0 +1,508 @@
+# SPDX-License-Identifier: MIT
+"""torchpar.exact.record and ``python -m torchpar compare``: planted differences are named."""
+
+import inspect
+import runpy
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from nogpu import cuda_is_cpu, emulate
+from torchpar import exact
+from torchpar.errors import ConfigError
+from torchpar.exact.divergence import checksums as of_tensors
+from torchpar.exact.divergence.checksums import COLUMNS, WORD, DeviceRows, HostRows, checksums
+from torchpar.exact.divergence.compare_runs import main
+from torchpar.exact.divergence.recorded_files import read_ranks
+from torchpar.parallel import join_world
+from torchpar.training import graphed
+from torchpar.training.graphed import count_replays
+
+STEPS = 5
+
+# Checksums
+
+
+def device_sums(tensors: list[Tensor]) -> list[int]:
+    """The checksums that a device computes, on the CPU."""
+    rows = DeviceRows(torch.device("cpu"))
+    for t in tensors:
+        rows.add(t)
+    return checksums(rows.end_step().rows(), np.array([t.nbytes for t in tensors])).tolist()
+
+
+def host_sums(tensors: list[Tensor]) -> list[int]:
+    rows = HostRows()
+    for t in tensors:
+        rows.add(t.data_ptr(), t.nbytes)
+    return checksums(rows.end_step(), np.array([t.nbytes for t in tensors])).tolist()
+
+
+def plain_sum(t: Tensor) -> int:
+    """The checksum by its definition, in Python's integers."""
+    data = t.numpy().tobytes()
+    data += b"\0" * (-len(data) % WORD)
+    columns = [0] * COLUMNS
+    for i in range(len(data) // WORD):
+        word = int.from_bytes(data[i * WORD : (i + 1) * WORD], "little")
+        columns[i % COLUMNS] = (columns[i % COLUMNS] + word) % 2**64
+    if t.nbytes <= WORD:
+        return columns[0]
+    weights = of_tensors._WEIGHTS.tolist()
+    return sum(w * (s ^ (s >> 32)) for w, s in zip(weights, columns, strict=True)) % 2**64
+
+
+def test_checksums_are_the_same_on_the_host_and_on_a_device():
+    torch.manual_seed(0)
+    row = COLUMNS * WORD // 4
+    sizes = (0, 1, 2, 3, 127, 129, row - 1, row, row + 1, 2 * row, 7 * row + 5)
+    tensors = [torch.randn(n) for n in sizes] * 6  # more than the rows that there are at first
+    tensors += [torch.randn(5 * row).bfloat16(), torch.rand(3 * row + 1) < 0.5]
+    tensors += [torch.randn(3 * row + 1)[1:], torch.randn(row, dtype=torch.complex64)]
+    assert host_sums(tensors) == device_sums(tensors)
+    for t in [*tensors[: len(sizes)], *tensors[-3:]]:
+        assert host_sums([t]) == [plain_sum(t)]
+
+
+def test_each_bit_counts_and_so_do_places():
+    torch.manual_seed(0)
+    x = torch.randn(6, 1024)
+    flipped = []
+    for place in (0, 1, 3000, x.numel() - 1):
+        for bit in range(32):
+            y = x.clone()
+            y.view(torch.int32).view(-1)[place] ^= 1 << bit if bit < 31 else -(2**31)
+            flipped.append(y)
+    signs = x.clone()
+    signs[0, :64:2] *= -1  # an even number of highest bits
+    moved = [x.flip(0), x.flip(1), x[torch.tensor([1, 0, 2, 3, 4, 5])]]
+    others = [x, -x, signs, *flipped, *moved]
+    assert len(set(host_sums(others))) == len(others)
+    assert host_sums([x, x.clone()])[0] == host_sums([x])[0]
+
+
+def test_two_opposite_changes_in_a_column_are_missed():
+    """As the module says: a checksum is no proof."""
+    words = torch.arange(3 * COLUMNS)
+    other = words.clone()
+    other[5] += 1
+    other[5 + COLUMNS] -= 1
+    near = words.clone()
+    near[5] += 1
+    near[6] -= 1
+    first, missed, found = host_sums([words, other, near])
+    assert first == missed != found
+
+
+# Planted differences
+
+
+class Unsure(nn.Module):
+    """An operator whose result differs by a bit from run to run, in one step."""
+
+    def __init__(self, at: int | None, backward: bool = False):
+        super().__init__()
+        self.at, self.backward, self.calls = at, backward, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.sigmoid()
+        differs = self.calls == self.at
+        self.calls += 1
+        if differs and self.backward:
+            y.register_hook(lambda g: g.nextafter(torch.full_like(g, torch.inf)))
+        return y + (2**-24 if differs and not self.backward else 0)
+
+
+def train(
+    path: Path,
+    *,
+    seed: int = 0,
+    steps: int = STEPS,
+    width: int = 16,
+    dropout: float = 0.1,
+    unsure: Callable[[int | None], nn.Module] = Unsure,
+    at: int | None = None,  # the step in which ``plant`` is called
+    plant: Callable[[Any], object] = lambda _: None,
+    device: str = "cpu",
+    prepare: Callable[[nn.Module], nn.Module] = lambda model: model,
+    as_graph: bool = False,
+    **options: bool,
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Train a small model, and record it."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        *(nn.Linear(8, width), nn.ReLU(inplace=True), nn.BatchNorm1d(width)),
+        *(nn.Dropout(dropout), unsure(None), nn.Linear(width, 3)),
+    ).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False, capturable=as_graph)
+    called = prepare(model)
+
+    def step(x: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(called(x), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    compute = graphed(step, optimizer) if as_graph else step
+    with exact.record(path, **options):
+        for i in range(steps):
+            torch.manual_seed(i)
+            batch = {"x": torch.rand(6, 8), "labels": torch.arange(6) % 3}
+            if i == at:
+                plant((model, optimizer, batch))
+            compute(*(t.to(device) for t in batch.values()))
+    return model, optimizer
+
+
+def flip_a_bit(model: nn.Module) -> None:
+    with torch.no_grad():
+        next(model[5].parameters()).view(torch.int32)[1, 2] ^= 1
+
+
+PLANTED: dict[str, tuple[dict[str, Any], str]] = {
+    "another seed": ({"seed": 1}, "parted in step 0: weight 0.weight"),
+    "a bit of a weight": (
+        {"at": 3, "plant": lambda run: flip_a_bit(run[0])},
+        "parted in step 3: weight 5.weight",
+    ),
+    "a buffer": (
+        {"at": 2, "plant": lambda run: run[0][2].running_var.mul_(1.5)},
+        "parted in step 2: weight 2.running_var",
+    ),
+    "dropout": ({"dropout": 0.2}, "parted in step 0: activation 3 (by Dropout, Mul)"),
+    "an operator": (
+        {"unsure": lambda _: Unsure(2)},
+        "parted in step 2: activation 4 (by Unsure, Add)",
+    ),
+    "an operator's gradient": (
+        {"unsure": lambda _: Unsure(2, backward=True)},
+        "parted in step 2: activation's gradient 3",  # of what it uses
+    ),
+    "the order of a batch": (
+        {"at": 1, "plant": lambda run: run[2].update(x=run[2]["x"].flip(0))},
+        "parted in step 1: input 0 of Sequential",
+    ),
+    "labels": (
+        {"at": 1, "plant": lambda run: run[2].update(labels=run[2]["labels"].flip(0))},
+        "parted in step 1: loss 0 (by NllLoss)",
+    ),
+    "a schedule": (
+        {"at": 4, "plant": lambda run: run[1].param_groups[0].update(lr=2e-3)},
+        "parted in step 4: setting lr of group 0 of AdamW",
+    ),
+    "an optimizer's state": (
+        {"at": 1, "plant": lambda run: spoil_state(*run[:2])},
+        "parted in step 1: state exp_avg of 0.bias",
+    ),
+}
+
+
+def spoil_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state[model[0].bias]["exp_avg"] += 1.0
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("expected")
+    train(path)
+    return path
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_difference_is_named(expected, tmp_path, capsys, name):
+    flags, message = PLANTED[name]
+    train(tmp_path, **flags)
+    assert main([str(expected), str(tmp_path)]) == 1
+    assert message in capsys.readouterr().out.splitlines()
+
+
+def test_the_same_training_is_the_same_and_records_change_no_bit(expected, tmp_path, capsys):
+    model, _ = train(tmp_path)
+    assert main([str(expected), str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith(f"the same in {STEPS} steps, by ")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact, "record", lambda path: nullcontext())
+        plain, _ = train(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    state = model.state_dict()
+    assert all(torch.equal(t, state[name]) for name, t in plain.state_dict().items())
+
+
+def test_the_table_says_by_kinds_what_differs(expected, tmp_path, capsys):
+    train(tmp_path, at=4, plant=PLANTED["a schedule"][0]["plant"])
+    main([str(expected), str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert "look at the schedule" in lines
+    table = {line.split("  ")[0]: line.split()[-2:] for line in lines if "  " in line}
+    assert table["setting"] == ["0.001", "0.002"]
+    assert table["loss"] == ["1", "0"]  # compared, and parted
+
+
+def test_operators_are_named_by_their_line(tmp_path, capsys):
+    for name, at in {"a": None, "b": 2}.items():
+        train(tmp_path / name, unsure=partial(lambda at, _: Unsure(at), at), operators=True)
+    assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    out = capsys.readouterr().out
+    line = inspect.getsourcelines(Unsure.forward)[1] + 6
+    assert f"parted in step 2: operator aten.add.Tensor in 4 (by {__file__}:{line})" in out
+
+
+@pytest.mark.parametrize("operators", [False, True])
+def test_runs_in_the_exact_mode(tmp_path, capsys, operators):
+    for name in ("a", "b"):
+        torch.manual_seed(0)
+        with exact.mode(), exact.record(tmp_path / name, operators=operators):
+            model = nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 2))
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.5, foreach=False)
+            parallel = exact.DataParallel(model)
+            for i in range(3):
+                for unit in range(2):
+                    x = torch.arange(8.0).view(2, 4) + unit + (i == 2 and name == "b")
+                    parallel.backward(model(x).sum() / 2)
+                parallel.all_reduce()
+                optimizer.step()
+                optimizer.zero_grad()
+    assert main([str(tmp_path / "a"), str(tmp_path / "a")]) == 0
+    assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    out = capsys.readouterr().out
+    # Operators between two steps are of the first.
+    sums = "step 1: operator aten.add.Tensor in the program (by "
+    assert (f"parted in {sums}" if operators else "parted in step 2: input 0 of") in out
+
+
+# What the runs have
+
+
+def test_runs_of_unlike_lengths(expected, tmp_path, capsys):
+    train(tmp_path, steps=STEPS + 2)
+    assert main([str(expected), str(tmp_path)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"{STEPS} and {STEPS + 2} steps: the first {STEPS} are compared"
+    assert second.startswith(f"the same in {STEPS} steps, by ")
+
+
+def test_a_killed_run_leaves_its_steps(expected, tmp_path, capsys):
+    text = (expected / "rank0.jsonl").read_text()
+    (tmp_path / "rank0.jsonl").write_text(text[: text.index('{"step":3') + 40])
+    assert main([str(expected), str(tmp_path)]) == 0
+    assert f"{STEPS} and 3 steps: the first 3 are compared" in capsys.readouterr().out
+
+
+def test_an_error_ends_the_recording_with_its_step(tmp_path):
+    def fail(run: object) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path, at=2, plant=fail)
+    (rank,) = read_ranks(tmp_path)
+    assert [*rank.steps] == [0, 1, 2]
+    assert not rank.steps[2].is_complete
+    hooks = nn.modules.module
+    assert not hooks._global_forward_hooks
+    assert not hooks._global_forward_pre_hooks
+
+
+REFUSED = {
+    "another model": (
+        lambda path: train(path, width=17),
+        r"the models differ: weight 0\.weight is float32 \[16, 8\] in .* and float32 \[17, 8\] in",
+    ),
+    "no folder": (lambda path: None, "rank0.jsonl cannot be read|cannot be read"),
+    "no recording": (
+        lambda path: (path / "rank0.jsonl").write_text('{"a": 1}\n'),
+        "is no recording: its first line",
+    ),
+    "a damaged recording": (
+        lambda path: (path / "rank0.jsonl").write_text(
+            '{"format":"torchpar.exact.record 1","rank":0,"ranks":1}\n'
+            '{"step":0,"tensors":[1],"checksums":"00"}\n'
+        ),
+        "is damaged",
+    ),
+    "no step": (
+        lambda path: (path / "rank0.jsonl").write_text(
+            '{"format":"torchpar.exact.record 1","rank":0,"ranks":1}\n'
+        ),
+        "have no step in common",
+    ),
+    "a rank is missing": (
+        lambda path: (path / "rank0.jsonl").write_text(
+            '{"format":"torchpar.exact.record 1","rank":0,"ranks":2}\n'
+        ),
+        r"rank1\.jsonl cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_compared_is_refused_in_one_line(expected, tmp_path, capsys, name):
+    prepare, message = REFUSED[name]
+    prepare(tmp_path)
+    assert main([str(expected), str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("python -m torchpar compare: error: ")
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(err)
+
+
+def test_the_command(expected, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["torchpar", "compare", str(expected), str(expected)])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("torchpar", run_name="__main__")
+    assert capsys.readouterr().out.startswith("the same in ")
+
+
+def test_a_file_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ConfigError, match=r"rank0\.jsonl cannot be written"),
+        exact.record(tmp_path / "file"),
+    ):
+        pass
+
+
+# Compiled modules, graphs and GPUs
+
+
+def sigmoid(_: int | None) -> nn.Module:
+    """What `Unsure` computes, without the count, for which a compiler would compile again."""
+    return nn.Sigmoid()
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        pytest.param(partial(torch.compile, backend="eager"), id="call"),
+        pytest.param(compiled_in_place, id="method", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_modules_show_their_weights(tmp_path, capsys, prepare):
+    torch._dynamo.reset()
+    for name, at in {"a": None, "b": 3}.items():
+        plant: Any = {"at": at, "plant": lambda run: flip_a_bit(run[0])}
+        train(tmp_path / name, prepare=prepare, unsure=sigmoid, **plant)
+    assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert "parted in step 3: weight 5.weight" in capsys.readouterr().out
+
+
+def test_a_compiled_run_is_compared_with_an_eager_one(expected, tmp_path, capsys):
+    torch._dynamo.reset()
+    train(tmp_path, prepare=partial(torch.compile, backend="eager"), unsure=sigmoid)
+    assert main([str(expected), str(tmp_path)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("not compared, because only one run has them: activation ")
+    assert second.startswith(f"the same in {STEPS} steps, by ")
+
+
+@pytest.fixture
+def gpu():
+    """The GPU if there is one, else an emulated one, which must have seen no fault."""
+    if torch.cuda.is_available():
+        yield
+        return
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        yield
+    assert gpu.faults == []
+
+
+def test_a_gpu_is_read_once_in_a_step(gpu, tmp_path, capsys):
+    readings = []
+
+    class Counted(of_tensors.Reading):
+        def __init__(self, rows: Tensor):
+            readings.append(len(rows))
+            super().__init__(rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(of_tensors, "Reading", Counted)
+        train(tmp_path / "a", device="cuda")
+    assert len(readings) == STEPS + 1  # the weights at the end are the last
+    assert min(readings[:-1]) > 20
+    train(tmp_path / "b", device="cuda", at=3, plant=lambda run: flip_a_bit(run[0]))
+    assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert "parted in step 3: weight 5.weight" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_replays_of_a_graph_are_steps(gpu, tmp_path, capsys):
+    steps = 6
+    for name, at in {"a": None, "b": 4}.items():
+        _, optimizer = train(
+            tmp_path / name,
+            device="cuda",
+            as_graph=True,
+            steps=steps,
+            dropout=0.0,
+            at=at,
+            plant=lambda run: flip_a_bit(run[0]),
+        )
+        assert count_replays(optimizer) == steps - 3
+    (rank,) = read_ranks(tmp_path / "a")
+    assert len(rank.steps) == steps + 1
+    kinds = {one.kind for one in rank.steps[4].tensors}
+    assert {"weight", "input", "loss", "setting"} <= kinds
+    assert "activation" not in kinds
+    assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert "parted in step 4: weight 5.weight" in capsys.readouterr().out
+
+
+# Ranks
+
+
+def trained_on_a_rank(path: Path, flipped: int | None) -> None:
+    with join_world("cpu") as world:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        parallel = DistributedDataParallel(model) if world.world_size > 1 else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+        with exact.record(path):
+            for i in range(3):
+                if i == 1 and world.rank == flipped:
+                    with torch.no_grad():
+                        model[2].bias += 1
+                # Powers of two, so that the mean of the ranks' gradients is that of one rank.
+                parallel(torch.full((2, 4), 2.0**i)).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def test_the_rank_is_named(ranks, tmp_path, capsys):
+    ranks(2, trained_on_a_rank, tmp_path / "a", None)
+    ranks(2, trained_on_a_rank, tmp_path / "b", 1)
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
+        "rank0.jsonl",
+        "rank1.jsonl",
+    ]
+    assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert "parted in step 1 on rank 1: weight 2.bias" in capsys.readouterr().out
+    one, other = (str(tmp_path / name / "rank0.jsonl") for name in "ab")
+    assert main([one, other]) == 0  # whose gradients do not depend on the bias
+
+
+def test_unlike_numbers_of_ranks(ranks, tmp_path, capsys):
+    ranks(1, trained_on_a_rank, tmp_path / "a", None)
+    for name, flipped in {"b": None, "c": 1}.items():
+        ranks(2, trained_on_a_rank, tmp_path / name, flipped)
+    assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    first, _ = capsys.readouterr().out.splitlines()
+    assert first == ("1 and 2 ranks: only weights, gradients, settings, states are compared")
+    assert main([str(tmp_path / "a"), str(tmp_path / "c")]) == 1
+    assert "parted in step 1 on ranks 0 and 1: weight 2.bias" in capsys.readouterr().out

@@ -1,0 +1,577 @@
+# SPDX-License-Identifier: MIT
+"""`record`: write checksums of what each step of a training computes.
+
+PyTorch's hooks for all modules and all optimizers tell of a step. Nothing of the program changes:
+no tensor is kept, and no value is read before the step ends.
+"""
+
+import gc
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import cache, partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.nn.modules import module as all_modules
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torchpar.decorating import context_manager
+from torchpar.exact.divergence.checksums import DeviceRows, HostRows, Reading, checksums
+from torchpar.exact.divergence.recorded_files import Described, RunFile
+from torchpar.library.sharding import local
+from torchpar.training.graphed import around_replays
+from torchpar.training.step_effects import HOST, program_line
+
+STATE_SHARE = 8  # of an optimizer's parameters, a part so small has its state recorded in a step
+_COMPILED = r"Using `torch.compile\(module\)` when there are global hooks"
+
+
+@context_manager("torchpar.exact.record")
+def record(path: str | os.PathLike[str], *, operators: bool = False) -> Iterator[None]:
+    """Record checksums of each step of a training, in exact arithmetic or not.
+
+        with torchpar.exact.record("run1"):
+            train()
+
+    ``python -m torchpar compare run1 run2`` names the first tensor in which two runs differ.
+
+    A step begins with the first call of a module, or of `backward`, after an optimizer's step. It
+    has checksums of:
+
+    - the weights and buffers of each module, when the step begins;
+    - the tensors that are given to modules by position, but for modules in other modules;
+    - the results of each module, and their gradients;
+    - the tensors on which `backward` is called, such as the loss;
+    - the gradients of parameters, as an optimizer gets them, and its settings, such as the rate;
+    - the optimizer's state after its step: all of it in its first step, and in each later step
+      that of an eighth of the parameters.
+
+    A module that `torch.compile` has compiled shows its results, and not those of modules in it;
+    one that ``module.compile()`` has compiled shows its weights. A step of
+    `torchpar.training.graphed` that is replayed shows its inputs, results, weights, settings and
+    state. Tensors without memory of their own, and sparse tensors, are not recorded.
+
+    On a GPU checksums stay there until the step ends, and the host reads them a step later.
+
+    Args:
+        path: a folder, in which each rank writes a file; files of an earlier run are replaced.
+        operators: also record the results of each of PyTorch's operators that is called, except
+            for views. A step then takes several times as long.
+
+    Raises:
+        ConfigError: a file cannot be written.
+    """
+    recorder = _Recorder(Path(path))
+    with ExitStack() as stack:
+        recorder.watch(stack)
+        if operators:
+            stack.enter_context(_Operators(recorder))
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):  # such as an error of the GPU, which each call repeats
+                recorder.end()
+            raise
+        recorder.end()
+
+
+class _Recorder:
+    def __init__(self, folder: Path):
+        is_initialized = dist.is_available() and dist.is_initialized()
+        # A launcher sets these before the ranks are connected.
+        rank = dist.get_rank() if is_initialized else int(os.environ.get("RANK", "0"))
+        ranks = dist.get_world_size() if is_initialized else int(os.environ.get("WORLD_SIZE", "1"))
+        self._file = RunFile(folder, rank, {"ranks": ranks, "torch": torch.__version__})
+        self._process = os.getpid()
+        self._numbers: dict[tuple[object, ...], int] = {}  # of tensors in the file
+        self._names = _Names()
+        self._running: list[str] = []  # modules whose forward pass is under way
+        self._last_result: Callable[[], Tensor | None] = lambda: None
+        self._last_version = 0
+        self._host, self._devices = HostRows(), dict[torch.device, DeviceRows]()
+        self._reading: _Step | None = None  # a step that the host has not read yet
+        self._step = _Step(0)
+        self._has_begun = False
+        self._stepped: set[int] = set()  # optimizers of this step
+        self._with_gradients: set[int] = set()  # parameters whose gradients the step has
+        self._with_states: set[int] = set()
+        self._steps_of: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self.is_busy = False  # with operators of its own
+
+    # What is watched
+
+    def watch(self, stack: ExitStack) -> None:
+        """Register the hooks, until ``stack`` is closed."""
+        for hook in (
+            all_modules.register_module_forward_pre_hook(self._enter),
+            all_modules.register_module_forward_hook(self._leave, always_call=True),
+            register_optimizer_step_pre_hook(self._before_update),
+            register_optimizer_step_post_hook(self._after_update),
+        ):
+            stack.callback(hook.remove)
+        stack.enter_context(_replaced_engine(self._backward))
+        around_replays.append(self._replay)
+        stack.callback(around_replays.remove, self._replay)
+        # It says that hooks see the results of a compiled module, as is meant.
+        warnings.filterwarnings("ignore", _COMPILED, UserWarning)
+        stack.callback(_forget_filter, warnings.filters[0])
+
+    def _is_off(self) -> bool:
+        """Whether a compiler traces the hook, or a graph captures it, or this is a worker."""
+        return (
+            torch.compiler.is_compiling()
+            or os.getpid() != self._process
+            or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+        )
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if self._is_off():
+            return
+        self.begin()
+        name = self._names.of_module(module)
+        if name is None:
+            name = self._register(module)
+        if not self._running:
+            for i, t in enumerate(_tensors(args)):
+                self.note("input", f"{i} of {name}", t)
+        self._running.append(name)
+
+    def _leave(self, module: nn.Module, _: Any, result: Any) -> None:
+        if self._is_off() or not self._running:
+            return
+        name = self._running.pop()
+        # PyTorch calls this hook with None after an error.
+        tensors = [result] if isinstance(result, Tensor) else _tensors(result)
+        for i, t in enumerate(tensors):
+            of_several = name if result is t else f"{name}[{i}]"
+            version = 0 if t.is_inference() else t._version
+            # A module often returns the result of the last module in it.
+            is_known = t is self._last_result() and version == self._last_version
+            self._last_result, self._last_version = ref(t), version
+            by = partial(_made_by, module, t)
+            self.note("activation", of_several, t, by, is_last_again=is_known)
+            if t.requires_grad and not is_known:
+                t.register_hook(partial(self._note_gradient, of_several))
+
+    def _note_gradient(self, name: str, gradient: Tensor) -> None:
+        if not self._is_off():
+            self.note("activation's gradient", name, gradient)
+
+    @contextmanager
+    def _backward(self, outputs: Sequence[Tensor]) -> Iterator[None]:
+        if self._is_off():
+            yield
+            return
+        self.begin()
+        for i, t in enumerate(outputs):
+            self.note("loss", str(i), t, partial(_made_by, None, t))
+        self._running.append("the backward pass")
+        try:
+            yield
+        finally:
+            del self._running[-1:]  # an error may have ended the step
+
+    def _before_update(self, optimizer: Optimizer, *_: object) -> None:
+        if self._is_off():
+            return
+        if not self._has_begun or id(optimizer) in self._stepped:
+            self.begin()
+        parameters = list(_parameters(optimizer))
+        if any(self._names.of_parameter(p) is None for p in parameters):
+            for root in _roots_of(parameters):
+                self._register(root)
+            for i, p in enumerate(parameters):
+                if self._names.of_parameter(p) is None:
+                    name = f"{i} of {type(optimizer).__name__}"
+                    self.note("weight", self._names.add_parameter(p, name), p)
+        for p in parameters:
+            if p.grad is not None and id(p) not in self._with_gradients:
+                self._with_gradients.add(id(p))  # a chain has them, and its optimizers
+                self.note("gradient", self._names.of_parameter(p) or "", p.grad)
+        self._note_settings(optimizer)
+        self._running.append(f"{type(optimizer).__name__}.step")
+
+    def _note_settings(self, optimizer: Optimizer) -> None:
+        name = type(optimizer).__name__
+        for i, group in enumerate(optimizer.param_groups):
+            for key, value in group.items():
+                for number in value if isinstance(value, tuple) else (value,):
+                    if isinstance(number, int | float) and not isinstance(number, bool):
+                        self._note_number(f"{key} of group {i} of {name}", number)
+                    elif isinstance(number, Tensor):
+                        self.note("setting", f"tensor {key} of group {i} of {name}", number)
+
+    def _after_update(self, optimizer: Optimizer, *_: object) -> None:
+        if self._is_off():
+            return
+        del self._running[-1:]
+        count = self._steps_of.get(optimizer, 0)
+        for i, p in enumerate(_parameters(optimizer)):
+            if id(p) in self._with_states or (count and (count - i) % STATE_SHARE):
+                continue
+            self._with_states.add(id(p))
+            for key, value in optimizer.state.get(p, {}).items():
+                if isinstance(value, Tensor):
+                    self.note("state", f"{key} of {self._names.of_parameter(p)}", value)
+        self._steps_of[optimizer] = count + 1
+        self._stepped.add(id(optimizer))
+
+    @contextmanager
+    def _replay(
+        self, optimizers: Sequence[Optimizer], inputs: object, outputs: object
+    ) -> Iterator[None]:
+        """Note a step that is replayed in the block, and then has these inputs and outputs."""
+        self.begin()
+        yield
+        for kind, tensors in {"input": inputs, "loss": outputs}.items():
+            for i, t in enumerate(_tensors(tensors)):
+                self.note(kind, f"{i} of the graph", t)
+        for one in optimizers:
+            self._note_settings(one)
+            self._after_update(one)
+
+    # Steps
+
+    def begin(self) -> None:
+        """Begin a step, if there is none yet, or if an optimizer has ended it."""
+        if self._stepped:
+            self._end_step()
+        if not self._has_begun:
+            self._has_begun = True
+            for name, t in self._names.weights():
+                self.note("weight", name, t)
+
+    def _end_step(self) -> None:
+        step, self._step = self._step, _Step(self._step.number + 1)
+        self._stepped.clear()
+        self._with_gradients.clear()
+        self._with_states.clear()
+        self._running.clear()
+        self._has_begun = False
+        step.host_rows = self._host.end_step()
+        step.device_rows = [
+            (step.places[device], rows.end_step())
+            for device, rows in self._devices.items()
+            if device in step.places
+        ]
+        self._write_reading()
+        self._reading = step
+        if not step.device_rows:
+            self._write_reading()
+
+    def _write_reading(self) -> None:
+        if self._reading is not None:
+            step, self._reading = self._reading, None
+            self._file.add_step(step.number, step.tensors, step.checksums())
+
+    def end(self) -> None:
+        """Write the last step, and the weights that it has left."""
+        if self._stepped:
+            self.begin()
+        if self._step.tensors:
+            self._end_step()
+        self._write_reading()
+        self._file.close()
+
+    def _register(self, module: nn.Module) -> str:
+        """Note the weights of a module that is called for the first time; return its name."""
+        for name, t in self._names.add(module):
+            self.note("weight", name, t)
+        return self._names.of_module(module) or type(module).__name__
+
+    # Tensors
+
+    def note(
+        self,
+        kind: str,
+        name: str,
+        t: Tensor,
+        by: Callable[[], str] | str = "",
+        is_last_again: bool = False,
+    ) -> None:
+        """Add a tensor's checksum to the step; ``is_last_again`` takes that of the last tensor."""
+        t, device = local(t), t.device
+        with torch._C.DisableTorchFunction():  # modes would be asked for each attribute
+            try:
+                start, size = t.data_ptr(), t.nbytes
+            except RuntimeError:  # sparse and fake tensors, and those of torch.func
+                return
+            if t.is_meta:
+                return
+            key = kind, name, t.shape, t.dtype, by if isinstance(by, str) else ""
+            is_plain = t.is_contiguous() and not t.is_conj()
+        number = self._numbers.get(key)
+        if number is None:
+            number = self._numbers[key] = len(self._numbers)
+            by = by if isinstance(by, str) else by()
+            dtype = str(t.dtype).removeprefix("torch.")
+            self._file.add_tensor(number, Described(kind, name, tuple(t.shape), dtype, by))
+        if is_last_again and self._step.tensors:
+            self._step.add_last_again(number)
+            return
+        self.is_busy = True
+        try:
+            if not is_plain:
+                t = t.detach().resolve_conj().contiguous()
+                with torch._C.DisableTorchFunction():
+                    start = t.data_ptr()
+            if device == HOST:
+                self._host.add(start, size)
+            else:
+                if device not in self._devices:
+                    self._devices[device] = DeviceRows(device)
+                self._devices[device].add(t.detach())
+        finally:
+            self.is_busy = False
+        self._step.add(number, size, device)
+
+    def note_operator(self, operator: str, results: object, line: str) -> None:
+        if self._is_off():
+            return
+        where = self._running[-1] if self._running else "the program"
+        for t in _tensors(results):
+            self.note("operator", f"{operator} in {where}", t, line)
+
+    def _note_number(self, name: str, value: float) -> None:
+        key = "setting", name
+        number = self._numbers.get(key)
+        if number is None:
+            number = self._numbers[key] = len(self._numbers)
+            self._file.add_tensor(number, Described("setting", name, (), "float64", ""))
+        self._step.add_number(number, float(value))
+
+
+class _Step:
+    """The tensors of a step, and where the sums of their words are."""
+
+    def __init__(self, number: int):
+        self.number = number
+        self.tensors: list[int] = []
+        self.sizes: list[int] = []  # bytes
+        self.places: dict[torch.device, list[int]] = {}  # of each device's rows among the tensors
+        self.numbers: list[tuple[int, float]] = []  # a place, and the value there
+        self.again: list[int] = []  # places of tensors that are the one before
+        self.host_rows = np.empty((0, 0), np.uint64)
+        self.device_rows: list[tuple[list[int], Reading]] = []
+
+    def add(self, tensor: int, size: int, device: torch.device) -> None:
+        self.places.setdefault(device, []).append(len(self.tensors))
+        self.tensors.append(tensor)
+        self.sizes.append(size)
+
+    def add_last_again(self, tensor: int) -> None:
+        self.again.append(len(self.tensors))
+        self.tensors.append(tensor)
+        self.sizes.append(0)
+
+    def add_number(self, tensor: int, value: float) -> None:
+        self.numbers.append((len(self.tensors), value))
+        self.tensors.append(tensor)
+        self.sizes.append(8)
+
+    def checksums(self) -> NDArray[np.uint64]:
+        """Wait for the devices' rows; return a number for each tensor."""
+        result, sizes = np.zeros(len(self.tensors), np.uint64), np.array(self.sizes)
+        host = self.places.get(HOST, [])
+        for places, rows in ((host, self.host_rows), *((p, r.rows()) for p, r in self.device_rows)):
+            if places:
+                result[places] = checksums(rows, sizes[places])
+        for place, value in self.numbers:
+            result[place] = np.float64(value).view(np.uint64)
+        for place in self.again:
+            result[place] = result[place - 1]
+        return result
+
+
+class _Names:
+    """Names of modules, their weights, and an optimizer's parameters.
+
+    The first module with weights that is called has the names of its own `named_parameters`. Before
+    the names of another stands its class, and a number if there are several.
+    """
+
+    def __init__(self) -> None:
+        self._modules: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self._weights: WeakKeyDictionary[nn.Module, list[tuple[str, dict[str, Any], str]]]
+        self._weights = WeakKeyDictionary()  # of each root: name, and where the module has it
+        self._parameters: dict[int, str] = {}
+        self._loose: dict[int, tuple[ref[Tensor], str]] = {}  # parameters of no module
+        self._classes: dict[str, int] = {}
+
+    def of_module(self, module: nn.Module) -> str | None:
+        return self._modules.get(module)
+
+    def of_parameter(self, p: Tensor) -> str | None:
+        return self._parameters.get(id(p))
+
+    def add_parameter(self, p: Tensor, name: str) -> str:
+        self._loose[id(p)] = ref(p), name
+        self._parameters[id(p)] = name
+        return name
+
+    def add(self, root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Name a module and all modules in it; yield the weights that were not known."""
+        kind = type(_unwrapped(root)).__name__
+        if next(chain(root.parameters(), root.buffers()), None) is None:
+            return  # a program may make such modules again and again
+        count = self._classes[kind] = self._classes.get(kind, 0) + 1
+        label = f"{kind} {count}" if count > 1 else kind
+        prefix = f"{label}." if self._weights else ""
+        places = self._weights[root] = []
+        for path, module in root.named_modules():
+            if module in self._modules:
+                continue
+            path = _plain(path)
+            self._modules[module] = f"{prefix}{path}" if path else label
+            start = f"{prefix}{path}." if path else prefix
+            for own in (module._parameters, module._buffers):
+                places += [(f"{start}{key}", own, key) for key in own]
+        yield from self._weights_at(places)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The present weights and buffers of all modules that have been called."""
+        self._parameters.clear()
+        for places in list(self._weights.values()):
+            yield from self._weights_at(places)
+        for p, name in list(self._loose.values()):
+            if (t := p()) is not None and id(t) not in self._parameters:
+                yield self.add_parameter(t, name), t
+
+    def _weights_at(
+        self, places: Iterable[tuple[str, dict[str, Any], str]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        for name, own, key in places:
+            t = own.get(key)
+            if t is not None and id(t) not in self._parameters:
+                self._parameters[id(t)] = name
+                yield name, t
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module that DistributedDataParallel and torch.compile wrap."""
+    while True:
+        inner = module._modules.get("_orig_mod")
+        if isinstance(module, DistributedDataParallel):
+            inner = module.module
+        if inner is None:
+            return module
+        module = inner
+
+
+def _plain(path: str) -> str:
+    """A module's path without the names that a wrapper adds."""
+    return f"{path}.".replace("_orig_mod.", "").removeprefix("module.").removesuffix(".")
+
+
+def _forget_filter(ours: object) -> None:
+    if ours in (filters := warnings.filters):
+        assert isinstance(filters, list)
+        filters.remove(ours)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [one for one in tree_leaves(value) if isinstance(one, Tensor)]
+
+
+def _made_by(module: nn.Module | None, t: Tensor) -> str:
+    """The class of a module, and the operator that autograd knows to have made its result."""
+    node = t.grad_fn
+    operator = node.name().partition("Backward")[0] if node is not None else ""
+    return ", ".join(filter(None, (type(module).__name__ if module else "", operator)))
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _roots_of(parameters: Iterable[Tensor]) -> list[nn.Module]:
+    """The modules with one of these parameters that are in no other module.
+
+    They were not called in the recording: ``module.compile()`` calls no hooks, nor does a step that
+    computes gradients by hand.
+    """
+    # The type is asked first: an attribute of another object may compute.
+    modules = [one for one in gc.get_objects() if issubclass(type(one), nn.Module)]
+    inner = {id(child) for one in modules for child in one._modules.values()}
+    wanted = set(map(id, parameters))
+    return [
+        one
+        for one in modules
+        if id(one) not in inner and not wanted.isdisjoint(map(id, one.parameters()))
+    ]
+
+
+@contextmanager
+def _replaced_engine(
+    around: Callable[[Sequence[Tensor]], AbstractContextManager[None]],
+) -> Iterator[None]:
+    """Enter a context around each backward pass, for which PyTorch has no hook."""
+    name = "_engine_run_backward"  # as torchpar.exact.within does
+    engine = getattr(torch.autograd, name)
+
+    def run(outputs: Sequence[Tensor], *args: object, **kwargs: object) -> object:
+        with around(outputs):
+            return engine(outputs, *args, **kwargs)
+
+    setattr(torch.autograd, name, run)
+    try:
+        yield
+    finally:
+        if getattr(torch.autograd, name) is run:  # another library may have replaced it meanwhile
+            setattr(torch.autograd, name, engine)
+
+
+class _Operators(TorchDispatchMode):
+    """Note the results of each operator that is called in the block."""
+
+    sees_launches = True  # operators of torchpar launch their kernels
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __init__(self, recorder: _Recorder):
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        if not self._recorder.is_busy and _has_own_results(func):
+            self._recorder.note_operator(str(func), result, program_line())
+        return result
+
+
+@cache
+def _has_own_results(func: Any) -> bool:
+    """Whether an operator's results are defined when it returns, and are no views."""
+    if not isinstance(func, OpOverload):  # of higher order
+        return False
+    is_collective = func.namespace in ("c10d", "_c10d_functional")  # which goes on meanwhile
+    return not (func.is_view or is_collective or "empty" in func._schema.name)
