@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,14 @@ from nogpu import cuda_is_cpu, emulate
 from torchpar import exact
 from torchpar.errors import ConfigError
 from torchpar.exact.divergence import checksums as of_tensors
-from torchpar.exact.divergence.checksums import COLUMNS, WORD, DeviceRows, HostRows, checksums
+from torchpar.exact.divergence.checksums import (
+    COLUMNS,
+    WHOLE,
+    WORD,
+    DeviceRows,
+    HostRows,
+    share,
+)
 from torchpar.exact.divergence.compare_runs import main
 from torchpar.exact.divergence.recorded_files import read_ranks
 from torchpar.parallel import join_world
@@ -33,19 +39,19 @@ STEPS = 5
 # Checksums
 
 
-def device_sums(tensors: list[Tensor]) -> list[int]:
+def device_sums(tensors: list[Tensor], step: int | None = None) -> list[int]:
     """The checksums that a device computes, on the CPU."""
     rows = DeviceRows(torch.device("cpu"))
     for t in tensors:
-        rows.add(t)
-    return checksums(rows.end_step().rows(), np.array([t.nbytes for t in tensors])).tolist()
+        rows.add(t, WHOLE if step is None else share(t.nbytes, step))
+    return rows.end_step().checksums().tolist()
 
 
-def host_sums(tensors: list[Tensor]) -> list[int]:
+def host_sums(tensors: list[Tensor], step: int | None = None) -> list[int]:
     rows = HostRows()
     for t in tensors:
-        rows.add(t.data_ptr(), t.nbytes)
-    return checksums(rows.end_step(), np.array([t.nbytes for t in tensors])).tolist()
+        rows.add(t.data_ptr(), t.nbytes, WHOLE if step is None else share(t.nbytes, step))
+    return rows.end_step().tolist()
 
 
 def plain_sum(t: Tensor) -> int:
@@ -102,6 +108,23 @@ def test_two_opposite_changes_in_a_column_are_missed():
     near[6] -= 1
     first, missed, found = host_sums([words, other, near])
     assert first == missed != found
+
+
+def test_small_tensors_have_one_share():
+    assert share(16 * COLUMNS * WORD, 3) == WHOLE != share(16 * COLUMNS * WORD + 1, 3)
+
+
+def test_shares_of_a_large_tensor_are_all_of_it():
+    shares = 3  # of 16 rows at most
+    x = torch.arange(40 * COLUMNS + 3)
+    y = x.clone()
+    y[[5 * COLUMNS + 7, 30 * COLUMNS]] += 1
+    found = [host_sums([y], step) != host_sums([x], step) for step in range(shares)]
+    assert [i for i, one in enumerate(found) if one] == [30 % shares, 5 % shares]
+    assert all(host_sums([y], step) == device_sums([y], step) for step in range(shares))
+    y = x.clone()
+    y[-1] += 1  # what is left is always added
+    assert all(host_sums([y], step) != host_sums([x], step) for step in range(shares))
 
 
 # Planted differences
@@ -314,6 +337,10 @@ def test_an_error_ends_the_recording_with_its_step(tmp_path):
 
 
 REFUSED = {
+    "operators in one": (
+        lambda path: train(path, steps=1, operators=True),
+        "one was recorded with operators=True, expected both or none",
+    ),
     "another model": (
         lambda path: train(path, width=17),
         r"the models differ: weight 0\.weight is float32 \[16, 8\] in .* and float32 \[17, 8\] in",
@@ -325,20 +352,20 @@ REFUSED = {
     ),
     "a damaged recording": (
         lambda path: (path / "rank0.jsonl").write_text(
-            '{"format":"torchpar.exact.record 1","rank":0,"ranks":1}\n'
+            '{"format":"torchpar.exact.record 1","rank":0,"ranks":1,"operators":false}\n'
             '{"step":0,"tensors":[1],"checksums":"00"}\n'
         ),
         "is damaged",
     ),
     "no step": (
         lambda path: (path / "rank0.jsonl").write_text(
-            '{"format":"torchpar.exact.record 1","rank":0,"ranks":1}\n'
+            '{"format":"torchpar.exact.record 1","rank":0,"ranks":1,"operators":false}\n'
         ),
         "have no step in common",
     ),
     "a rank is missing": (
         lambda path: (path / "rank0.jsonl").write_text(
-            '{"format":"torchpar.exact.record 1","rank":0,"ranks":2}\n'
+            '{"format":"torchpar.exact.record 1","rank":0,"ranks":2,"operators":false}\n'
         ),
         r"rank1\.jsonl cannot be read",
     ),
@@ -427,9 +454,9 @@ def test_a_gpu_is_read_once_in_a_step(gpu, tmp_path, capsys):
     readings = []
 
     class Counted(of_tensors.Reading):
-        def __init__(self, rows: Tensor):
+        def __init__(self, rows: Tensor, sizes: list[int]):
             readings.append(len(rows))
-            super().__init__(rows)
+            super().__init__(rows, sizes)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(of_tensors, "Reading", Counted)

@@ -28,6 +28,8 @@ WORD = 8  # bytes
 _ROW = COLUMNS * WORD  # bytes
 _FIRST = 64  # rows, of which there are twice as many whenever they do not suffice
 _SHIFT = np.uint64(32)
+WHOLE = slice(None)
+SHARE = 16  # rows, at most, of a large tensor that a step may add in place of all
 
 
 def _odd_numbers() -> NDArray[np.uint64]:
@@ -42,11 +44,23 @@ _WEIGHTS = _odd_numbers()
 
 
 def checksums(rows: NDArray[np.uint64], sizes: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """The checksums ``(n)`` of rows of sums ``(n, COLUMNS)`` of tensors of so many bytes."""
-    folded = rows >> _SHIFT
-    folded ^= rows
-    folded *= _WEIGHTS
-    return np.where(sizes <= WORD, rows[:, 0], folded.sum(axis=1))
+    """The checksums ``(n)`` of rows of sums ``(n, COLUMNS)`` of tensors of so many bytes.
+
+    The rows are overwritten.
+    """
+    first = rows[:, 0].copy()
+    rows ^= rows >> _SHIFT
+    rows *= _WEIGHTS
+    return np.where(sizes <= WORD, first, rows.sum(axis=1))
+
+
+def share(size: int, step: int) -> slice:
+    """The rows of a tensor of so many bytes that stand for it in a step: about 16, or all.
+
+    They lie at equal distances, and are others in the next step.
+    """
+    distance = -(-size // _ROW // SHARE)
+    return slice(step % distance, None, distance) if distance > 1 else WHOLE
 
 
 class HostRows:
@@ -54,17 +68,25 @@ class HostRows:
 
     def __init__(self) -> None:
         self._used = 0
+        self._sizes: list[int] = []
+        self._last = np.zeros(COLUMNS, np.uint64)  # for words that do not fill a row
+        self._last_start = self._last.ctypes.data
         self._put(np.zeros((_FIRST, COLUMNS), np.uint64))
 
     def _put(self, rows: NDArray[np.uint64]) -> None:
         self._rows, self._start, self._limit = rows, rows.ctypes.data, len(rows)
 
-    def add(self, start: int, size: int) -> None:
-        """Add the row of a contiguous tensor that begins at an address, of so many bytes."""
+    def add(self, start: int, size: int, part: slice = WHOLE) -> None:
+        """Add the row of a contiguous tensor that begins at an address, of so many bytes.
+
+        Args:
+            part: which rows of COLUMNS words are added; the last, which is not full, always is.
+        """
         used = self._used
         if used == self._limit:
             self._put(np.concatenate([self._rows, np.zeros_like(self._rows)]))
         self._used = used + 1
+        self._sizes.append(size)
         if size <= _ROW:
             ctypes.memmove(self._start + used * _ROW, start, size)
             return
@@ -72,18 +94,21 @@ class HostRows:
         memory = (ctypes.c_char * size).from_address(start)
         count = size // _ROW
         words = np.frombuffer(memoryview(memory), np.uint64, count * COLUMNS)
-        np.add.reduce(words.reshape(count, COLUMNS), axis=0, out=row)
+        np.add.reduce(words.reshape(count, COLUMNS)[part], axis=0, out=row)
         if rest := size % _ROW:
-            last = np.zeros(-(-rest // WORD), np.uint64)
-            ctypes.memmove(last.ctypes.data, start + size - rest, rest)
-            row[: len(last)] += last
+            count = -(-rest // WORD)
+            self._last[count - 1] = 0
+            ctypes.memmove(self._last_start, start + size - rest, rest)
+            row[:count] += self._last[:count]
 
     def end_step(self) -> NDArray[np.uint64]:
-        """The rows, valid until the next call of `add`, which has others."""
+        """The checksums of the tensors, in the order in which they were added."""
         rows = self._rows[: self._used]
-        self._put(np.zeros_like(self._rows))
+        result = checksums(rows, np.array(self._sizes, np.int64))
+        rows.fill(0)
         self._used = 0
-        return rows
+        self._sizes.clear()
+        return result
 
 
 class DeviceRows:
@@ -92,13 +117,15 @@ class DeviceRows:
     def __init__(self, device: torch.device):
         self._rows = torch.zeros(_FIRST, COLUMNS, dtype=torch.int64, device=device)
         self._used = 0
+        self._sizes: list[int] = []
 
-    def add(self, t: Tensor) -> None:
+    def add(self, t: Tensor, part: slice = WHOLE) -> None:
         """Add the row of a contiguous tensor, by one or two kernels for most tensors."""
         if self._used == len(self._rows):
             self._rows = torch.cat([self._rows, torch.zeros_like(self._rows)])
-        row, size = self._rows[self._used], t.numel() * t.itemsize
+        row, size = self._rows[self._used], t.nbytes
         self._used += 1
+        self._sizes.append(size)
         data = t.reshape(-1).view(torch.uint8)
         if size <= _ROW:
             row.view(torch.uint8)[:size].copy_(data)
@@ -106,7 +133,8 @@ class DeviceRows:
         if data.storage_offset() % WORD:
             data = data.clone()
         rest = size % _ROW
-        torch.sum(data[: size - rest].view(torch.int64).view(-1, COLUMNS), 0, out=row)
+        words = data[: size - rest].view(torch.int64).view(-1, COLUMNS)
+        torch.sum(words[part], 0, out=row)
         if rest:
             last = data[size - rest :]
             if rest % WORD:
@@ -115,9 +143,9 @@ class DeviceRows:
 
     def end_step(self) -> "Reading":
         """Begin to copy the rows to the host, and empty them."""
-        reading = Reading(self._rows[: self._used])
+        reading = Reading(self._rows[: self._used], self._sizes)
         self._rows[: self._used].zero_()
-        self._used = 0
+        self._used, self._sizes = 0, []
         return reading
 
 
@@ -126,10 +154,12 @@ class Reading:
 
     Args:
         rows: on any device; the copy is made in the order of the current stream's work.
+        sizes: of the tensors, in bytes.
     """
 
-    def __init__(self, rows: Tensor):
+    def __init__(self, rows: Tensor, sizes: list[int]):
         self._event: Any = None
+        self._sizes = np.array(sizes, np.int64)
         copy = rows.to("cpu", non_blocking=rows.is_cuda, copy=True)  # to pinned memory
         # Later it would be an operator on a tensor of another step, of which `graphed` takes note.
         self._rows: NDArray[np.uint64] = copy.numpy().view(np.uint64)
@@ -137,7 +167,7 @@ class Reading:
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(rows.device))
 
-    def rows(self) -> NDArray[np.uint64]:
+    def checksums(self) -> NDArray[np.uint64]:
         if self._event is not None:
             self._event.synchronize()
-        return self._rows
+        return checksums(self._rows, self._sizes)

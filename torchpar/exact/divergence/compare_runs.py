@@ -89,6 +89,10 @@ def compare(a: Path, b: Path) -> int:
     """Print what two runs have in common, and where they part. Return the exit status."""
     ranks_a, ranks_b = read_ranks(a), read_ranks(b)
     steps = sorted(set.intersection(*(set(one.steps) for one in (*ranks_a, *ranks_b))))
+    if ranks_a[0].has_operators != ranks_b[0].has_operators:
+        raise ConfigError(
+            f"of {a} and {b} one was recorded with operators=True, expected both or none"
+        )
     if not steps:
         raise ConfigError(f"{a} and {b} have no step in common; record at least one step of each")
     compared = [

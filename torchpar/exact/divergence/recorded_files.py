@@ -2,10 +2,10 @@
 """Files of a recorded run: JSON lines, of which a killed run leaves all but the last steps.
 
 A folder has a file ``rank0.jsonl`` for each rank. Each line is an object. The first line holds
-"format", "rank", "ranks" (their number), "torch" and "device". A line with "tensor" describes a
-tensor before it is first used: its number, "kind", "name", "shape", "dtype", and "by", which made
-it. A line with "step" holds the tensors of a step in their order, as numbers, and "checksums", a
-string of 16 hexadecimal digits for each, as `checksums` defines them.
+"format", "rank", "ranks" (their number), "operators" (whether they are recorded) and "torch". A
+line with "tensor" describes a tensor before it is first used: its number, "kind", "name", "shape",
+"dtype", and "by", which made it. A line with "step" holds the tensors of a step in their order, as
+numbers, and "checksums", a string of 16 hexadecimal digits for each, as `checksums` defines them.
 """
 
 import json
@@ -106,6 +106,7 @@ class RecordedRank:
     path: Path
     rank: int
     ranks: int
+    has_operators: bool
     steps: dict[int, RecordedStep]
 
 
@@ -138,7 +139,7 @@ def _read_rank(path: Path) -> RecordedRank:
                     [tensors[number] for number in line["tensors"]],
                     np.frombuffer(bytes.fromhex(line["checksums"]), ">u8").tolist(),
                 )
-        return RecordedRank(path, head["rank"], head["ranks"], steps)
+        return RecordedRank(path, head["rank"], head["ranks"], head["operators"], steps)
     except ConfigError:
         raise
     except OSError as e:

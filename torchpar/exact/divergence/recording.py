@@ -33,13 +33,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchpar.decorating import context_manager
-from torchpar.exact.divergence.checksums import DeviceRows, HostRows, Reading, checksums
+from torchpar.exact.divergence.checksums import (
+    WHOLE,
+    DeviceRows,
+    HostRows,
+    Reading,
+    share,
+)
 from torchpar.exact.divergence.recorded_files import Described, RunFile
 from torchpar.library.sharding import local
 from torchpar.training.graphed import around_replays
-from torchpar.training.step_effects import HOST, program_line
+from torchpar.training.step_effects import program_line
 
-STATE_SHARE = 8  # of an optimizer's parameters, a part so small has its state recorded in a step
+STATES = 8  # of an optimizer's parameters, one of so many has its state recorded in a step
+IN_SHARES = {"activation", "activation's gradient"}  # kinds of which a step adds a share
 _COMPILED = r"Using `torch.compile\(module\)` when there are global hooks"
 
 
@@ -68,17 +75,19 @@ def record(path: str | os.PathLike[str], *, operators: bool = False) -> Iterator
     `torchpar.training.graphed` that is replayed shows its inputs, results, weights, settings and
     state. Tensors without memory of their own, and sparse tensors, are not recorded.
 
-    On a GPU checksums stay there until the step ends, and the host reads them a step later.
+    Of a result or its gradient above 64 KiB, a step has the checksum of 64 KiB that are spread over
+    it, and the next step of others. On a GPU checksums stay there until the step ends, and the host
+    reads them a step later.
 
     Args:
         path: a folder, in which each rank writes a file; files of an earlier run are replaced.
         operators: also record the results of each of PyTorch's operators that is called, except
-            for views. A step then takes several times as long.
+            for views, and record large tensors as a whole. A step then takes several times as long.
 
     Raises:
         ConfigError: a file cannot be written.
     """
-    recorder = _Recorder(Path(path))
+    recorder = _Recorder(Path(path), is_whole=operators)
     with ExitStack() as stack:
         recorder.watch(stack)
         if operators:
@@ -93,12 +102,14 @@ def record(path: str | os.PathLike[str], *, operators: bool = False) -> Iterator
 
 
 class _Recorder:
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, is_whole: bool):
+        self._is_whole = is_whole
         is_initialized = dist.is_available() and dist.is_initialized()
         # A launcher sets these before the ranks are connected.
         rank = dist.get_rank() if is_initialized else int(os.environ.get("RANK", "0"))
         ranks = dist.get_world_size() if is_initialized else int(os.environ.get("WORLD_SIZE", "1"))
-        self._file = RunFile(folder, rank, {"ranks": ranks, "torch": torch.__version__})
+        head = {"ranks": ranks, "operators": is_whole, "torch": torch.__version__}
+        self._file = RunFile(folder, rank, head)
         self._process = os.getpid()
         self._numbers: dict[tuple[object, ...], int] = {}  # of tensors in the file
         self._names = _Names()
@@ -224,7 +235,7 @@ class _Recorder:
         del self._running[-1:]
         count = self._steps_of.get(optimizer, 0)
         for i, p in enumerate(_parameters(optimizer)):
-            if id(p) in self._with_states or (count and (count - i) % STATE_SHARE):
+            if id(p) in self._with_states or (count and (count - i) % STATES):
                 continue
             self._with_states.add(id(p))
             for key, value in optimizer.state.get(p, {}).items():
@@ -265,15 +276,10 @@ class _Recorder:
         self._with_states.clear()
         self._running.clear()
         self._has_begun = False
-        step.host_rows = self._host.end_step()
-        step.device_rows = [
-            (step.places[device], rows.end_step())
-            for device, rows in self._devices.items()
-            if device in step.places
-        ]
+        step.end(self._host, self._devices)
         self._write_reading()
         self._reading = step
-        if not step.device_rows:
+        if not step.readings:
             self._write_reading()
 
     def _write_reading(self) -> None:
@@ -317,6 +323,8 @@ class _Recorder:
                 return
             key = kind, name, t.shape, t.dtype, by if isinstance(by, str) else ""
             is_plain = t.is_contiguous() and not t.is_conj()
+        in_shares = kind in IN_SHARES and not self._is_whole
+        part = share(size, self._step.number) if in_shares else WHOLE
         number = self._numbers.get(key)
         if number is None:
             number = self._numbers[key] = len(self._numbers)
@@ -332,15 +340,15 @@ class _Recorder:
                 t = t.detach().resolve_conj().contiguous()
                 with torch._C.DisableTorchFunction():
                     start = t.data_ptr()
-            if device == HOST:
-                self._host.add(start, size)
+            if device.type == "cpu":
+                self._host.add(start, size, part)
             else:
                 if device not in self._devices:
                     self._devices[device] = DeviceRows(device)
-                self._devices[device].add(t.detach())
+                self._devices[device].add(t.detach(), part)
         finally:
             self.is_busy = False
-        self._step.add(number, size, device)
+        self._step.add(number, device)
 
     def note_operator(self, operator: str, results: object, line: str) -> None:
         if self._is_off():
@@ -359,40 +367,45 @@ class _Recorder:
 
 
 class _Step:
-    """The tensors of a step, and where the sums of their words are."""
+    """The tensors of a step, and where their checksums are."""
 
     def __init__(self, number: int):
         self.number = number
         self.tensors: list[int] = []
-        self.sizes: list[int] = []  # bytes
-        self.places: dict[torch.device, list[int]] = {}  # of each device's rows among the tensors
+        self.on_host: list[int] = []  # places of tensors on the CPU
+        self.on_devices: dict[torch.device, list[int]] = {}
         self.numbers: list[tuple[int, float]] = []  # a place, and the value there
         self.again: list[int] = []  # places of tensors that are the one before
-        self.host_rows = np.empty((0, 0), np.uint64)
-        self.device_rows: list[tuple[list[int], Reading]] = []
+        self.readings: list[tuple[list[int], Reading]] = []
 
-    def add(self, tensor: int, size: int, device: torch.device) -> None:
-        self.places.setdefault(device, []).append(len(self.tensors))
+    def add(self, tensor: int, device: torch.device) -> None:
+        on_host = device.type == "cpu"
+        places = self.on_host if on_host else self.on_devices.setdefault(device, [])
+        places.append(len(self.tensors))
         self.tensors.append(tensor)
-        self.sizes.append(size)
 
     def add_last_again(self, tensor: int) -> None:
         self.again.append(len(self.tensors))
         self.tensors.append(tensor)
-        self.sizes.append(0)
 
     def add_number(self, tensor: int, value: float) -> None:
         self.numbers.append((len(self.tensors), value))
         self.tensors.append(tensor)
-        self.sizes.append(8)
+
+    def end(self, host: HostRows, devices: Mapping[torch.device, DeviceRows]) -> None:
+        """Take the sums of the step, of which those on devices are still to come."""
+        self.of_host = host.end_step()
+        self.readings = [
+            (places, devices[device].end_step()) for device, places in self.on_devices.items()
+        ]
 
     def checksums(self) -> NDArray[np.uint64]:
         """Wait for the devices' rows; return a number for each tensor."""
-        result, sizes = np.zeros(len(self.tensors), np.uint64), np.array(self.sizes)
-        host = self.places.get(HOST, [])
-        for places, rows in ((host, self.host_rows), *((p, r.rows()) for p, r in self.device_rows)):
-            if places:
-                result[places] = checksums(rows, sizes[places])
+        result = np.zeros(len(self.tensors), np.uint64)
+        if self.on_host:
+            result[self.on_host] = self.of_host
+        for places, reading in self.readings:
+            result[places] = reading.checksums()
         for place, value in self.numbers:
             result[place] = np.float64(value).view(np.uint64)
         for place in self.again:
