@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.testing._internal.two_tensor import TwoTensor
 
 import torchpar
-from torchpar import exact
+from torchpar import exact, linear_sigmoid
 from torchpar.errors import ConfigError
 from torchpar.exact.random import philox
 
@@ -236,6 +236,14 @@ def step(**options: bool) -> None:
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     torch.optim.SGD([p], **options).step()
+
+
+def test_a_fused_layer_is_composed_on_any_device():
+    """The mode would refuse the layer's own operator, for which it has no rule."""
+    x, weight = torch.rand(3, 4), torch.rand(5, 4)
+    with exact.mode():
+        assert torch.equal(linear_sigmoid(x, weight), F.linear(x, weight).sigmoid())
+        assert linear_sigmoid(x.to("meta"), weight.to("meta")).shape == (3, 5)
 
 
 COMPLEX, SPARSE = torch.ones(3) + 1j, torch.eye(3).to_sparse()  # which the mode does not make
