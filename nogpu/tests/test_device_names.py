@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nogpu import emulate
 from nogpu.cuda.stand_in import cuda_is_cpu
@@ -173,6 +174,21 @@ def others():
 def test_functions_of_pytorch_that_ask_for_the_device_compute_there(make):
     for t in make():
         assert t.device == CUDA
+
+
+class Composed(TorchDispatchMode):
+    """Instead of a sine it calls operators that PyTorch composes, where autograd does not."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.sin.default:
+            return args[0].double().reshape(2, 2).to(torch.float32)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_composed_operator_in_a_mode_computes_where_its_operands_are():
+    x, h = numbers(4), torch.zeros(4)
+    with Composed():
+        assert [torch.sin(t).device for t in (x, h)] == [CUDA, CPU]
 
 
 def test_a_saved_tensor_returns_to_its_place():

@@ -208,7 +208,7 @@ class Watcher:
         place = places.of_results(marks, kwargs.get("device"))
         if not place:
             result = self._on_host(func, args, kwargs, operands)
-            if place is False and not self.context.kind_of(func).is_view:
+            if place is False and self._makes(func, result):
                 places.put_results(tensors_in((result,)), False)
             return result
         kind = self.context.kind_of(func)
@@ -224,10 +224,19 @@ class Watcher:
             numbers = {id(t) for t in written}
             self._check_operands([t for t in reads if id(t) not in numbers], written)
             result = func(*args, **kwargs)
-        if not kind.is_view:
+        if self._makes(func, result):
             written += self._put_results(func, operands, written, result, place)
         self._note_written(written, func, args)
         return result
+
+    def _makes(self, func: Operator, result: object) -> bool:
+        """Whether an operator has made its results, rather than views of tensors with a mark.
+
+        One that is composed of others, such as `aten.to`, may do either.
+        """
+        if not self.context.kind_of(func).is_view:
+            return True
+        return any(places.mark_of(one) is None for one in tensors_in((result,)))
 
     def _put_results(
         self,
