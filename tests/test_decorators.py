@@ -153,5 +153,5 @@ def test_public_context_managers_are_checked() -> None:
             if inspect.isgeneratorfunction(getattr(function, "__wrapped__", None)):
                 found.add(name)
                 assert function.__code__.co_filename != contextlib.__file__, name
-    assert found == {"mode", "emulate", "cuda_is_cpu", "join_world"}
+    assert found == {"mode", "record", "emulate", "cuda_is_cpu", "join_world"}
     assert plain.__code__.co_filename == contextlib.__file__

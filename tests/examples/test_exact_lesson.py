@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import train_ddp
-from commands import lesson
+from commands import ROOT, forked, lesson
 from fake_data import fashion_mnist
 
 from torchpar.data import load
@@ -46,6 +46,21 @@ def test_any_ranks_and_the_command_have_one_hash(ranks, tmp_path):
         assert ranks(world_size, hash_of_lesson, root) == [expected] + [""] * (world_size - 1)
     assert ranks(2, hash_of_verify, root) == [expected] * 2
     assert ranks(1, hash_of_lesson, root, UNIT - 1) != [expected]
+
+
+@pytest.mark.slow
+def test_an_emulated_gpu_has_the_hash_of_the_cpu(fork_server, tmp_path):
+    root = fashion_mnist(tmp_path, train=60, test=20)
+    script = str(ROOT / "examples" / "train_ddp.py")
+    flags = f"--dataset fashion-mnist --data {root} --epochs 1 --hidden 16 --arithmetic exact"
+    hashes = []
+    for command, device in (((), "cpu"), (("-m", "nogpu", "--cuda-is-cpu"), "cuda")):
+        code, out, err = forked(*command, script, *flags.split(), "--device", device)
+        assert code == 0, out + err
+        hashes += re.findall(r"^SHA-256 of the weights: ([0-9a-f]{64})$", out, re.MULTILINE)
+    assert len(hashes) == 2
+    assert len(set(hashes)) == 1
+    assert "exact_product_kernel" in out
 
 
 def test_the_command_trains_with_the_lessons_defaults():

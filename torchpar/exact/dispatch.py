@@ -99,14 +99,25 @@ def _computed_by(operators: "_Operators") -> Iterator[None]:
 
 
 def is_active() -> bool:
-    return any(isinstance(active, _Operators) for active in _get_current_dispatch_mode_stack())
+    return any(
+        isinstance(active, _Operators) and active.is_exact
+        for active in _get_current_dispatch_mode_stack()
+    )
 
 
 @contextmanager
 def ordinary() -> Iterator[None]:
-    """Leave the mode, for code that is exact without it."""
-    with _disable_current_modes(), torch._C.DisableTorchFunction():
+    """Leave the mode, for code that is exact without it. Modes of others stay, such as nogpu's."""
+    stacks = _get_current_dispatch_mode_stack(), _get_current_function_mode_stack()
+    left = [one for stack in stacks for one in stack if isinstance(one, _Operators | _Functions)]
+    before = [one.is_exact for one in left]
+    try:
+        for one in left:
+            one.is_exact = False
         yield
+    finally:
+        for one, was_exact in zip(left, before, strict=True):
+            one.is_exact = was_exact
 
 
 class _Functions(TorchFunctionMode):
@@ -114,6 +125,8 @@ class _Functions(TorchFunctionMode):
 
     In attention, a sum must not depend on the keys that a query does not attend to.
     """
+
+    is_exact = True  # but in a block of `ordinary`
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,6 +140,8 @@ class _Functions(TorchFunctionMode):
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         kwargs, replacement = kwargs or {}, _FUNCTIONS.get(func)
+        if not self.is_exact:
+            return func(*args, **kwargs)
         if replacement is None:
             return self._within.get(func, func)(*args, **kwargs)
         (native,) = check_native(func, args, kwargs)
@@ -136,7 +151,7 @@ class _Functions(TorchFunctionMode):
 
 class _Operators(TorchDispatchMode):
     knows_aten_alone = True  # so that operators of torchpar.ops decompose, where they can
-    is_exact = True  # so that Muon computes in float32
+    is_exact = True  # so that Muon computes in float32; False in a block of `ordinary`
     marks = True  # whether arithmetic outside of the mode with the results is warned of
 
     def __torch_dispatch__(
@@ -146,6 +161,8 @@ class _Operators(TorchDispatchMode):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
+        if not self.is_exact:
+            return func(*args, **kwargs or {})
         if types and any(_answers(t, func) for t in tree_leaves((args, kwargs))):
             return NotImplemented  # its operators on the tensors that it holds arrive here
         if _is_traced(args) and kind_of(func, args)[0] == "rules":
