@@ -73,6 +73,27 @@ def test_operations_round_once(name: str, dtype: torch.dtype):
 
 
 @of_each_dtype
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "div"])
+def test_a_tensor_of_one_number_is_taken_as_a_number(name: str, dtype: torch.dtype):
+    """PyTorch rounds it to 16 bits if it comes first, and on a GPU."""
+    x = torch.linspace(1, 2, 100).to(dtype)
+    for number in (torch.tensor(0.0013), torch.tensor(2049)):
+        for a, b in ((x, number), (number, x)):
+            expected = ELEMENTWISE[name](a.float(), b.float()).to(dtype)
+            with exact.mode():
+                found = ELEMENTWISE[name](a, b)
+                written = torch.empty_like(x)
+                getattr(torch, name)(a, b, out=written)
+                if a is x:
+                    assert torch.equal(getattr(x.clone(), f"{name}_")(b), expected)
+            assert found.dtype == dtype
+            assert torch.equal(found, expected)
+            assert torch.equal(written, expected)
+            if name in ("mul", "div") and b is x and number.is_floating_point():
+                assert not torch.equal(ELEMENTWISE[name](a, b), expected)
+
+
+@of_each_dtype
 def test_casts_round_once(dtype: torch.dtype):
     """Whatever the operand's dtype is; PyTorch rounds to float32 before."""
     middle = 1 + torch.finfo(dtype).eps / 2

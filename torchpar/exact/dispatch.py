@@ -178,9 +178,7 @@ class _Operators(TorchDispatchMode):
         kwargs, (known, own_rule, _) = dict(kwargs or {}), _look_up(func)
         kind, foreign = kind_of(func, [*args, *kwargs.values()])
         if kind == "passing":
-            args = _rounded_once(func, args, kwargs)
-            with torch._C.DisableTorchFunction():
-                result = func(*args, **kwargs)
+            result = _passed(func, args, kwargs)
             if known == "passing" or not _has_float(result):
                 return result
         elif kind == "rules":
@@ -329,6 +327,48 @@ def _rounded_once(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]
     if dtype not in NARROW or operand.dtype in DIGITS or operand.dtype.itemsize < 4:
         return args
     return [*args[:place], rounded_to(operand.double(), dtype), *args[place + 1 :]]
+
+
+def _passed(func: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> object:
+    """Call an operator that passes, so that it rounds in the same way on every device."""
+    if _takes_wide_number(func, args):
+        return _written(_by_wide_number(func), func, args, kwargs, ())
+    args = _rounded_once(func, args, kwargs)
+    with torch._C.DisableTorchFunction():
+        return func(*args, **kwargs)
+
+
+@cache
+def _is_product(func: Operator) -> bool:
+    return func._schema.name.removesuffix("_") in ("aten::mul", "aten::div")
+
+
+def _takes_wide_number(func: Operator, args: Sequence[Any]) -> bool:
+    """Whether a product or quotient has an operand of 16 bits, and one of a single number.
+
+    PyTorch takes a number that is the second operand in float32 on a CPU. It rounds the first
+    operand to 16 bits, and on a GPU the second, too.
+    """
+    if not _is_product(func) or not isinstance(args[1], Tensor):
+        return False
+    a, b = args[:2]
+    narrow, number = (b, a) if a.dim() == 0 else (a, b)
+    if narrow.dim() == 0 or number.dim() > 0:
+        return False
+    return narrow.dtype in NARROW and narrow.dtype != number.dtype
+
+
+@cache
+def _by_wide_number(func: Operator) -> Rule:
+    """The rule of an operator that `_takes_wide_number`: float32, as with a Python number."""
+    compute = torch.mul if "mul" in func._schema.name else torch.div
+
+    def call(a: Tensor, b: Tensor, **options: Any) -> Tensor:
+        dtype = torch.result_type(a, b)
+        result: Tensor = compute(a.float(), b.float(), **options)
+        return result.to(dtype)
+
+    return call
 
 
 @cache
