@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from torchpar import exact
+from torchpar.errors import ConfigError
 from torchpar.exact.registry import NARROW
 from torchpar.ops.exact_digits import rounded_to
 
@@ -181,6 +182,15 @@ def test_autocast_computes_products_in_its_dtype():
     assert torch.equal(y.clone(), narrow.clone())  # the norm's weights are 1
     assert torch.equal(image.grad.clone(), slope.clone())
     assert all(g.dtype == torch.float32 for g in found.values())
+
+
+def test_a_scaler_of_gradients_is_refused_by_name():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer, scaler = torch.optim.SGD([weight], foreach=False), torch.amp.GradScaler("cpu")
+    with exact.mode():
+        scaler.scale(weight.sum()).backward()
+        with pytest.raises(ConfigError, match="without GradScaler"):
+            scaler.step(optimizer)
 
 
 def trained(dtype: torch.dtype, ranks: int, autocast: bool) -> str:

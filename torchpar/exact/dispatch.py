@@ -199,12 +199,17 @@ class _Operators(TorchDispatchMode):
                 result = _composition(func)(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        remedy = "make it of other operators; torchpar.exact.coverage lists what is missing"
-        if any(word in str(func) for word in ("_foreach_", "_fused_ad", "_fused_sgd")):
-            remedy = "give foreach=False to clip_grad_norm_ and the optimizer, no fused=True"
-        elif func.namespace in ("c10d", "fsdp"):
-            remedy = "add gradients by torchpar.exact.DataParallel"
-        raise ConfigError(f"no exact version of {func}{foreign}; {remedy}")
+        raise ConfigError(f"no exact version of {func}{foreign}; {_remedy(func)}")
+
+
+def _remedy(func: Operator) -> str:
+    if "_amp_" in str(func):
+        return "train without GradScaler, such as in bfloat16"
+    if any(word in str(func) for word in ("_foreach_", "_fused_ad", "_fused_sgd")):
+        return "give foreach=False to clip_grad_norm_ and the optimizer, no fused=True"
+    if func.namespace in ("c10d", "fsdp"):
+        return "add gradients by torchpar.exact.DataParallel"
+    return "make it of other operators; torchpar.exact.coverage lists what is missing"
 
 
 def _answers(operand: object, func: Operator) -> bool:
