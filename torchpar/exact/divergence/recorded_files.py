@@ -63,7 +63,7 @@ class RunFile:
         self._write()
 
     def _writing(self) -> Any:
-        return writing(self._path, "another path")
+        return writing(self._path, "the path of torchpar.exact.record")
 
     def _add(self, line: Mapping[str, object]) -> None:
         self._lines.append(json.dumps(line, separators=(",", ":")) + "\n")

@@ -71,9 +71,10 @@ def record(path: str | os.PathLike[str], *, operators: bool = False) -> Iterator
       that of an eighth of the parameters.
 
     A module that `torch.compile` has compiled shows its results, and not those of modules in it;
-    one that ``module.compile()`` has compiled shows its weights. A step of
-    `torchpar.training.graphed` that is replayed shows its inputs, results, weights, settings and
-    state. Tensors without memory of their own, and sparse tensors, are not recorded.
+    one that ``module.compile()`` has compiled shows its weights. A step that is compiled as a
+    whole, with its backward pass, shows nothing. A step of `torchpar.training.graphed` that is
+    replayed shows its inputs, results, weights, settings and state. Tensors without memory of their
+    own, and sparse tensors, are not recorded.
 
     Of a result or its gradient above 64 KiB, a step has the checksum of 64 KiB that are spread over
     it, and the next step of others. On a GPU checksums stay there until the step ends, and the host
@@ -83,6 +84,8 @@ def record(path: str | os.PathLike[str], *, operators: bool = False) -> Iterator
         path: a folder, in which each rank writes a file; files of an earlier run are replaced.
         operators: also record the results of each of PyTorch's operators that is called, except
             for views, and record large tensors as a whole. A step then takes several times as long.
+            In a mode that `torchpar.exact.mode` begins within the block, these are the operators of
+            which its rules consist. So begin both in the same order in each run.
 
     Raises:
         ConfigError: a file cannot be written.
