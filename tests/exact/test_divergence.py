@@ -401,6 +401,16 @@ def test_a_file_that_cannot_be_written_is_an_error(tmp_path):
         pass
 
 
+def test_a_folder_has_one_recording_at_a_time(tmp_path):
+    with exact.record(tmp_path / "a"):
+        with pytest.raises(ConfigError, match="a is being recorded already"):
+            exact.record(tmp_path / "b" / ".." / "a").__enter__()
+        with exact.record(tmp_path / "b"):
+            pass
+    with exact.record(tmp_path / "a"):
+        pass
+
+
 # Compiled modules, graphs and GPUs
 
 

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,12 +53,17 @@ class Described(NamedTuple):
 class RunFile:
     """The file of a run on one rank, which is written step by step."""
 
+    _open: ClassVar[set[Path]] = set()
+
     def __init__(self, folder: Path, rank: int, head: Mapping[str, object]):
-        self._path = folder / f"rank{rank}.jsonl"
+        self._path = folder.resolve() / f"rank{rank}.jsonl"
+        if self._path in self._open:
+            raise ConfigError(f"{folder} is being recorded already; give each record its own path")
         self._lines: list[str] = []
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("w", encoding="utf-8")
+        self._open.add(self._path)
         self._add({"format": FORMAT, "rank": rank, **head})
         self._write()
 
@@ -84,6 +89,7 @@ class RunFile:
 
     def close(self) -> None:
         self._file.close()
+        self._open.discard(self._path)
 
 
 @dataclass
@@ -139,7 +145,7 @@ def _read_rank(path: Path) -> RecordedRank:
                     [tensors[number] for number in line["tensors"]],
                     np.frombuffer(bytes.fromhex(line["checksums"]), ">u8").tolist(),
                 )
-        return RecordedRank(path, head["rank"], head["ranks"], head["operators"], steps)
+        return RecordedRank(path, int(head["rank"]), int(head["ranks"]), head["operators"], steps)
     except ConfigError:
         raise
     except OSError as e:

@@ -88,10 +88,11 @@ def record(path: str | os.PathLike[str], *, operators: bool = False) -> Iterator
             which its rules consist. So begin both in the same order in each run.
 
     Raises:
-        ConfigError: a file cannot be written.
+        ConfigError: a file cannot be written, or another block is recording to the path.
     """
     recorder = _Recorder(Path(path), is_whole=operators)
     with ExitStack() as stack:
+        stack.callback(recorder.file.close)
         recorder.watch(stack)
         if operators:
             stack.enter_context(_Operators(recorder))
@@ -112,7 +113,7 @@ class _Recorder:
         rank = dist.get_rank() if is_initialized else int(os.environ.get("RANK", "0"))
         ranks = dist.get_world_size() if is_initialized else int(os.environ.get("WORLD_SIZE", "1"))
         head = {"ranks": ranks, "operators": is_whole, "torch": torch.__version__}
-        self._file = RunFile(folder, rank, head)
+        self.file = RunFile(folder, rank, head)
         self._process = os.getpid()
         self._numbers: dict[tuple[object, ...], int] = {}  # of tensors in the file
         self._names = _Names()
@@ -288,7 +289,7 @@ class _Recorder:
     def _write_reading(self) -> None:
         if self._reading is not None:
             step, self._reading = self._reading, None
-            self._file.add_step(step.number, step.tensors, step.checksums())
+            self.file.add_step(step.number, step.tensors, step.checksums())
 
     def end(self) -> None:
         """Write the last step, and the weights that it has left."""
@@ -297,7 +298,6 @@ class _Recorder:
         if self._step.tensors:
             self._end_step()
         self._write_reading()
-        self._file.close()
 
     def _register(self, module: nn.Module) -> str:
         """Note the weights of a module that is called for the first time; return its name."""
@@ -333,7 +333,7 @@ class _Recorder:
             number = self._numbers[key] = len(self._numbers)
             by = by if isinstance(by, str) else by()
             dtype = str(t.dtype).removeprefix("torch.")
-            self._file.add_tensor(number, Described(kind, name, tuple(t.shape), dtype, by))
+            self.file.add_tensor(number, Described(kind, name, tuple(t.shape), dtype, by))
         if is_last_again and self._step.tensors:
             self._step.add_last_again(number)
             return
@@ -365,7 +365,7 @@ class _Recorder:
         number = self._numbers.get(key)
         if number is None:
             number = self._numbers[key] = len(self._numbers)
-            self._file.add_tensor(number, Described("setting", name, (), "float64", ""))
+            self.file.add_tensor(number, Described("setting", name, (), "float64", ""))
         self._step.add_number(number, float(value))
 
 
