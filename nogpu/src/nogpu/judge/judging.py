@@ -100,7 +100,7 @@ class Judge:
             return verdict.end("stopped", ended.why or "it ended before it had a result")
         try:
             self._judge(verdict, cases, whole, facts, results, of_whole, needed, ended.why)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             said = f"{type(e).__name__}: {e}"
             return verdict.end("stopped", f"what it wrote cannot be read ({said})")
         return verdict
