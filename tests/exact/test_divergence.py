@@ -401,6 +401,34 @@ def test_a_file_that_cannot_be_written_is_an_error(tmp_path):
         pass
 
 
+class Between(nn.Module):
+    """It returns the result of a module, after operators on other tensors."""
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.inner, self.scale = nn.Linear(3, 2), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        x.sum() * self.scale
+        return y
+
+
+def test_a_result_that_is_returned_again_keeps_its_checksum(tmp_path):
+    for name, scale in (("a", 1.0), ("b", 2.0)):
+        torch.manual_seed(0)
+        model = Between(scale)
+        optimizer = torch.optim.SGD(model.parameters())
+        with exact.record(tmp_path / name, operators=True):
+            for x in torch.ones(2, 1, 3):
+                model(x).sum().backward()
+                optimizer.step()
+    a, b = (read_ranks(tmp_path / name)[0].steps[1] for name in ("a", "b"))
+    pairs = zip(a.tensors, a.checksums, b.checksums, strict=True)
+    parted = {one.kind for one, sum_a, sum_b in pairs if sum_a != sum_b}
+    assert parted == {"operator"}
+
+
 def test_a_folder_has_one_recording_at_a_time(tmp_path):
     with exact.record(tmp_path / "a"):
         with pytest.raises(ConfigError, match="a is being recorded already"):

@@ -42,8 +42,6 @@ from torchpar.exact.divergence.checksums import (
 )
 from torchpar.exact.divergence.recorded_files import Described, RunFile
 from torchpar.library.sharding import local
-from torchpar.training.graphed import around_replays
-from torchpar.training.step_effects import program_line
 
 STATES = 8  # of an optimizer's parameters, one of so many has its state recorded in a step
 IN_SHARES = {"activation", "activation's gradient"}  # kinds of which a step adds a share
@@ -119,7 +117,7 @@ class _Recorder:
         self._names = _Names()
         self._running: list[str] = []  # modules whose forward pass is under way
         self._last_result: Callable[[], Tensor | None] = lambda: None
-        self._last_version = 0
+        self._last_version, self._last_place = 0, 0
         self._host, self._devices = HostRows(), dict[torch.device, DeviceRows]()
         self._reading: _Step | None = None  # a step that the host has not read yet
         self._step = _Step(0)
@@ -142,6 +140,9 @@ class _Recorder:
         ):
             stack.callback(hook.remove)
         stack.enter_context(_replaced_engine(self._backward))
+        # To import torchpar.training takes a second, which other users of torchpar.exact save.
+        from torchpar.training.graphed import around_replays
+
         around_replays.append(self._replay)
         stack.callback(around_replays.remove, self._replay)
         # It says that hooks see the results of a compiled module, as is meant.
@@ -181,7 +182,9 @@ class _Recorder:
             is_known = t is self._last_result() and version == self._last_version
             self._last_result, self._last_version = ref(t), version
             by = partial(_made_by, module, t)
-            self.note("activation", of_several, t, by, is_last_again=is_known)
+            before = self._last_place if is_known else None
+            self._last_place = len(self._step.tensors)
+            self.note("activation", of_several, t, by, same_as=before)
             if t.requires_grad and not is_known:
                 t.register_hook(partial(self._note_gradient, of_several))
 
@@ -279,6 +282,7 @@ class _Recorder:
         self._with_gradients.clear()
         self._with_states.clear()
         self._running.clear()
+        self._last_result = lambda: None  # its place is in the step that ends
         self._has_begun = False
         step.end(self._host, self._devices)
         self._write_reading()
@@ -313,9 +317,9 @@ class _Recorder:
         name: str,
         t: Tensor,
         by: Callable[[], str] | str = "",
-        is_last_again: bool = False,
+        same_as: int | None = None,
     ) -> None:
-        """Add a tensor's checksum to the step; ``is_last_again`` takes that of the last tensor."""
+        """Add a tensor's checksum to the step; ``same_as`` is the place of one that it equals."""
         t, device = local(t), t.device
         with torch._C.DisableTorchFunction():  # modes would be asked for each attribute
             try:
@@ -334,8 +338,8 @@ class _Recorder:
             by = by if isinstance(by, str) else by()
             dtype = str(t.dtype).removeprefix("torch.")
             self.file.add_tensor(number, Described(kind, name, tuple(t.shape), dtype, by))
-        if is_last_again and self._step.tensors:
-            self._step.add_last_again(number)
+        if same_as is not None:
+            self._step.add_again(number, same_as)
             return
         self.is_busy = True
         try:
@@ -378,7 +382,7 @@ class _Step:
         self.on_host: list[int] = []  # places of tensors on the CPU
         self.on_devices: dict[torch.device, list[int]] = {}
         self.numbers: list[tuple[int, float]] = []  # a place, and the value there
-        self.again: list[int] = []  # places of tensors that are the one before
+        self.again: list[tuple[int, int]] = []  # a place, and that of the same tensor before it
         self.readings: list[tuple[list[int], Reading]] = []
 
     def add(self, tensor: int, device: torch.device) -> None:
@@ -387,8 +391,8 @@ class _Step:
         places.append(len(self.tensors))
         self.tensors.append(tensor)
 
-    def add_last_again(self, tensor: int) -> None:
-        self.again.append(len(self.tensors))
+    def add_again(self, tensor: int, before: int) -> None:
+        self.again.append((len(self.tensors), before))
         self.tensors.append(tensor)
 
     def add_number(self, tensor: int, value: float) -> None:
@@ -411,8 +415,8 @@ class _Step:
             result[places] = reading.checksums()
         for place, value in self.numbers:
             result[place] = np.float64(value).view(np.uint64)
-        for place in self.again:
-            result[place] = result[place - 1]
+        for place, before in self.again:
+            result[place] = result[before]
         return result
 
 
@@ -568,8 +572,10 @@ class _Operators(TorchDispatchMode):
         return True
 
     def __init__(self, recorder: _Recorder):
+        from torchpar.training.step_effects import program_line  # late, as in `watch`
+
         super().__init__()
-        self._recorder = recorder
+        self._recorder, self._line = recorder, program_line
 
     def __torch_dispatch__(
         self,
@@ -580,7 +586,7 @@ class _Operators(TorchDispatchMode):
     ) -> object:
         result = func(*args, **(kwargs or {}))
         if not self._recorder.is_busy and _has_own_results(func):
-            self._recorder.note_operator(str(func), result, program_line())
+            self._recorder.note_operator(str(func), result, self._line())
         return result
 
 
