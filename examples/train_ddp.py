@@ -143,6 +143,11 @@ Step = Callable[[Tensor, Tensor, int], Tensor]
 def main(flags: Flags) -> None:
     is_exact = flags.arithmetic == "exact"
     with join_world(flags.device, flags.timeout, gloo_yields=True) as world:
+        if flags.graph and is_exact and world.device.type == "cuda":
+            raise ConfigError(
+                "--arithmetic exact reads numbers back from the GPU within a step, which --graph "
+                "cannot capture; drop one of the two"
+            )
         train, test = flags.load(world)
         torch.manual_seed(flags.seed)  # the same weights on every rank
         with exact.mode() if is_exact else nullcontext():
@@ -155,11 +160,6 @@ def main(flags: Flags) -> None:
         )
         make_step = exact_step if is_exact else averaged_step
         step = make_step(flags, model, optimizer, world)
-        if flags.graph and is_exact and world.device.type == "cuda":
-            raise ConfigError(
-                "--arithmetic exact reads numbers back from the GPU within a step, which --graph "
-                "cannot capture; drop one of the two"
-            )
         take_step = graphed(step, optimizer) if flags.graph else step
         task = (WholeBatches if is_exact else Classification)(
             train,

@@ -123,7 +123,7 @@ def is_seen_whole() -> bool:
 def is_exact() -> bool:
     """Whether a mode computes in exact arithmetic, with the same bits on every processor.
 
-    The attribute ``is_exact`` marks such a mode, `torchpar.exact.mode`, which takes float32 alone.
+    The attribute ``is_exact`` marks such a mode, `torchpar.exact.mode`.
     """
     return count_dispatch_modes() > 0 and any(
         [getattr(mode, "is_exact", False) for mode in dispatch_modes()]
