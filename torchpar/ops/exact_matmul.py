@@ -38,7 +38,7 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
     that is 2³³ times smaller counts as 0. A bfloat16 that is 2¹⁴ times smaller, or a float16 that
     is 2¹¹ times smaller, keeps all its bits, and one that is 2²⁵ times smaller counts as 0. NaN and
     infinities propagate as in `torch.mm`, but a sum overflows only if the result does. The
-    gradients are exact products, too.
+    gradients are exact products, too. `torch.autocast` makes operands of 16 bits float32.
 
     Args:
         a: ``(*, m, k)`` float32, bfloat16 or float16.
