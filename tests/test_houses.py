@@ -146,5 +146,13 @@ def test_what_both_houses_have_is_the_same(ours, theirs, name):
     assert source(ours, name) == source(theirs, name)
 
 
+# The page that plays a recording, whole: its code and its template.
+@pytest.mark.parametrize("name", ["replay_page.py", "replay_page.html"])
+def test_both_houses_have_the_same_player(name):
+    ours = ROOT / "torchpar" / "training" / "profile" / name
+    theirs = ROOT / "nogpu" / "src" / "nogpu" / "report" / name
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
 def test_copies_that_differ_are_noticed():
     assert source(nogpu_console, "printing") != source(console, "printing")  # with another remedy

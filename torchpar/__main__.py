@@ -23,6 +23,10 @@ COMMANDS = {
         "torchpar.exact.divergence.compare_runs",
         "name the first tensor in which two recorded trainings differ",
     ),
+    "replay": (
+        "torchpar.training.profile.replay_command",
+        "write a page that plays a recorded step, or two of them side by side",
+    ),
     "check": (
         "torchpar.testing.operators.command_line",
         "try an operator of yours with every part of PyTorch",

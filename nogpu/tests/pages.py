@@ -101,4 +101,4 @@ def check_in(browser: Any, text: str, folder: Path, scheme: str) -> None:
         sizes = tab.evaluate(
             "[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height)"
         )
-        assert min(size for size in sizes if size) >= 7  # pixels of a line; 0 where it is closed
+        assert all(size >= 7 for size in sizes if size)  # pixels of a line; 0 where it is closed
