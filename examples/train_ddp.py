@@ -133,7 +133,7 @@ class Flags(lesson.TrainFlags):
     @property
     def recorded(self) -> str:
         """The first flag that records what happens within a step, or ""."""
-        names = ("phases", "collectives", "memory", "report")
+        names = ("phases", "collectives", "memory", "report", "replay")
         return next((f"--{name}" for name in names if getattr(self, name)), "")
 
 

@@ -30,6 +30,7 @@ needs
 """
 
 import os
+import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -52,6 +53,7 @@ from torchpar.errors import ConfigError, check_finite
 from torchpar.training.outcome import EpochResult
 from torchpar.training.profile.phases import Phases, phase
 from torchpar.training.profile.record import Call, RankRecord
+from torchpar.training.profile.replay_trace import from_records, recording, write
 
 T = TypeVar("T")
 Split = Literal["data", "model"]
@@ -80,9 +82,13 @@ class Flags(cli.DataFlags):
     samples: cli.Count | None = None  # Train on the first ones only.
     log_dir: cli.LogDir = None  # Folder for TensorBoard: losses, accuracy and speed.
     report: cli.Report = None  # Folder for a page of the run, run.html.
+    # A page that plays some recorded steps, such as step.html; with --compare both splits.
+    replay: cli.Replay = None
 
     def check(self) -> None:
         super().check()
+        if self.replay:
+            cli.check_replay(self.replay)
         if self.device == "cuda":
             raise ConfigError(
                 "--device cuda: NumPy computes on the CPU; torchrun examples/train_ddp.py takes a "
@@ -310,6 +316,8 @@ def main(flags: Flags) -> None:
             raise ConfigError(
                 "--compare needs several processes; mpirun -n 2 python examples/train_mpi.py"
             )
+        if flags.replay and len({*world.allgather(platform.node())}) > 1:
+            raise ConfigError("--replay compares the clocks of one machine; start all ranks on one")
         data = read(flags.dataset, flags.data)
         digests = checksums([(images.features, images.labels) for images in data])
         mpi.check_same(world, digests, "copy the files of --data from one machine to the others")
@@ -329,6 +337,10 @@ def main(flags: Flags) -> None:
             page = {name: report.as_run(run.results, run.records) for name, run in runs.items()}
             test = data[1]
             report.write(flags.report, page, run.model.forward(test.inputs())[1], test)
+        if flags.replay:
+            chosen = [*runs.items()][-2:]  # with --compare the two splits
+            found = [recording(from_records(run.records), name) for name, run in chosen]
+            print(f"replay: {write(flags.replay, *found)}")
         if not flags.compare:
             console.print_phases(run.seconds)
             if run.sent:

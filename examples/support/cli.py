@@ -106,6 +106,8 @@ File = Annotated[Path | None, Output(is_folder=False), Free(on_ranks=True)]
 Folder = Annotated[Path | None, Output(is_folder=True), Free(on_ranks=True)]
 Plots = Annotated[Folder, Needs("matplotlib")]
 Report = Annotated[Folder, Needs("matplotlib"), Needs("jinja2")]
+# A page that plays recorded steps.
+Replay = Annotated[Path | None, Output(is_folder=False), Free()]
 MatFile = Annotated[Path | None, Needs("scipy")]  # of MATLAB
 LogDir = Annotated[Folder, Needs("torch"), Needs("tensorboard")]
 DataFolder = Annotated[Path, Free(on_ranks=True)]  # of which the contents are compared
@@ -182,6 +184,18 @@ def check_samples(asked: int | None, there: int, kind: str = "training") -> None
         raise ConfigError(
             f"--samples is {asked}, and the data set has {there} {kind} samples; take at most "
             f"{there}"
+        )
+
+
+def check_replay(page: Path, compiles: bool = False, beside: str = "") -> None:
+    """Raise ConfigError if --replay cannot record beside other flags, or has no page's name."""
+    if page.suffix != ".html":
+        raise ConfigError(f"--replay is {page}, expected a name that ends with .html")
+    if compiles:
+        raise ConfigError("--replay sees no layers of compiled code; drop --compile or --replay")
+    if beside:
+        raise ConfigError(
+            f"{beside} waits within a step, and --replay shows what a step waits for; drop one"
         )
 
 

@@ -36,6 +36,8 @@ from torchpar.training import (
     Stopped,
 )
 from torchpar.training.profile.recorder import Recorder
+from torchpar.training.profile.replay_trace import write
+from torchpar.training.profile.replaying import TOO_FEW, Replay
 
 # Steps that are not traced: two in which DistributedDataParallel sets itself up, one warms up.
 SKIP = 3
@@ -70,7 +72,8 @@ class TrainFlags(cli.DataFlags):
     crop: Annotated[int, Bounds(0, 2**31)] = 0
     pool: Size = 1  # Side of the squares of pixels that are averaged to one.
     compile: Switch = False  # Compile the model by torch.compile.
-    # Train on ten batches and evaluate; write no metrics, logs, report, profile or checkpoint.
+    # Train on ten batches and evaluate; write no metrics, logs, report, replay, profile or
+    # checkpoint.
     dry_run: Switch = False
     # Measure the time of each phase of a step (data, forward, backward, collectives, optimizer).
     phases: Switch = False
@@ -78,6 +81,7 @@ class TrainFlags(cli.DataFlags):
     # Measure the bytes of weights, gradients, optimizer state and activations on each rank.
     memory: Switch = False
     report: cli.Report = None  # Folder for a page of the run, run.html.
+    replay: cli.Replay = None  # A page that plays some recorded steps, such as step.html.
     log_dir: cli.LogDir = None  # Folder for TensorBoard: losses, accuracy and speed.
     # Folder for torch.profiler's trace of some steps, one file per rank.
     profile: Shared = None
@@ -96,9 +100,10 @@ class TrainFlags(cli.DataFlags):
         flags = super().completed()
         if not self.dry_run:
             return flags
-        return replace(
-            flags, epochs=1, metrics=None, log_dir=None, report=None, profile=None, checkpoint=None
+        files: dict[str, Any] = dict.fromkeys(
+            ("metrics", "log_dir", "report", "replay", "profile", "checkpoint")
         )
+        return replace(flags, epochs=1, **files)
 
     def check(self) -> None:
         if self.decay_biases and self.optimizer == "muon":
@@ -112,6 +117,10 @@ class TrainFlags(cli.DataFlags):
             raise ConfigError(
                 "--memory sees no activations of compiled code; drop --compile or --memory"
             )
+        if self.replay:
+            names = ("phases", "collectives", "memory", "report", "draw", "profile")
+            beside = next((f"--{name}" for name in names if getattr(self, name, None)), "")
+            cli.check_replay(self.replay, self.compile, beside)
         super().check()
 
     def load(self, world: World) -> tuple[Samples, Samples]:
@@ -227,6 +236,7 @@ class Log:
         self.bar = console.progress_bar(hidden=not self.speaks)
         self.recorder: Recorder | None = None
         self.profiler: torch.profiler.profile | None = None
+        self.replay: Replay | None = None
         self._shown = 0  # epochs
         self._active = ExitStack()
         self._is_exact = getattr(flags, "arithmetic", "fast") == "exact"
@@ -235,6 +245,8 @@ class Log:
         if draw or flags.phases or flags.collectives or flags.memory or flags.report:
             parts = run.state.model, run.state.optimizer, run.world
             self.recorder = Recorder(*parts, activations=not flags.compile)
+        if flags.replay:
+            self.replay = Replay(run.state.model, run.state.optimizer, run.world)
         if flags.profile:
             # Otherwise it logs each start and end to stderr.
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -243,7 +255,7 @@ class Log:
 
     def __enter__(self) -> Self:
         self.task = self.bar.add_task("samples", total=self.run.num_epochs * self.run.task.samples)
-        for context in (self.bar, self.recorder, self.profiler):
+        for context in (self.bar, self.recorder, self.profiler, self.replay):
             if context is not None:
                 self._active.enter_context(context)
         return self
@@ -308,6 +320,7 @@ class Log:
         flags, run = self.flags, self.run
         records = self.recorder.gather() if self.recorder else []
         traces = self.world.gather_results(self._save_trace) if self.profiler else []
+        found = self.replay.gather() if self.replay else None
         outputs = run.evaluate().outputs if flags.report else None
         if not self.speaks:
             return
@@ -315,6 +328,8 @@ class Log:
             assert isinstance(run.task, Classification)
             page = {"": report.as_run(run.results, records)}
             report.write(flags.report, page, outputs, run.task.test)
+        if flags.replay:
+            self._print(f"replay: {write(flags.replay, found) if found else TOO_FEW}")
         if flags.collectives:
             console.print_messages(records[0])
         if flags.phases:

@@ -33,6 +33,10 @@ from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.shared_memory import make_shared_sum
 from torchpar.training.profile.phases import phase
 
+# Set by a profiler: called with "forward", "loss" or "backward" and a layer's number, when that has
+# been computed.
+watch: Callable[[str, int], None] | None = None
+
 MAX_CLASSES = 1000  # the table of targets has a row and a column for each
 # Up to so many classes the softmax is taken along dim 0. Along dim 0 PyTorch adds one number after
 # the other, so that the rounding error grows with the number of classes.
@@ -205,14 +209,20 @@ class FusedGradients:
         if self.dtype:
             layers = [(weight.to(self.dtype), bias.to(self.dtype)) for weight, bias in layers]
         activations = [x.to(layers[0][0].dtype)]
-        for weight, bias in layers[:-1]:
+        for i, (weight, bias) in enumerate(layers[:-1]):
             activations.append(self._activate(activations[-1], weight, bias))
+            _computed("forward", i)
+        last = len(layers) - 1
         logits = linear_forward(activations[-1], *layers[-1])
+        _computed("forward", last)
         loss, dz = self._loss_and_gradient(logits, labels, global_size)
+        _computed("loss", last)
         gradients = [(mm(dz.t(), activations[-1]), dz.sum(0))]
-        for i in range(len(layers) - 1, 0, -1):
+        _computed("backward", last)
+        for i in range(last, 0, -1):
             dz, db = self._activation_gradient(mm(dz, layers[i][0]), activations[i])
             gradients.append((mm(dz.t(), activations[i - 1]), db))
+            _computed("backward", i - 1)
         if self.dtype:
             gradients = [(dw.to(stored), db.to(stored)) for dw, db in gradients]
         return loss, gradients[::-1]
@@ -232,6 +242,11 @@ class FusedGradients:
         by_log_p = targets.div_(-global_size)
         dz = torch._log_softmax_backward_data(by_log_p, log_p, dim, log_p.dtype).to(logits.dtype)
         return loss, dz if dim else dz.t()
+
+
+def _computed(kind: str, layer: int) -> None:
+    if watch is not None:
+        watch(kind, layer)
 
 
 def _all_reduce(group: dist.ProcessGroup, tensors: list[Tensor]) -> None:

@@ -2,6 +2,18 @@
 """Profiling: when each phase of a step runs, which messages it sends, how much memory it takes.
 
 `recorder` measures, and `record` holds what was measured: `phases` the seconds of each phase,
-`collectives` each call of a collective, and `step_memory` the bytes. `replay_page` makes a page
-that plays a step that was recorded event by event, and `replay_command` is its command.
+`collectives` each call of a collective, and `step_memory` the bytes. `replay` writes a page that
+plays some steps: `replaying` leaves marks in a step, with `messages` for what ranks send, `marks`
+makes boxes of them, `replay_trace` joins the ranks, and `replay_page` draws and plays them.
+`replay_command` does so again, with two recordings side by side.
 """
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if name == "replay":  # the other modules need no PyTorch
+        from torchpar.training.profile.replaying import replay
+
+        return replay
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,573 @@
+# SPDX-License-Identifier: MIT
+"""`replay`: record a few steps of any training loop, and write the page that plays them."""
+
+import sys
+import sysconfig
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchpar.data import samples
+from torchpar.decorating import context_manager
+from torchpar.errors import ConfigError
+from torchpar.ops import environment
+from torchpar.training import fused
+from torchpar.training.profile.marks import Boxes
+from torchpar.training.profile.messages import MessageWatch, Sent
+from torchpar.training.profile.phases import Phases
+from torchpar.training.profile.record import WARM_UP
+from torchpar.training.profile.replay_trace import (
+    Explained,
+    Key,
+    RankSteps,
+    RecordedStep,
+    recording,
+    write,
+)
+from torchpar.training.profile.step_memory import Memory
+
+if TYPE_CHECKING:
+    from torchpar.parallel.launch.world import World
+
+STEPS = 3  # that are recorded; as many steps without records are timed beside them
+TOO_FEW = f"nothing was recorded, no more than {WARM_UP + 2} steps were trained"
+PINGS = 32  # messages there and back, of which the fastest one compares the clocks of two ranks
+# Files that are no lines of the program: these packages' and Python's own.
+_OTHERS = *(sys.modules[name].__path__[0] for name in ("torch", "torchpar")), "<"
+_PYTHON = sysconfig.get_path("stdlib")
+
+# What a layer computes, by the name of its class.
+_PRODUCT = "dL/dx = dL/dz·W, dL/dW = (dL/dz)ᵀ·x, dL/db = Σ dL/dz over the samples"
+_FORWARD = {
+    "Linear": "y = z = x·Wᵀ + b",
+    "LinearSigmoid": "y = σ(z), z = x·Wᵀ + b",
+    "LinearReLU": "y = max(z, 0), z = x·Wᵀ + b",
+    "LinearTanh": "y = tanh(z), z = x·Wᵀ + b",
+    "LinearMaxout": "y = max(z₁, z₂), z = x·Wᵀ + b",
+    "ColumnParallelLinear": "y_r = act(z_r), z_r = x·W_rᵀ + b_r, by the rows W_r of this rank",
+    "RowParallelLinear": "y = act(z), z = Σ_r x_r·W_rᵀ + b: the ranks' products are added",
+}
+
+
+class Replay:
+    """Record a few steps of a training on this rank.
+
+    After `record.WARM_UP` steps, one step is looked at closely: shapes, names of tensors, lines,
+    bytes. Its times do not count. Then steps with records and steps without take turns, so that
+    `RankSteps.cost` compares them. A step lasts from the making of its batch until the optimizer
+    has stepped; without `torchpar.data`'s batches it begins where the step before it ended.
+
+    A layer is a module without modules in it. Its forward pass ends where its function returns, and
+    its backward pass where the gradient of its last parameter is there; so a layer without
+    parameters counts as part of the next one in the backward pass, and the gradient of the loss as
+    part of the last layer. Passes under `torch.no_grad` are left out, and so are layers of compiled
+    code.
+
+    On a CPU times are the clock's, and on a GPU those of CUDA events of the current stream.
+    Messages are noticed where PyTorch dispatches them, and nothing waits for them.
+
+    Args:
+        model: this rank's part of the model.
+        optimizer: over its parameters; its step ends a step of the training.
+        world: its mesh names the dimensions of messages. Without it all ranks are on "dp".
+        steps: how many to record.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: Optimizer,
+        world: "World | None" = None,
+        steps: int = STEPS,
+    ):
+        self._model, self._optimizer, self._world = model, optimizer, world
+        self._layers = [(n, m) for n, m in model.named_modules() if not [*m.children()]]
+        first = next(model.parameters(), None)
+        self._device = first.device if first is not None else torch.device("cpu")
+        self._memory = Memory(model, optimizer)
+        self._watch = MessageWatch(self._now, self._message, self._wait, world)
+        self._schedule = WARM_UP + 1 + 2 * steps
+        self._taken = 0
+        self._active, self._hooks = ExitStack(), ExitStack()
+        self._is_close = False  # in the step that is looked at closely
+        self._running = ""  # what runs, in words
+        self._marks: list[tuple[str, Any, Any]] = []  # of `Mark`s, which take longer to make
+        self._sent: list[Sent] = []
+        self._explained: dict[Key, Explained] = {}
+        self._places: dict[int, str] = {}  # names of tensors by their addresses
+        self._inputs: list[Tensor] = []
+        self._counts: Counter[tuple[str, Any]] = Counter()
+        self._began = time.perf_counter()
+        self._base: Any = None
+        self._steps: list[RecordedStep] = []
+        self._seconds: dict[bool, list[float]] = {True: [], False: []}
+
+    # The clock
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _resolved(self, mark: Any) -> float:
+        if isinstance(mark, float):
+            return mark
+        zero, event = self._base
+        return float(zero + event.elapsed_time(mark) / 1e3)
+
+    # What begins and ends
+
+    def __enter__(self) -> Self:
+        enter = self._active.enter_context
+        if dist.is_initialized():
+            enter(self._watch)
+        for kind in ("pre", "post"):
+            register = getattr(self._optimizer, f"register_step_{kind}_hook")
+            hook = self._optimizer_begins if kind == "pre" else self._optimizer_ended
+            self._active.callback(register(hook).remove)
+        self._active.callback(setattr, samples, "watch", samples.watch)
+        samples.watch = self._batch
+        self._begin_step()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
+        self._active.close()
+        self._watch.is_on = False
+
+    @property
+    def _is_recorded(self) -> bool:
+        return WARM_UP <= self._taken < self._schedule and (self._taken - WARM_UP) % 2 == 0
+
+    def _batch(self, began: float) -> None:
+        if torch.is_grad_enabled() and self._taken < self._schedule:
+            self._clear()
+            self._began = began
+            self._mark("batch", None, time.perf_counter())
+
+    def _begin_step(self) -> None:
+        self._clear()
+        self._watch.is_on = self._is_recorded
+        if self._is_recorded:
+            self._attach()
+        if self._device.type == "cuda" and self._taken < self._schedule:
+            torch.cuda.synchronize(self._device)
+            self._base = time.perf_counter(), self._now()
+        self._began = time.perf_counter()  # without what attaching takes
+
+    def _clear(self) -> None:
+        self._marks.clear()
+        self._sent.clear()
+        self._counts.clear()
+        self._watch.new_step()
+
+    def _attach(self) -> None:
+        self._is_close = self._taken == WARM_UP
+        for i, (_, module) in enumerate(self._layers):
+            self._follow(i, module)
+        hooks = self._hooks.callback
+        hooks(self._model.register_forward_pre_hook(self._forward_begins).remove)
+        hooks(self._model.register_forward_hook(self._forward_ended).remove)
+        watched: list[tuple[Any, str, Any]] = [
+            (torch.autograd, "backward", self._backward(torch.autograd.backward)),
+            (fused, "watch", self._by_hand),
+        ]
+        if Phases.active is None:  # it measures the phase "backward" of `FusedGradients`, too
+            watched.append((Phases, "active", self))
+        for where, name, ours in watched:
+            hooks(setattr, where, name, getattr(where, name))
+            setattr(where, name, ours)
+        if self._is_close:
+            self._hooks.enter_context(self._memory.measure())
+
+    def _end_step(self) -> None:
+        end = self._now()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        was_recorded = self._is_recorded
+        self._hooks.close()
+        if self._taken > WARM_UP:
+            self._seconds[was_recorded].append(self._resolved(end) - self._began)
+        if was_recorded and not self._is_close:
+            names = [self._name(i) for i in range(len(self._layers))]
+            boxes = Boxes(names, self._explained, self._resolved)
+            stop = self._resolved(end)
+            self._steps.append(boxes.step(self._began, stop, self._marks, self._sent))
+        self._is_close = False
+        self._places.clear()
+        self._inputs.clear()
+        self._taken += 1
+        self._watch.is_on = False
+
+    # Marks, in the order of their times
+
+    def _mark(self, kind: str, what: Any, when: Any = None) -> Any:
+        when = self._now() if when is None else when
+        self._marks.append((kind, what, when))
+        return when
+
+    def _forward_begins(self, _: object, args: tuple[Any, ...]) -> None:
+        if torch.is_grad_enabled():
+            if self._is_close:
+                self._explain("begin", None, "", "")
+                self._inputs += [t for t in args if isinstance(t, Tensor)]
+            self._mark("begin", None)
+
+    def _follow(self, i: int, module: torch.nn.Module) -> None:
+        """Mark the ends of a layer's passes, its backward pass by the gradient of a parameter."""
+        # PyTorch calls a hook of the forward pass by a slower path, which takes as long as all of
+        # this.
+        forward, own = module.forward, "forward" in vars(module)
+        mark, now, is_close = self._marks.append, self._now, self._is_close
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            if is_close:
+                self._running = self._name(i)
+            output = forward(*args, **kwargs)
+            if torch.is_grad_enabled():
+                if is_close:
+                    self._explain_layer(i, module, args, output)
+                mark(("forward", i, now()))
+            return output
+
+        def accumulated(_: Tensor) -> None:
+            if is_close:
+                self._explain("backward", i, "", "")
+            mark(("backward", i, now()))
+
+        module.forward = marked
+        if own:
+            self._hooks.callback(setattr, module, "forward", forward)
+        else:
+            self._hooks.callback(delattr, module, "forward")
+        trained = [p for p in module.parameters() if p.requires_grad]
+        if trained:
+            hook = trained[-1].register_post_accumulate_grad_hook(accumulated)
+            self._hooks.callback(hook.remove)
+
+    def _forward_ended(self, *_: object) -> None:
+        self._running = ""
+        if torch.is_grad_enabled():
+            self._mark("ended", None)
+
+    def _backward(self, function: Callable[..., None]) -> Callable[..., None]:
+        def backward(*args: Any, **kwargs: Any) -> None:
+            with self.measure("backward"):
+                function(*args, **kwargs)
+
+        return backward
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Record the block as a backward pass if ``name`` is "backward", as `Phases` counts it."""
+        if name != "backward":
+            yield
+            return
+        if self._is_close:
+            self._explain("backward begins", None, "", _line())
+        self._mark("backward begins", None)
+        self._running = "backward"
+        yield
+        self._running = ""
+        if self._is_close:
+            self._explain("backward ended", None, "", "")
+        self._mark("backward ended", None)
+
+    def _by_hand(self, kind: str, i: int) -> None:
+        """Record what `FusedGradients` has just computed: a layer's forward pass and so on."""
+        if self._is_close:
+            _, module = self._layers[i]
+            text = f"{_formula(module, kind == 'forward')}, by hand"
+            self._explain(f"{kind} by hand", i, text, _line())
+        self._mark(f"{kind} by hand", i)
+
+    def _message(self, sent: Sent) -> None:
+        self._sent.append(sent)
+        if self._is_close:
+            # A sum through shared memory does not say which tensors it adds. A receive is named by
+            # its sender.
+            text = self._name_of(sent.tensors) if sent.tensors else "the gradients of this rank"
+            text = "" if sent.operation == "recv" else text
+            self._explain("message", (sent.operation, sent.ranks), text, _line())
+        self._mark("message", sent, sent.start)
+
+    def _wait(self, sent: Sent, begins: bool) -> None:
+        if self._is_close:
+            self._explain("wait" if begins else "waited", (sent.operation, sent.ranks), "", _line())
+        self._mark("wait" if begins else "waited", sent)
+
+    def _optimizer_begins(self, *_: object) -> None:
+        if self._is_recorded:
+            if self._is_close:
+                self._explain("optimizer", None, self._optimizer_text(), _line())
+            self._running = "optimizer"
+            self._mark("optimizer", None)
+
+    def _optimizer_ended(self, *_: object) -> None:
+        if self._taken >= self._schedule:
+            return
+        if self._is_close:
+            self._explain("end", None, "", "")
+        self._end_step()
+        self._begin_step()
+
+    # Explanations, in the step that is looked at closely
+
+    def _explain(self, kind: str, what: Any, text: str, line: str) -> None:
+        number = self._counts[kind, what]
+        self._counts[kind, what] += 1
+        memory = self._memory.current()
+        self._explained[kind, what, number] = Explained(text, line, memory)
+
+    def _explain_layer(
+        self, i: int, module: torch.nn.Module, args: tuple[Any, ...], output: Any
+    ) -> None:
+        y = output if isinstance(output, Tensor) else next(iter(_tensors(output)), None)
+        shapes = [f"x {_shape(t)}" for t in args if isinstance(t, Tensor)]
+        for name, p in module.named_parameters(recurse=False):
+            shapes.append(f"{_symbol(name)} {_shape(p)}")
+        shapes += [f"y {_shape(y)}"] if y is not None else []
+        text = f"{_formula(module)}. On this rank: {', '.join(shapes)}."
+        self._explain("forward", i, text, _line())
+        if y is not None:
+            self._places[y.data_ptr()] = f"the output of {self._name(i)}, {_shape(y)}"
+            self._inputs.append(y)
+
+    def _name_of(self, tensors: list[Tensor]) -> str:
+        """The name of a message's tensors, from where they lie, or ""."""
+        parts = []
+        for t in tensors:
+            if t.device.type == "meta" or not t.numel():
+                continue
+            start = t.data_ptr()
+            end = start + t.nbytes
+            names: dict[str, None] = {}
+            for name, p in self._model.named_parameters():
+                if p.grad is not None and start <= _address(p.grad) < end:
+                    names[f"gradient of {name}"] = None
+                elif start <= _address(p) < end:
+                    names[name] = None
+            if not names and self._running == "backward":
+                names = dict.fromkeys(self._bucket(t))
+            known = self._places.get(start)
+            for x in self._inputs:
+                if x.is_leaf and x.grad is not None and x.grad.data_ptr() == start:
+                    known = f"the gradient of the stage's input, {_shape(x)}"
+            parts += [known] if known else _listed([*names]) or [self._by_place(t)]
+        return "; ".join(parts[:3])
+
+    def _by_place(self, t: Tensor) -> str:
+        """A name for a tensor that has none, from what runs when it is sent."""
+        if self._running == "optimizer":
+            return f"what the optimizer exchanges, {_shape(t)}"
+        if self._running == "backward":
+            return f"a gradient within the backward pass, {_shape(t)}"
+        if self._running:
+            return f"what {self._running} has computed, {_shape(t)}"
+        if t.numel() == sum(p.numel() for p in self._model.parameters() if p.requires_grad):
+            return "the gradients of this rank, joined"
+        return f"a tensor of {_shape(t)}"
+
+    def _name(self, i: int) -> str:
+        name, module = self._layers[i]
+        return name or type(module).__name__
+
+    def _bucket(self, t: Tensor) -> list[str]:
+        """The gradients that DistributedDataParallel has copied to a bucket, by its size."""
+        every = [(n, p.numel()) for n, p in self._model.named_parameters() if p.requires_grad]
+        for i in range(len(every)):
+            count = 0
+            for j in range(i, len(every)):
+                count += every[j][1]
+                if count == t.numel():
+                    return [f"gradient of {name}" for name, _ in every[i : j + 1]]
+        return []
+
+    def _optimizer_text(self) -> str:
+        kinds = [type(self._optimizer).__name__]
+        kinds = [type(o).__name__ for o in getattr(self._optimizer, "optimizers", ())] or kinds
+        count = sum(p.numel() for p in self._model.parameters())
+        return f"{' and '.join(kinds)} change the {count:,} weights of this rank."
+
+    # The records of all ranks
+
+    def steps(self) -> RankSteps:
+        """The steps that this rank has recorded."""
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        place = {}
+        if self._world is not None:
+            names = self._world.mesh.mesh_dim_names or ()
+            place = {name: self._world.mesh.get_local_rank(name) for name in names}
+        parts = [name for name, _ in self._layers if name]
+        return RankSteps(
+            rank=rank,
+            machine=environment.describe(),
+            place=place,
+            layers=parts,
+            steps=self._steps,
+            explained=self._explained,
+            cost=self._cost(),
+        )
+
+    def _cost(self) -> float:
+        """How much longer a step takes with records, as a share; the fastest of each kind."""
+        recorded, plain = self._seconds[True], self._seconds[False]
+        return min(recorded) / min(plain) - 1 if recorded and plain else 0.0
+
+    def gather(self, title: str = "") -> dict[str, Any] | None:
+        """Return the recording of all ranks on rank 0, None on others. Every rank calls it.
+
+        None, too, where too few steps were taken.
+        """
+        mine = self.steps()
+        offset, error = _clock_offset(mine.machine["host"])
+        mine.shift(offset)
+        mine.clock_error = error
+        ranks = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
+        if len(ranks) > 1:
+            dist.all_gather_object(ranks, mine)
+        if mine.rank or not min(len(one.steps) for one in ranks):
+            return None
+        return recording(ranks, title)
+
+
+@context_manager("replay")
+def replay(
+    path: str | Path,
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    world: "World | None" = None,
+    *,
+    title: str = "",
+) -> Iterator[Replay]:
+    """Record some steps of the loop in the block, and write the page that plays them.
+
+        with replay("step.html", model, optimizer):
+            for x, y in batches:
+                cross_entropy(model(x), y).backward()
+                optimizer.step()
+
+    The page needs no other file and no network. It shows for each rank what it computes, waits for,
+    sends and keeps. Beside it a ``.json`` of the same name is written, which is a Chrome trace:
+    Perfetto opens it, and ``python -m torchpar replay`` plays two of them side by side. Rank 0
+    writes both. The first ``WARM_UP + 1`` steps are not recorded, and of the next six every second
+    one is; then nothing is watched any more. See `Replay` for what is recorded.
+
+    Args:
+        path: of the page, ``….html``.
+        model: this rank's part of the model, without wrappers such as DistributedDataParallel.
+        optimizer: over its parameters; its step ends a step of the training.
+        world: its mesh names the dimensions of messages.
+        title: of the page; by default the name of the program.
+
+    Raises:
+        ConfigError: a path that does not end with ".html", or cannot be written. Fewer steps were
+            taken than are needed.
+    """
+    page = Path(path)
+    if page.suffix != ".html":
+        raise ConfigError(f"replay: the page is {page}, expected a name that ends with .html")
+    with Replay(model, optimizer, world) as recorder:
+        yield recorder
+    found = recorder.gather(title)
+    if found is not None:
+        write(page, found)
+    elif not dist.is_initialized() or dist.get_rank() == 0:
+        raise ConfigError(f"replay: {TOO_FEW}")
+
+
+def _clock_offset(host: str) -> tuple[float, float]:
+    """Return what to add to this rank's clock to get rank 0's, and the error, in seconds.
+
+    Processes of one machine share a clock. Between machines rank 0 sends its time as the answer to
+    a message: it lies between this rank's times before and after, by half of them if both ways take
+    the same time. The shortest of `PINGS` such exchanges counts.
+
+    Source: Cristian, "Probabilistic clock synchronization", 1989.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return 0.0, 0.0
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, host)
+    best = 0.0, 0.0
+    for other in range(1, len(hosts)):
+        if hosts[other] != hosts[0] and dist.get_rank() in (0, other):
+            measured = [_ping(other) for _ in range(PINGS)]
+            if dist.get_rank() == other:
+                best = min(measured, key=lambda m: m[1])
+    return best
+
+
+def _ping(other: int) -> tuple[float, float]:
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    time_of_0 = torch.zeros(1, dtype=torch.float64, device=device)
+    if dist.get_rank() == 0:
+        dist.recv(time_of_0, other)
+        time_of_0.fill_(time.perf_counter())
+        dist.send(time_of_0, other)
+        return 0.0, 0.0
+    before = time.perf_counter()
+    dist.send(time_of_0, 0)
+    dist.recv(time_of_0, 0)
+    there = time_of_0.item()
+    after = time.perf_counter()
+    return there - (before + after) / 2, (after - before) / 2
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    for one in value if isinstance(value, tuple | list) else ():
+        if isinstance(one, Tensor):
+            yield one
+
+
+def _address(t: Tensor) -> int:
+    with suppress(RuntimeError):  # a DTensor of which this rank has no elements
+        return t.data_ptr()
+    return 0
+
+
+def _shape(t: Tensor) -> str:
+    return str(tuple(t.shape))
+
+
+def _symbol(name: str) -> str:
+    return {"weight": "W", "bias": "b"}.get(name, name)
+
+
+def _listed(names: list[str]) -> list[str]:
+    """Names in short: those of many tensors as the first, the last and their number."""
+    if len(names) <= 4:
+        return [", ".join(names)] if names else []
+    return [f"{names[0]} to {names[-1]}, {len(names)} tensors"]
+
+
+def _formula(module: torch.nn.Module, forward: bool = True) -> str:
+    known = _FORWARD.get(type(module).__name__)
+    if not forward:
+        return _PRODUCT if known else f"the gradients of {type(module).__name__}"
+    return known or f"{type(module).__name__}({module.extra_repr()})"
+
+
+def _line() -> str:
+    """The line of the program that led here: the innermost one outside of PyTorch and torchpar."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith((*_OTHERS, _PYTHON)):
+            path = Path(file)
+            with suppress(ValueError):
+                path = path.relative_to(Path.cwd())
+            name = path if not path.is_absolute() else path.name
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
