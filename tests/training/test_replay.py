@@ -24,7 +24,8 @@ from torchpar.parallel.split import shared_memory
 from torchpar.training import FusedGradients, fused, profile
 from torchpar.training.profile import replaying
 from torchpar.training.profile.record import Call, RankRecord, Span, Step
-from torchpar.training.profile.replay_trace import KINDS, from_records, recording
+from torchpar.training.profile.recorded_ranks import KINDS
+from torchpar.training.profile.replay_trace import from_records, recording
 
 Recorded = dict[str, Any]
 SIZES = [20, 30, 30, 5]
@@ -306,8 +307,9 @@ def test_buckets_and_who_waits_for_whom(ranks, tmp_path):
     assert "it is still in" in wait["args"]["text"]
     rows = table(found, "Milliseconds")
     assert float(rows[0]["waiting for a message"]) > 40 > float(rows[1]["waiting for a message"])
-    (bound,) = [r for r in found["otherData"]["remarks"] if "longest wait is rank 0's" in r]
-    assert "because rank 1 begins later" in bound
+    (bound,) = [r for r in found["otherData"]["remarks"] if "One message bounds it most" in r]
+    assert "rank 0 waits" in bound
+    assert "until rank 1 begins it" in bound
     assert "All ranks run on one machine and read its one clock." in found["otherData"]["about"]
 
 

@@ -3,9 +3,9 @@
 
 `recorder` measures, and `record` holds what was measured: `phases` the seconds of each phase,
 `collectives` each call of a collective, and `step_memory` the bytes. `replay` writes a page that
-plays some steps: `replaying` leaves marks in a step, with `messages` for what ranks send, `marks`
-makes boxes of them, `replay_trace` joins the ranks, and `replay_page` draws and plays them.
-`replay_command` does so again, with two recordings side by side.
+plays some steps: `replaying` leaves marks in a step, with `messages` for what ranks send, and
+`marks` makes `recorded_ranks` of them. `replay_trace` joins the ranks, `replay_totals` adds up,
+`replay_page` draws and plays, and `replay_command` does so with two recordings side by side.
 """
 
 from typing import Any

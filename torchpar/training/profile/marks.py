@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torchpar.training.profile.messages import Sent
-from torchpar.training.profile.replay_trace import Box, Explained, Key, Message, RecordedStep
+from torchpar.training.profile.recorded_ranks import Box, Explained, Key, Message, RecordedStep
 
 
 class Mark(NamedTuple):

@@ -24,14 +24,13 @@ from torchpar.training.profile.marks import Boxes
 from torchpar.training.profile.messages import MessageWatch, Sent
 from torchpar.training.profile.phases import Phases
 from torchpar.training.profile.record import WARM_UP
-from torchpar.training.profile.replay_trace import (
+from torchpar.training.profile.recorded_ranks import (
     Explained,
     Key,
     RankSteps,
     RecordedStep,
-    recording,
-    write,
 )
+from torchpar.training.profile.replay_trace import recording, write
 from torchpar.training.profile.step_memory import Memory
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class Replay:
 
     After `record.WARM_UP` steps, one step is looked at closely: shapes, names of tensors, lines,
     bytes. Its times do not count. Then steps with records and steps without take turns, so that
-    `RankSteps.cost` compares them. A step lasts from the making of its batch until the optimizer
+    the page can compare them. A step lasts from the making of its batch until the optimizer
     has stepped; without `torchpar.data`'s batches it begins where the step before it ended.
 
     A layer is a module without modules in it. Its forward pass ends where its function returns, and
@@ -416,13 +415,9 @@ class Replay:
             layers=parts,
             steps=self._steps,
             explained=self._explained,
-            cost=self._cost(),
+            recorded=self._seconds[True],
+            plain=self._seconds[False],
         )
-
-    def _cost(self) -> float:
-        """How much longer a step takes with records, as a share; the fastest of each kind."""
-        recorded, plain = self._seconds[True], self._seconds[False]
-        return min(recorded) / min(plain) - 1 if recorded and plain else 0.0
 
     def gather(self, title: str = "") -> dict[str, Any] | None:
         """Return the recording of all ranks on rank 0, None on others. Every rank calls it.

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: MIT
+"""Totals of a recorded step: tables of times, messages and bytes, and sentences on its bounds."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from torchpar.training.profile.recorded_ranks import (
+    KINDS,
+    MEMORY,
+    Message,
+    RankSteps,
+    RecordedStep,
+    Wait,
+    identity,
+)
+
+COMPUTING = ("data", "forward", "loss", "backward", "optimizer")
+COST = 0.05  # the share of a step above which the page says that recording slows it down
+
+
+class Totals:
+    """Tables and sentences on one step.
+
+    Args:
+        limits: when the step begins on its first rank, and ends on its last.
+    """
+
+    def __init__(
+        self,
+        ranks: Sequence[RankSteps],
+        steps: Sequence[RecordedStep],
+        limits: tuple[float, float],
+        waits: Sequence[Wait],
+    ):
+        self._ranks, self._steps, self._waits = ranks, steps, waits
+        self._seconds = limits[1] - limits[0]
+        self._by_kind = [_in_turn(step, limits) for step in steps]
+
+    def tables(self) -> list[dict[str, Any]]:
+        kinds = [kind for kind in KINDS if kind != "message"]
+        rows = [
+            [
+                str(one.rank),
+                *(f"{1e3 * times[k]:.3f}" for k in kinds),
+                f"{1e3 * times['']:.3f}",
+                f"{1e3 * self._seconds:.3f}",
+            ]
+            for one, times in zip(self._ranks, self._by_kind, strict=True)
+        ]
+        columns = ["rank", *(KINDS[k][0] for k in kinds), "other code", "sum"]
+        tables = [
+            {
+                "title": "Milliseconds of the step of median duration",
+                "columns": columns,
+                "rows": rows,
+            }
+        ]
+        messages = self._messages()
+        if messages:
+            columns = [
+                "rank",
+                "dimension",
+                "operation",
+                "count",
+                "bytes",
+                "ms",
+                "while it computes",
+            ]
+            tables.append({"title": "Messages of this step", "columns": columns, "rows": messages})
+        memory = self._memory()
+        if memory:
+            columns = ["rank", *MEMORY, "most at a time"]
+            tables.append(
+                {
+                    "title": "Bytes, the most of each kind in a step",
+                    "columns": columns,
+                    "rows": memory,
+                }
+            )
+        return tables
+
+    def _messages(self) -> list[list[str]]:
+        rows = []
+        for one, step in zip(self._ranks, self._steps, strict=True):
+            kinds = dict.fromkeys((m.dimension, m.operation) for m in step.messages)
+            for kind in kinds:
+                found = [m for m in step.messages if (m.dimension, m.operation) == kind]
+                ms = 1e3 * sum((m.end or m.start) - m.start for m in found)
+                hidden = self._hidden(step, found)
+                rows.append(
+                    [
+                        str(one.rank),
+                        kind[0] or "several",
+                        kind[1],
+                        str(len(found)),
+                        f"{sum(m.bytes for m in found):,}",
+                        f"{ms:.3f}",
+                        f"{hidden:.0%}",
+                    ]
+                )
+        return rows
+
+    def _hidden(self, step: RecordedStep, messages: Sequence[Message]) -> float:
+        """The share of the messages' time in which the rank does not wait."""
+        total = sum((m.end or m.start) - m.start for m in messages)
+        waiting = sum(
+            max(0.0, min(box.end, m.end or m.start) - max(box.start, m.start))
+            for m in messages
+            for box in step.boxes
+            if box.kind == "wait"
+        )
+        return max(0.0, 1 - waiting / total) if total else 1.0
+
+    def _memory(self) -> list[list[str]]:
+        rows = []
+        for one, step in zip(self._ranks, self._steps, strict=True):
+            if step.memory:
+                most = [max(m[name] for _, m in step.memory) for name in MEMORY]
+                at_once = max(sum(m.values()) for _, m in step.memory)
+                rows.append([str(one.rank), *(f"{n:,}" for n in most), f"{at_once:,}"])
+        return rows
+
+    def remarks(self) -> list[str]:
+        ms = 1e3 * self._seconds
+        found = [f"The step of median duration takes {ms:.3f} ms. {self._cost()}"]
+        found += self._bubble()
+        if self._waits:
+            found.append(self._bound())
+        else:
+            longest = max(COMPUTING, key=lambda k: max(times[k] for times in self._by_kind))
+            share = max(times[longest] for times in self._by_kind) / self._seconds
+            found.append(f"No rank waits. The {KINDS[longest][0]} takes most, {share:.0%}.")
+        return found
+
+    def _cost(self) -> str:
+        one = self._ranks[0]
+        if not one.recorded or not one.plain:
+            return ""
+        (least, most), (least_plain, most_plain) = (
+            (1e3 * min(seconds), 1e3 * max(seconds)) for seconds in (one.recorded, one.plain)
+        )
+        took = (
+            f"On rank {one.rank} steps with records took {least:.3f} to {most:.3f} ms, and steps "
+            f"without them {least_plain:.3f} to {most_plain:.3f} ms."
+        )
+        if least > (1 + COST) * most_plain:  # beyond what steps differ anyway
+            took += (
+                f" So recording takes more than {COST:.0%} of a step, and shares of the time are "
+                "less sure than in longer steps."
+            )
+        return took
+
+    def _bubble(self) -> list[str]:
+        stages = max((one.place.get("pp", 0) for one in self._ranks), default=0) + 1
+        if stages == 1:
+            return []
+        by_stage: list[list[tuple[float, float]]] = [[] for _ in range(stages)]
+        for one, times in zip(self._ranks, self._by_kind, strict=True):
+            share = times["wait"] / self._seconds, times[""] / self._seconds
+            by_stage[one.place["pp"]].append(share)
+        shares = []
+        for stage, found in enumerate(by_stage):
+            waiting, other = (sum(part) / len(found) for part in zip(*found, strict=True))
+            shares.append(f"stage {stage} {waiting + other:.0%} ({waiting:.0%} waiting)")
+        m = 1 + max(
+            b.key[2] for step in self._steps for b in step.boxes if b.kind == "forward" and b.key
+        )
+        ideal = (stages - 1) / (m + stages - 1)
+        kept: dict[int, int] = {}
+        for one, step in zip(self._ranks, self._steps, strict=True):
+            if step.memory:
+                most = max(bytes_["activations"] for _, bytes_ in step.memory)
+                kept[one.place["pp"]] = max(most, kept.get(one.place["pp"], 0))
+        sentences = [
+            "The bubble is the time in which a rank computes nothing while others do. Of the step "
+            f"it takes on {', on '.join(shares)}; the rest is Python between the passes. With "
+            f"{stages} stages of "
+            f"equal work, {m} micro-batches, and messages that take no time, it would be "
+            f"(p − 1)/(m + p − 1) = {ideal:.0%}."
+        ]
+        if kept:
+            sentences.append(
+                "Activations are kept from a forward pass to its backward pass: up to "
+                + ", ".join(f"{most:,} bytes on stage {stage}" for stage, most in kept.items())
+                + " of a rank."
+            )
+        return sentences
+
+    def _bound(self) -> str:
+        of: dict[str, list[Wait]] = defaultdict(list)
+        for wait in self._waits:
+            of[identity(wait.message)].append(wait)
+        total = {key: max(w.end - w.start for w in waits) for key, waits in of.items()}
+        key = max(total, key=lambda k: total[k])
+        worst = max(of[key], key=lambda w: w.end - w.start)
+        names = [
+            m.about for step in self._steps for m in step.messages if identity(m) == key and m.about
+        ]
+        what = names[0] if names else f"{worst.message.bytes:,} bytes"
+        waiting = sum(times["wait"] for times in self._by_kind) / len(self._by_kind)
+        late = worst.ready - worst.start
+        reason = (
+            f"and {late / (worst.end - worst.start):.0%} of that until rank {worst.late} begins it"
+            if worst.late is not None
+            else "while it travels"
+        )
+        return (
+            f"The ranks wait for {waiting / self._seconds:.0%} of the step on average. One message "
+            f"bounds it most, the {worst.message.operation} of {what}: rank {worst.rank} waits "
+            f"{1e3 * total[key]:.3f} ms for it, {total[key] / self._seconds:.0%} of the step, "
+            f"{reason}."
+        )
+
+
+def _in_turn(step: RecordedStep, limits: tuple[float, float]) -> dict[str, float]:
+    """Seconds of each kind, of the innermost box at each time; "" is for the time outside boxes."""
+    totals = dict.fromkeys([*KINDS, ""], 0.0)
+    cuts = sorted(
+        {*limits, *(t for b in step.boxes for t in (b.start, b.end) if limits[0] <= t <= limits[1])}
+    )
+    for start, end in pairwise(cuts):
+        over = [b for b in step.boxes if b.start <= start and end <= b.end]
+        kind = max(over, key=lambda b: (b.start, -b.end)).kind if over else ""
+        totals[kind] += end - start
+    return totals
