@@ -185,12 +185,16 @@ def hostile() -> dict[str, Any]:
 
 
 def fault() -> dict[str, Any]:
-    """A launch of two programs whose two accesses of one word race, in cycles."""
+    """A launch of two programs whose two accesses of one word race, in cycles; one has warps."""
     mark = {"ph": "i", "cat": "fault", "name": "race", "tid": 0}
     return tiny(
         *(
             {"ph": "M", "name": "process_name", "pid": n, "args": {"name": f"program {n}"}}
             for n in (0, 1)
+        ),
+        *(
+            {"ph": "M", "name": "thread_name", "pid": 1, "tid": n, "args": {"name": f"warp {n}"}}
+            for n in range(3)
         ),
         box("global memory", "st.global", 0, 100.0, 40.0, text="writes y[0]"),
         box("global memory", "ld.global", 1, 160.0, 40.0, text="reads y[0]"),

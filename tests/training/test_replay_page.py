@@ -426,6 +426,12 @@ def test_zoomed_lanes_scroll_in_their_own_box(browser, tmp_path):
         assert 0 <= left < 360
 
 
+def test_lanes_that_are_not_zoomed_stay_where_they_are(browser, tmp_path):
+    with opened(browser, tmp_path, "nested") as tab:
+        tab.evaluate("choose(step.inOrder.at(-1))")
+        assert tab.evaluate("[step.scroll.scrollLeft, step.track.scrollLeft]") == [0, 0]
+
+
 def test_another_step_is_shown(browser, tmp_path):
     with opened(browser, tmp_path, "two ranks") as tab:
         assert tab.locator("figure:visible").count() == 1
@@ -451,6 +457,9 @@ def test_two_marks_of_a_fault_are_connected(browser, tmp_path):
         tab.locator(".mark").first.click()
         assert tab.locator("#arrows line.strong").count() == 1
         assert "fault on program 0: at 0 cycles" in tab.inner_text("#chosen")
+        tab.keyboard.press("End")
+        assert "fault on program 1, warp 0: at 60 cycles" in tab.inner_text("#chosen")
+        assert "program 1: warp 0 ld.global" in tab.inner_text("#now")
         assert not tab.locator("#live").is_visible()  # no memory was recorded
 
 

@@ -297,7 +297,9 @@ class _Figure:
             if len(parts) > 1:
                 self._line("part", _text(part.title()), "")
             for place, lane in enumerate(part.lanes):
-                self.lanes.append([number, lane.name])
+                # Two rows are what a lane does, and its messages; of more, each is named.
+                rows = lane.rows if len(lane.rows) > 2 else {}
+                self.lanes.append([number, lane.name, rows])
                 self._lane(part, place, lane, part.step(n))
         self.html = (
             f'<figure class="step"{" hidden" if n else ""} aria-label="step {n + 1}">'
