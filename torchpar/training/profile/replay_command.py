@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
         description="Write a page that plays a recorded step, or two recordings over one time "
         "axis. A page needs no other file and no network.",
     )
-    parser.add_argument("a", type=Path, help="a recording, as --replay a.json of a lesson writes")
+    parser.add_argument("a", type=Path, help="a recording, which --replay writes beside its page")
     parser.add_argument("b", type=Path, nargs="?", help="another one, for comparison")
     parser.add_argument("--page", type=Path, required=True, help="the page that is written")
     options = parser.parse_args(arguments)

@@ -62,7 +62,7 @@ def write(page: Path, *found: Mapping[str, Any]) -> Path:
     """
     with writing(page, "--replay"):
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(replay_page.page(found), "utf-8")
+        replay_page.write(page, found)
         for i, one in enumerate(found, 1):
             number = f"-{i}" if len(found) > 1 else ""
             path = page.with_name(f"{page.stem}{number}.json")
