@@ -339,7 +339,8 @@ def main(flags: Flags) -> None:
             report.write(flags.report, page, run.model.forward(test.inputs())[1], test)
         if flags.replay:
             chosen = [*runs.items()][-2:]  # with --compare the two splits
-            found = [recording(from_records(run.records), name) for name, run in chosen]
+            launcher = "mpirun -n {} python"
+            found = [recording(from_records(run.records), name, launcher) for name, run in chosen]
             print(f"replay: {write(flags.replay, *found)}")
         if not flags.compare:
             console.print_phases(run.seconds)

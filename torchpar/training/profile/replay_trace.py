@@ -70,14 +70,19 @@ def write(page: Path, *found: Mapping[str, Any]) -> Path:
     return page
 
 
-def recording(ranks: Sequence[RankSteps], title: str = "") -> dict[str, Any]:
+def recording(
+    ranks: Sequence[RankSteps], title: str = "", launcher: str = "torchrun --nproc_per_node={}"
+) -> dict[str, Any]:
     """Return the recording of all ranks: a Chrome trace, whose "otherData" is for the player.
 
     Args:
         ranks: with at least one step each.
         title: by default the name of the program.
+        launcher: of several processes, with their number for {}.
     """
-    program = Path(sys.argv[0]).name
+    program = Path(sys.argv[0])
+    start = launcher.format(len(ranks)) if len(ranks) > 1 else "python"
+    name = program.name if program.is_absolute() else str(program)
     count = min(len(one.steps) for one in ranks)
     steps = [[one.steps[i - count] for one in ranks] for i in range(count)]
     limits = [(min(s.start for s in step), max(s.end for s in step)) for step in steps]
@@ -100,8 +105,8 @@ def recording(ranks: Sequence[RankSteps], title: str = "") -> dict[str, Any]:
         "traceEvents": events,
         "otherData": {
             "replay": 1,
-            "title": title or program,
-            "command": shlex.join([program, *sys.argv[1:]]),
+            "title": title or program.name,
+            "command": f"{start} {shlex.join([name, *sys.argv[1:]])}",
             "about": _about(ranks),
             "kinds": {kind: {"name": n, "color": color} for kind, (n, color) in KINDS.items()},
             "memory": MEMORY,
