@@ -6,6 +6,7 @@ The model, its split and the loop are the lessons' own.
 
 import math
 import os
+import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -320,7 +321,7 @@ class Log:
         flags, run = self.flags, self.run
         records = self.recorder.gather() if self.recorder else []
         traces = self.world.gather_results(self._save_trace) if self.profiler else []
-        found = self.replay.gather() if self.replay else None
+        found = self.replay.gather(self._title()) if self.replay else None
         outputs = run.evaluate().outputs if flags.report else None
         if not self.speaks:
             return
@@ -348,6 +349,11 @@ class Log:
         if self._is_exact:
             digest = sha256_of(run.state.model.named_parameters())
             self._print(f"SHA-256 of the weights: {digest}")
+
+    def _title(self) -> str:
+        """The script's name, with the schedule of a pipeline, by which two pages are told apart."""
+        schedule = getattr(self.flags, "pipeline", "") if self.world.mesh["pp"].size() > 1 else ""
+        return ", ".join(filter(None, [Path(sys.argv[0]).name, schedule]))
 
     def _save_trace(self) -> str:
         """Write this rank's trace, and return a table of its costliest operators."""

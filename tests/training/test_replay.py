@@ -105,6 +105,7 @@ def test_memory_follows_the_passes(tmp_path):
     counters = [
         e["args"] for e in found["traceEvents"] if e["ph"] == "C" and start <= e["ts"] <= end
     ]
+    assert next(e for e in found["traceEvents"] if e["ph"] == "C")["ts"] == 0.0
     weights = 4 * sum(p.numel() for p in model.parameters())
     assert {c["weights"] for c in counters} == {c["optimizer"] for c in counters} == {weights}
     kept = [c["activations"] for c in counters]

@@ -9,7 +9,6 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -153,17 +152,12 @@ class _Step:
         for one, step in zip(self._ranks, self._steps, strict=True):
             found += [self._box(one, step, box) for box in step.boxes]
             found += [e for message in step.messages for e in self._message(one.rank, message)]
-            for (t, memory), after in pairwise([*step.memory, (step.end, {})]):
-                if memory and memory != after[1]:
-                    found.append(
-                        {
-                            "ph": "C",
-                            "name": "memory",
-                            "pid": one.rank,
-                            "ts": _us(t - self._zero),
-                            "args": memory,
-                        }
-                    )
+            before: Mapping[str, int] = {}
+            for t, memory in step.memory:
+                if memory != before:  # it holds until the next one
+                    facts = {"ph": "C", "name": "memory", "pid": one.rank, "args": memory}
+                    found.append({**facts, "ts": _us(t - self._zero)})
+                before = memory
         return found
 
     def _event(

@@ -152,6 +152,8 @@ class Replay:
         if torch.is_grad_enabled() and self._taken < self._schedule:
             self._clear()
             self._began = began
+            if self._is_close:
+                self._explain("batch", None, "", "")
             self._mark("batch", None, time.perf_counter())
 
     def _begin_step(self) -> None:
