@@ -93,6 +93,8 @@ def test_a_loop_of_ones_own_is_recorded_by_two_lines(tmp_path):
         name, number = args["line"].rsplit(":", 1)
         assert name.endswith("test_replay.py")
         assert call in here[int(number) - 1]
+        assert [int(number), here[int(number) - 1]] in found["otherData"]["sources"][name]
+        assert f'<span id="{args["line"]}">' in page.read_text()
 
 
 def test_memory_follows_the_passes(tmp_path):

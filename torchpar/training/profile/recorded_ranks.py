@@ -93,6 +93,7 @@ class RankSteps:
 
     Attributes:
         recorded, plain: seconds of the steps with records and without them, in turn.
+        sources: lines of the program, with their numbers, by file.
         clock_error: by how much its clock may be off rank 0's, in seconds.
     """
 
@@ -104,6 +105,7 @@ class RankSteps:
     explained: Mapping[Key, Explained]
     recorded: Sequence[float] = ()
     plain: Sequence[float] = ()
+    sources: Mapping[str, Sequence[tuple[int, str]]] = field(default_factory=dict)
     clock_error: float = 0.0
 
     def shift(self, seconds: float) -> None:

@@ -177,11 +177,13 @@ def _read(recording: Mapping[str, Any]) -> _Part:
         raise ValueError(f"the recording's format is {version}, expected 1; record it once more")
     for n, event in enumerate(events):
         _check(event, n)
-    lanes = _lanes(events)
+    lanes, known = _lanes(events), _known_lines(facts)
     places = {one.pid: n for n, one in enumerate(lanes)}
     boxes = []
     for n, event in enumerate(events):
         place, args = places.get(event.get("pid", 0), 0), event.get("args") or {}
+        if args.get("line") in known and "url" not in args:
+            args = {**args, "url": f"#{args['line']}"}
         if event.get("ph") in ("X", "i"):
             is_mark = event["ph"] == "i"
             kind = str(event.get("cat", "other"))
@@ -197,6 +199,12 @@ def _read(recording: Mapping[str, Any]) -> _Part:
     if not boxes:
         raise ValueError("the recording has no boxes, expected one event at least")
     return _Part(facts, lanes, boxes, _steps(facts, boxes))
+
+
+def _known_lines(facts: Mapping[str, Any]) -> set[str]:
+    """The lines that the page shows, as boxes name them."""
+    sources = facts.get("sources") or {}
+    return {f"{file}:{number}" for file, lines in sources.items() for number, _ in lines}
 
 
 def _check(event: object, n: int) -> None:
@@ -504,6 +512,14 @@ def _tables(part: _Part, is_one_of_two: bool) -> str:
     if about := part.facts.get("about"):
         items = "".join(f"<li>{_text(one)}</li>" for one in about)
         lines.append(f'<h{level}>Where it was recorded</h{level}>\n<ul class="about">{items}</ul>')
+    for file, source in (part.facts.get("sources") or {}).items():
+        shown = "\n".join(
+            f'<span id="{_text(f"{file}:{number}")}">{number:>4}  {_text(code)}</span>'
+            for number, code in source
+        )
+        lines.append(
+            f'<h{level}>{_text(file)}</h{level}>\n<pre class="source" tabindex="0">{shown}</pre>'
+        )
     return f"<section>{''.join(lines)}</section>\n"
 
 
@@ -582,7 +598,7 @@ def _short(number: float) -> float:
 
 
 def _is_link(value: object) -> bool:
-    return isinstance(value, str) and value.startswith(("https://", "http://"))
+    return isinstance(value, str) and value.startswith(("https://", "http://", "#"))
 
 
 def _text(value: object) -> str:

@@ -112,6 +112,7 @@ def recording(
             "steps": [[_us(limits[i][0] - zero), _us(limits[i][1] - zero)] for i in order],
             "tables": shown.tables(),
             "remarks": shown.remarks(),
+            "sources": ranks[0].sources,
             "unit": "ms",
         },
     }

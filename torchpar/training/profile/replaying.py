@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 """`replay`: record a few steps of any training loop, and write the page that plays them."""
 
+import linecache
 import sys
 import sysconfig
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 STEPS = 3  # that are recorded; as many steps without records are timed beside them
 TOO_FEW = f"nothing was recorded, no more than {WARM_UP + 2} steps were trained"
+AROUND = 5  # lines to show on each side of one that a box names
 PINGS = 32  # messages there and back, of which the fastest one compares the clocks of two ranks
 # Files that are no lines of the program: these packages' and Python's own.
 _OTHERS = *(sys.modules[name].__path__[0] for name in ("torch", "torchpar")), "<"
@@ -419,6 +421,7 @@ class Replay:
             explained=self._explained,
             recorded=self._seconds[True],
             plain=self._seconds[False],
+            sources=_sources([one.line for one in self._explained.values() if one.line]),
         )
 
     def gather(self, title: str = "") -> dict[str, Any] | None:
@@ -555,16 +558,35 @@ def _formula(module: torch.nn.Module, forward: bool = True) -> str:
     return known or f"{type(module).__name__}({module.extra_repr()})"
 
 
+def _shown(file: str) -> str:
+    """A file's name on the page: within the current folder its path from there."""
+    with suppress(ValueError):
+        return str(Path(file).relative_to(Path.cwd()))
+    return Path(file).name
+
+
+def _sources(lines: Sequence[str]) -> dict[str, list[tuple[int, str]]]:
+    """The lines, with some around each, by file."""
+    numbers: dict[str, set[int]] = {}
+    for file, _, number in (line.rpartition(":") for line in lines):
+        around = range(int(number) - AROUND, int(number) + AROUND + 1)
+        numbers.setdefault(file, set()).update(around)
+    found = {}
+    for module in [*sys.modules.values()]:
+        file = getattr(module, "__file__", None) or ""
+        if file and (name := _shown(file)) in numbers and name not in found:
+            text = linecache.getlines(file)
+            kept = sorted(n for n in numbers[name] if 1 <= n <= len(text))
+            found[name] = [(n, text[n - 1].rstrip()) for n in kept]
+    return found
+
+
 def _line() -> str:
     """The line of the program that led here: the innermost one outside of PyTorch and torchpar."""
     frame: Any = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
         if not file.startswith((*_OTHERS, _PYTHON)):
-            path = Path(file)
-            with suppress(ValueError):
-                path = path.relative_to(Path.cwd())
-            name = path if not path.is_absolute() else path.name
-            return f"{name}:{frame.f_lineno}"
+            return f"{_shown(file)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
