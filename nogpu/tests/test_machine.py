@@ -103,7 +103,7 @@ def test_a_record_has_each_instruction_of_the_first_program(code):
 
 
 def test_a_span_ends_when_a_warp_has_waited_first():
-    trace, operation = Trace(), SimpleNamespace(read=7, what="a copy")
+    trace, operation = Trace(), SimpleNamespace(read=7, written=8, what="a copy", line=5)
     for time in (3, 8, 20):
         trace.operate(SimpleNamespace(index=2, count=time - 1, waited=1), operation)
     (span,) = trace.spans

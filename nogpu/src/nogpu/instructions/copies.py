@@ -133,6 +133,8 @@ class Copy(Operation):
         self.block, self.to_shared, self.barrier = warp.block, to_shared, barrier
         elements, self.inside, self.width, self.units, self.unit = places
         self.elements = elements[self.inside]
+        if warp.block.trace is not None:
+            warp.block.trace.follow(warp, self, (), line, self.width * len(self.elements))
         if to_shared:
             self.block.shared.write(warp, self.units, self.unit, self.written, line)
             self.block.space.read(warp, self.elements, self.width, self.read, line, fence=True)
@@ -184,6 +186,9 @@ class Copies(Operation):
         )
         lanes = warp.lanes()
         self.block.shared.write(warp, units, unit, written, line)
+        if warp.block.trace is not None:
+            copied = width * int(inside.sum())
+            warp.block.trace.follow(warp, self, (read, written), line, copied)
         self.block.space.read(warp, elements[inside], width, read, line, lanes=lanes[inside])
         warp.count_copy(elements[inside], width, units, unit)
         self.parts.append(places)

@@ -126,7 +126,7 @@ def _fail(warp: Warp, i: Instruction) -> None:
         reason = f"{warp.thread(int(lane))}: {message}"
         raise PtxError(i.line, reason, "assertion")
     thread = f"thread {warp.first_thread + int(lane)}{warp.block.suffix}"
-    warp.block.gpu.fault("error", "assertion", i.line, f"{thread}: {message}", warp.block.program)
+    warp.fault("error", "assertion", i.line, f"{thread}: {message}")
 
 
 @action("trap", "brkpt")

@@ -67,11 +67,11 @@ class TensorMemory:
         gpu = warp.block.gpu
         if number == UNWRITTEN:
             message = "reads tensor memory that was not written"
-            gpu.fault("error", "uninitialised memory", line, message, warp.block.program)
+            warp.fault("error", "uninitialised memory", line, message)
             return
         what = f"{gpu.events.who(number)} ({gpu.place_of(int(gpu.events.lines[number]))})"
         message = f"tensor memory is written by {what}, not waited for"
-        gpu.fault("error", "race", line, message, warp.block.program)
+        warp.fault("error", "race", line, message, number)
 
     def check_allocated(self, line: int, columns: Values | slice) -> None:
         end = columns.stop if isinstance(columns, slice) else columns.max(initial=0) + 1
@@ -250,7 +250,7 @@ class Tcgen05Mma(Operation):
         others = [n for n in writers.tolist() if not events.who(n).startswith("a product")]
         if others and not warp.clocks.knows(warp.index, np.array(others, np.int32)).all():
             message = "takes tensor memory that was not written, or not waited for"
-            warp.block.gpu.fault("error", "race", self.line, message, warp.block.program)
+            warp.fault("error", "race", self.line, message)
 
     def fetch(self) -> None:
         shared = self.block.shared

@@ -80,8 +80,12 @@ class Arrival:
         self.time = int(warp.clocks.times[warp.index, warp.index])
         self.known = warp.clocks.release(warp.index)
         self.fenced = warp.clocks.fenced[warp.index].copy()
+        trace = warp.block.trace
+        self.moment = None if trace is None else trace.moment(warp, line)
 
     def wait(self, warp: Warp) -> None:
+        if self.moment is not None and warp.block.trace is not None:
+            warp.block.trace.delay(warp, self.moment.time)
         warp.clocks.acquire(warp.index, self.known)
         fenced = warp.clocks.fenced[warp.index, : len(self.fenced)]
         np.maximum(fenced, self.fenced, out=fenced)
@@ -406,7 +410,7 @@ def _with_rest(
         f"16 bytes, and a row of it has {tensor.sizes[0] * tensor.bytes} bytes"
     )
     kind = "warning" if tensor.has_padded_rows else "error"
-    warp.block.gpu.fault(kind, "out of bounds", i.line, message, warp.block.program)
+    warp.fault(kind, "out of bounds", i.line, message)
     return places._replace(inside=places.inside | rest)
 
 

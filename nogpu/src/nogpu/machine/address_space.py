@@ -280,16 +280,16 @@ class AddressSpace:
         gpu = warp.block.gpu
         name = _name_of(place, address, width)
         if gpu.is_counted_only("error", name, line):
-            gpu.fault("error", name, line, "", warp.block.program)
+            warp.fault("error", name, line, "")
             return
         is_of_threads = place is None and gpu.kernel.block is not None
         if is_of_threads and (reason := self._missing(warp, address, line)):
-            gpu.fault("error", name, line, f"{does} {reason}", warp.block.program)
+            warp.fault("error", name, line, f"{does} {reason}")
             return
         overflow = lost(warp, address) if self is gpu.space else NOT_FOLLOWED
         meant = self._meant(warp, line)
         error = self._error(place, address, width, line, f"{does} ", meant, overflow)
-        gpu.fault("error", error.name, line, error.reason, warp.block.program)
+        warp.fault("error", error.name, line, error.reason)
 
     def _missing(self, warp: Warp, address: int, line: int) -> str:
         """Say what a launch of CUDA C++ has not passed: an array, or dynamic shared memory.

@@ -130,18 +130,38 @@ class Warp:
         time = int(self.clocks.times[self.index, self.index])
         name = f"{what} of {self.name}"
         events: Events = self.block.gpu.events
-        return events.add(self.block.number, self.index, time, line, name, atomic)
+        number = events.add(self.block.number, self.index, time, line, name, atomic)
+        if self.block.trace is not None:
+            self.block.trace.event(self, number, line)
+        return number
+
+    def fault(
+        self, kind: str, name: str, line: int, message: str, other: int = 0, event: int = 0
+    ) -> None:
+        """Report a fault of an instruction of this warp.
+
+        Args:
+            other: the event with which it conflicts; 0: there is none.
+            event: an earlier access of this warp that is the fault; 0: the present instruction.
+        """
+        if (trace := self.block.trace) is not None:
+            trace.fault(message, trace.events.get(event) or trace.moment(self, line), other)
+        self.block.gpu.fault(kind, name, line, message, self.block.program)
 
     def release(self, address: int) -> None:
         """Let those who acquire from ``address`` know what this warp knows."""
         self.publish(address, self.clocks.release(self.index))
 
     def publish(self, address: int, known: dict[int, Values]) -> None:
+        if self.block.trace is not None:
+            self.block.trace.release(self, address)
         released = self.block.gpu.released
         released[address] = merged(released.get(address, {}), known)
 
     def acquire(self, address: int) -> None:
         if known := self.block.gpu.released.get(address):
+            if self.block.trace is not None:
+                self.block.trace.acquire(self, address)
             self.clocks.acquire(self.index, known)
 
     def fence_memory(self) -> None:
@@ -387,10 +407,10 @@ class Block:
         latest = max(one.count + one.waited for one, _ in arrived)
         learned = [one.index for one, _ in arrived]
         self.clocks.join(learned)
+        if self.trace is not None:
+            self.trace.meet(arrived, latest)
         for one, was_waiting in arrived:
             if was_waiting:
-                if self.trace is not None:
-                    self.trace.wait(one, latest)
                 one.waited = latest - one.count
                 one.waiting = None
 
@@ -442,6 +462,8 @@ class Block:
             latest = max(one.count + one.waited for one, _ in arrived)
             self.clocks.join([one.index for one, _ in arrived])
             del self.at_barrier[barrier]
+            if self.trace is not None:
+                self.trace.meet(arrived, latest)
             for one, _ in arrived:
                 one.waited = latest - one.count
                 one.waiting = None
@@ -532,6 +554,9 @@ class Block:
             for w, n in zip(running, lines, strict=True)
         )
         message = f"warps wait for what nobody will do: {', '.join(waiting)}"
+        if self.trace is not None:
+            pairs = zip(running, lines, strict=True)
+            self.trace.faults[message] = tuple(self.trace.moment(*one) for one in pairs)
         self.gpu.fault("error", "deadlock", min(lines), message, self.program)
 
     def _next(self, warps: list[Any]) -> Warp | None:
@@ -557,8 +582,10 @@ class Block:
                 simt.advance(warp, min(budget, TURN))
                 if not warp.done and warp.waiting is None:  # it may wait for another warp's store
                     spins.spun.add(warp.index)
-        except (PtxError, MemoryError):
+        except (PtxError, MemoryError) as e:
             self.tell_unwritten()
+            if self.trace is not None and isinstance(e, PtxError):
+                self.trace.fault(e.reason, self.trace.moment(warp, e.line))
             raise
         except Exception as e:
             line = self.gpu.kernel.instructions[max(warp.pc - 1, 0)].line

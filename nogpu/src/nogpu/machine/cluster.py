@@ -64,7 +64,7 @@ class SharedMemory(Space):
         self, warp: Warp, place: Allocation | None, address: int, width: int, line: int, does: str
     ) -> None:
         if why := self.why_ended(address):
-            warp.block.gpu.fault("error", ENDED, line, f"{does} {why}", warp.block.program)
+            warp.fault("error", ENDED, line, f"{does} {why}")
             return
         super().tell(warp, place, address, width, line, does)
 
@@ -98,8 +98,11 @@ class Phase:
         self.known: dict[int, Values] = {}
         self.fenced = np.zeros(0, np.int32)
         self.initialised: set[Any] = set()
+        self.latest = 0  # the time of the last arrival, if the program is traced
 
     def arrive(self, warp: Warp, releases: bool) -> None:
+        if warp.block.trace is not None:
+            self.latest = max(self.latest, warp.block.trace.now(warp))
         self.arrived.add(warp.index)
         self.initialised |= warp.released_mbarriers
         if releases:
@@ -111,6 +114,8 @@ class Phase:
 
     def acquire(self, warp: Warp) -> None:
         """A warp has waited for the phase."""
+        if warp.block.trace is not None:
+            warp.block.trace.delay(warp, self.latest)
         clocks = warp.clocks
         clocks.acquire(warp.index, self.known)
         fenced = clocks.fenced[warp.index, : len(self.fenced)]

@@ -143,7 +143,7 @@ def report(warp: Warp, i: Instruction, cause: Cause, what: str) -> None:
     where = f" ({warp.block.gpu.place_of(i.line)})" if is_elsewhere else ""
     kind = "warning" if cause.is_weak and what == DECIDES else "error"
     message = f"{cause.message}; the value {what}{where}"
-    warp.block.gpu.fault(kind, cause.name, cause.line or i.line, message, warp.block.program)
+    warp.fault(kind, cause.name, cause.line or i.line, message, *cause.events[::-1])
 
 
 def _propagate(

@@ -120,7 +120,7 @@ class Gpu(GpuState):
         self.change = change
         self.next = FIRST_ADDRESS
         self.counted: list[Counts] = []  # of all launches
-        self.trace: Trace | None = None  # of the first program of the next launch
+        self.trace: Trace | None = None  # of the first programs of the next launch
         # Grids that may still run when the next launch begins, the last one first.
         self.earlier: list[dependents.EarlierGrid] = []
         self.core_blocks: Blocks | None = None  # of the last launch
@@ -261,15 +261,17 @@ class Gpu(GpuState):
 
     def _begin(self, position: tuple[int, ...], number: int) -> Block:
         """Return the block at a position, having begun the others of its cluster, too."""
-        trace = self.trace if number == 0 else None
+        trace = None if self.trace is None else self.trace.of(number)
         sizes = self.kernel.cluster
         cluster = Cluster(self, number, sizes[0] * sizes[1] * sizes[2])
         first: Block | None = None
         for index in np.ndindex(sizes[::-1]):
             place = tuple(map(int.__add__, position, index[::-1]))
-            block = Block(self, place, number, None if any(index) else trace, cluster)
+            block = Block(self, place, number, trace, cluster)
             first = first or block
         assert first is not None
+        if trace is not None:
+            trace.program, trace.multiprocessors = first.program, self.multiprocessors
         return first
 
     def _run(self, positions: list[tuple[int, ...]]) -> None:
@@ -421,5 +423,5 @@ class Gpu(GpuState):
             and self.native.program.is_for_blocks
             and self.kernel.cluster == (1, 1, 1)
             and (self.schedule.completion, self.schedule.order) == ("early", "forward")
-            and (started > 0 or self.trace is None)
+            and (self.trace is None or self.trace.of(started) is None)
         )

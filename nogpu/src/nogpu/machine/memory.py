@@ -99,7 +99,7 @@ class Space(AddressSpace):
             f"{one} and {other} store different values to {place.where(int(offsets[lost]))} at "
             "once; one of them is lost"
         )
-        warp.block.gpu.fault("error", "race", line, message, warp.block.program)
+        warp.fault("error", "race", line, message)
 
     def _check_stack(self, warp: Warp, offsets: Values, width: int, line: int, does: str) -> None:
         """Report an access to the local memory of another thread."""
@@ -114,7 +114,7 @@ class Space(AddressSpace):
                 f"{warp.thread(int(warp.piece[n]))} {does} byte {int(own[n])} of its local memory, "
                 f"which has {kernel.local_bytes}: an index is outside of an array of its own"
             )
-            warp.block.gpu.fault("error", "out of bounds", line, message, warp.block.program)
+            warp.fault("error", "out of bounds", line, message)
 
     def _note_lanes(
         self, warp: Warp, place: Allocation, rows: Rows, width: int, line: int, is_write: bool
@@ -149,7 +149,7 @@ class Space(AddressSpace):
                 f"{warp.thread(int(mine[row, 0]))} {verb} {where}, which {who} {does} ({at}), "
                 "without __syncwarp or __syncthreads between them"
             )
-            warp.block.gpu.fault("error", "race within a warp", line, message, warp.block.program)
+            warp.fault("error", "race within a warp", line, message, number)
         if is_write:
             lanes[0][rows] = mine
             return
@@ -174,7 +174,7 @@ class Space(AddressSpace):
         elif _are_close(a, b):
             how, kind = ", which differ in the last bits", "note"
         message = f"{who} store different values to the same bytes{how}"
-        warp.block.gpu.fault(kind, "different values", line, message, warp.block.program)
+        warp.fault(kind, "different values", line, message)
 
     def change(
         self,
@@ -190,7 +190,7 @@ class Space(AddressSpace):
         """Note an atomic, which writes, and perhaps ``reads``."""
         if reads and self._read(warp, place, rows, width, event, line, atomic) is not None:
             message = f"{warp.cause.message}; an atomic changes it"
-            warp.block.gpu.fault("error", warp.cause.name, line, message, warp.block.program)
+            warp.fault("error", warp.cause.name, line, message, *warp.cause.events[::-1])
         self._write(warp, place, rows, width, event, line, atomic=atomic)
 
     # The rules, of the accesses of a warp and of its asynchronous operations
@@ -247,7 +247,7 @@ class Space(AddressSpace):
             where = warp.block.gpu.place_of(int(events.lines[number]))
             what = f"reads what {events.who(number)} wrote ({where})"
             message = f"{what}, which needs a fence between the proxies"
-            warp.block.gpu.fault("error", "missing fence", line, message, warp.block.program)
+            warp.fault("error", "missing fence", line, message, number)
         return is_known
 
     def _read(
@@ -271,7 +271,9 @@ class Space(AddressSpace):
                 if not self.is_deferred:
                     self.conflict(warp, place, rows, width, writers, known, line, "read", "written")
                 else:
-                    warp.cause = self.describe(warp, place, rows, width, writers, known, line)
+                    cause = self.describe(warp, place, rows, width, writers, known, line)
+                    other = int(writers[~known][0])
+                    warp.cause = cause if warp.block.trace is None else cause.between(event, other)
                     undefined = np.repeat(~known, place.unit, 1)
         self._note_read(warp, place, rows, width, event)
         return undefined
@@ -362,9 +364,7 @@ class Space(AddressSpace):
         for address, barrier in place.barriers.items():
             if ((offsets <= address + 7) & (offsets + width > address)).any():
                 message = f"overwrites the mbarrier of {warp.block.gpu.place_of(barrier.line)}"
-                warp.block.gpu.fault(
-                    "error", "overwritten mbarrier", line, message, warp.block.program
-                )
+                warp.fault("error", "overwritten mbarrier", line, message)
 
     def _same(
         self,
@@ -391,7 +391,7 @@ class Space(AddressSpace):
                 f"{place.where(int(rows.flat[0]) * width)} without order, and both the same value "
                 f"(the other one at {other})"
             )
-            warp.block.gpu.fault("warning", name, line, message, warp.block.program)
+            warp.fault("warning", name, line, message, int(writers[foreign & same][0]))
         if all_true(known | same) or foreign.any():
             return known | same
         if _are_close(held, values) or self._are_copies(
@@ -469,13 +469,8 @@ class Space(AddressSpace):
             warp.block.note_unwritten(warp, place, line, message)
             return
         if number == UNWRITTEN:
-            gpu.fault(
-                "error",
-                "uninitialised memory",
-                line,
-                f"{where} was not written before",
-                warp.block.program,
-            )
+            message = f"{where} was not written before"
+            warp.fault("error", "uninitialised memory", line, message)
             return
         name, who, by, waits = _agent(warp, number, place, place_of, other)
         does = "writes" if other == "written" else "reads"
@@ -484,7 +479,7 @@ class Space(AddressSpace):
         # The value that was read may be one that nobody uses: Triton has copies in several warps.
         is_weak = self.is_deferred and other == "read" and name == "race"
         is_weak &= gpu.kernel.block is None
-        gpu.fault("warning" if is_weak else "error", name, line, message, warp.block.program)
+        warp.fault("warning" if is_weak else "error", name, line, message, number)
 
 
 def _who(warp: Warp, row: int) -> str:

@@ -37,14 +37,21 @@ def all_true(mask: Values) -> bool:
 class Cause(NamedTuple):
     """Why bits are undefined: a fault's name, its message, and its line; 0 for the line of use.
 
-    ``is_weak``: Triton keeps copies of small tensors in several warps. A warp may read what another
-    one overwrites in place, compute with it, and discard the result.
+    Attributes:
+        is_weak: Triton keeps copies of small tensors in several warps. A warp may read what another
+            one overwrites in place, compute with it, and discard the result.
+        events: of a launch that is traced the load, and what it conflicts with; 0: nothing.
     """
 
     name: str
     message: str
     line: int
     is_weak: bool = False
+    events: tuple[int, int] = (0, 0)
+
+    def between(self, event: int, other: int) -> "Cause":
+        """Return the cause with the events of a load, and of what it conflicts with."""
+        return self._replace(events=(event, other))
 
 
 NO_CAUSE = Cause("", "", 0)

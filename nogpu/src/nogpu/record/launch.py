@@ -36,7 +36,7 @@ class Launch:
         counts: the counts of each instruction, under the first schedule.
         file: the file of the kernel's source.
         launched: the file and the line of the program that launched it.
-        trace: that of the first program, if the emulator records it.
+        trace: that of the first program, and of others, if the emulator records them.
         ctas: the number of CTAs of the cluster that a program is.
         constants: the arguments that the kernel was compiled for, by name, as text.
         specialization: types of the other arguments, such as "*fp32, a multiple of 16", and stages.

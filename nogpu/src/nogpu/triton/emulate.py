@@ -160,7 +160,7 @@ def emulate(
     arch: str = "sm_90",
     schedules: str = "one",
     multiprocessors: int | None = None,
-    traces: bool = False,
+    traces: int = 0,
     configurations: str = "first",
     sample: int | None = None,
     operators: str = "cpu",
@@ -176,7 +176,8 @@ def emulate(
             that complete early, late and at random, and warps in other orders.
         multiprocessors: their number on the GPU, which persistent kernels ask for, and which bounds
             the programs that run at once; None: 108 of an A100, 132 of an H100, 148 of a B200.
-        traces: record the first program of each kernel, for the pictures of the report's page.
+        traces: so many first programs of each kernel are recorded, and executed in Python: one for
+            the pictures of the report's page, several for `Report.as_replay`.
         configurations: those of an autotuned kernel to execute: "first", the first one that
             compiles and fits; or "all": the others before it, and what they write is undone. One
             that raises an error, which would end the program on a GPU, is then a fault.
@@ -188,13 +189,16 @@ def emulate(
 
     Raises:
         ValueError: another ``arch``, ``schedules``, ``configurations`` or ``operators``;
-            ``multiprocessors`` below 1, or a ``sample`` below 6; TRITON_INTERPRET is set.
+            ``multiprocessors`` below 1, ``traces`` below 0, or a ``sample`` below 6;
+            TRITON_INTERPRET is set.
     """
     _check_names(arch, schedules, configurations, operators)
     if multiprocessors is None:
         multiprocessors = MULTIPROCESSORS[ARCHITECTURES[arch]]
     if type(multiprocessors) is not int or multiprocessors < 1:
         raise ValueError(f"multiprocessors is {multiprocessors!r}, expected an integer from 1 on")
+    if not isinstance(traces, int) or traces < 0:
+        raise ValueError(f"traces is {traces!r}, expected an integer from 0 on")
     if sample is not None and (type(sample) is not int or sample < LEAST):
         raise ValueError(f"sample is {sample!r}, expected an integer from {LEAST} on, or None")
     chosen = SCHEDULES if schedules == "all" else SCHEDULES[:1]

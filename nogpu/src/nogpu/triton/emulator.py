@@ -100,7 +100,7 @@ class Emulator(gpu.Gpu):
         arch: str,
         schedules: Sequence[Schedule],
         multiprocessors: int,
-        traces: bool = False,
+        traces: int = 0,
         configurations: str = "first",
         sample: int | None = None,
     ):
@@ -405,7 +405,8 @@ class Emulator(gpu.Gpu):
     ) -> None:
         self.schedule, self.printed = schedule, []
         is_new = launch.key not in self._counted_before
-        self.trace = Trace() if is_first and self.traces and is_new else None
+        records = is_first and self.traces and is_new
+        self.trace = Trace.of_programs(self.traces) if records else None
         launch.trace = launch.trace or self.trace
         self.host_memory.restore()
         self._reset()
