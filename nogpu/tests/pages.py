@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 PHONE = {"width": 390, "height": 800}
-VOID = {"br", "img", "link", "meta"}
+VOID = {"br", "img", "input", "link", "meta"}
 COLORS = {"dark": "rgb(255, 255, 255)", "light": "rgb(0, 0, 0)"}  # of text
 
 

@@ -33,8 +33,8 @@ A launch passes these folders, one after the other:
   `time` (an estimate); `operator_work` is that of PyTorch's operators.
 - `report`: `groups` of launches, and `report`, as `text`, as a `page` with each `drawing`, or as
   JSON (`data`); `findings` are its faults for others: for `github`, as `sarif`, and summed up for
-  a `suite` of tests. A `replay_page` plays what was recorded of a launch. `assembly` is what ptxas
-  refuses, and `limits` are what a program asserts of counters.
+  a `suite` of tests. A `replay_page` plays the `launch_recording` of a launch. `assembly` is what
+  ptxas refuses, and `limits` are what a program asserts of counters.
 
 `cpp` stands beside `triton` for kernels in CUDA C++, which `nogpu.cuda.load` returns: `nvrtc`
 compiles, `declarations` reads parameters, `launching` launches, `on_gpu` does so where there is a

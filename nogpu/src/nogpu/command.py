@@ -5,6 +5,7 @@ import argparse
 import concurrent.futures.thread
 import os
 import runpy
+import shlex
 import signal
 import sys
 import threading
@@ -31,8 +32,10 @@ from nogpu.cuda.advice import (
 from nogpu.cuda.stand_in import cuda_is_cpu
 from nogpu.data_sheets import ARCHITECTURES
 from nogpu.machine.program_sample import LEAST
+from nogpu.report import replay_page
 from nogpu.report.findings import findings_of, merged
 from nogpu.report.github import annotations
+from nogpu.report.launch_recording import PROGRAMS, NotRecorded, as_json
 from nogpu.report.report import Report
 from nogpu.report.sarif import as_sarif
 from nogpu.triton.driver import how_far
@@ -45,6 +48,7 @@ INNER = "the script's own emulate or check_kernel reports its launches"
 # What a file of the report is, and how its name ends; others are not overwritten.
 FILES = {
     "report": ("page", ".html", ".htm"),
+    "replay": ("page", ".html", ".htm"),
     "json": ("file of JSON", ".json"),
     "sarif": ("file of SARIF", ".sarif", ".json"),
 }
@@ -76,6 +80,12 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--launches", action="store_true", help="list each launch, too")
     parser.add_argument("--report", type=_file, metavar="FILE", help="write the report as a page")
+    parser.add_argument(
+        "--replay",
+        type=_file,
+        metavar="FILE",
+        help="write a page that plays the first launch with an error, or the first one",
+    )
     parser.add_argument("--json", type=_file, metavar="FILE", help="write the report for machines")
     parser.add_argument("--sarif", type=_file, metavar="FILE", help="write the faults as SARIF")
     parser.add_argument(
@@ -87,6 +97,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if arguments[-len(options.flags) - 1] == "--":  # behind the script, argparse drops it
         options.flags.insert(0, "--")
+    options.arguments = list(arguments)
     if fault := _fault_of(options):
         parser.error(fault)
     for name in FILES:
@@ -101,7 +112,7 @@ def main(arguments: Sequence[str]) -> int:
         emulate(
             options.arch,
             options.schedules,
-            traces=options.report is not None,
+            traces=PROGRAMS if options.replay is not None else int(options.report is not None),
             configurations=options.configurations,
             sample=options.sample,
             operators=options.operators,
@@ -278,13 +289,27 @@ def _fault_of(options: argparse.Namespace) -> str:
         return f"{options.script} is no file; name a Python script"
     if reason := why_not_compiled():
         return reason
+    return _fault_of_files(options)
+
+
+def _fault_of_files(options: argparse.Namespace) -> str:
+    """Return what is wrong with the files that are to be written; "" if nothing is."""
     given = {name: file for name in FILES if (file := getattr(options, name)) is not None}
-    for one, other in combinations(given, 2):
-        if given[one].resolve() == given[other].resolve():
-            return f"--{one} and --{other} both name {given[other]}; name two files"
+    if options.replay is not None and options.replay.suffix.lower() == ".json":
+        return (
+            f"--replay {options.replay} would be the page and its recording, which ends in .json; "
+            "name a file that ends in .html"
+        )
+    written = {f"--{name}": file for name, file in given.items()}
+    if options.replay is not None:
+        written["the recording of --replay"] = options.replay.with_suffix(".json")
+    for one, other in combinations(written, 2):
+        if written[one].resolve() == written[other].resolve():
+            return f"{one} and {other} both name {written[other]}; name two files"
     for name, file in given.items():
         what, *endings = FILES[name]
-        if file.is_dir() or not file.resolve().parent.is_dir():
+        beside = file.with_suffix(".json") if name == "replay" else file
+        if file.is_dir() or beside.is_dir() or not file.resolve().parent.is_dir():
             return f"--{name} {file} cannot be written; name a file in a folder"
         if file.is_file() and file.suffix.lower() not in endings:
             return (
@@ -350,17 +375,37 @@ def _show(report: Report, options: argparse.Namespace, stdout: TextIO, advice: s
         for line in annotations(merged(findings_of(report.faults))) if options.annotate else ():
             print(line)
     finally:
-        if options.json is not None:
-            _write(options.json, report.as_json())
-        if options.sarif is not None:
-            _write(options.sarif, as_sarif(merged(findings_of(report.faults))))
-        if options.report is not None and is_empty:
-            print(f"{options.report} is not written: no kernel was launched", file=sys.stderr)
-        elif options.report is not None:
-            if find_spec("matplotlib") is None:
-                lacks = "has no pictures: matplotlib is not installed; pip install matplotlib"
-                print(f"{options.report} {lacks}", file=sys.stderr)
-            _write(options.report, report.as_html(str(options.script)))
+        _write_files(report, options, is_empty)
+
+
+def _write_files(report: Report, options: argparse.Namespace, is_empty: bool) -> None:
+    """Write the files of the report; of an empty one, some are left out, with a word on it."""
+    if options.json is not None:
+        _write(options.json, report.as_json())
+    if options.sarif is not None:
+        _write(options.sarif, as_sarif(merged(findings_of(report.faults))))
+    if options.report is not None and is_empty:
+        print(f"{options.report} is not written: no kernel was launched", file=sys.stderr)
+    elif options.report is not None:
+        if find_spec("matplotlib") is None:
+            lacks = "has no pictures: matplotlib is not installed; pip install matplotlib"
+            print(f"{options.report} {lacks}", file=sys.stderr)
+        _write(options.report, report.as_html(str(options.script)))
+    if options.replay is not None:
+        _write_replay(report, options)
+
+
+def _write_replay(report: Report, options: argparse.Namespace) -> None:
+    """Write the page of a launch, and beside it the recording for Perfetto."""
+    command = shlex.join(["python", "-m", "nogpu", *options.arguments])
+    try:
+        made = report.recording(str(options.script), command)
+    except NotRecorded:
+        reason = "no program was executed" if report.launches else "no kernel was launched"
+        print(f"{options.replay} is not written: {reason}", file=sys.stderr)
+        return
+    _write(options.replay.with_suffix(".json"), as_json(made))
+    _write(options.replay, replay_page.page([made]))
 
 
 def _write(path: Path, text: str) -> None:

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 
 from nogpu.record.faults import Fault
 from nogpu.record.launch import CapturedGraph, Launch
-from nogpu.report import page
+from nogpu.report import page, replay_page
 from nogpu.report.data import as_json
 from nogpu.report.groups import Group, grouped
+from nogpu.report.launch_recording import recording
 from nogpu.report.text import as_text, of_times, summary
 
 
@@ -61,6 +62,28 @@ class Report:
     def as_json(self) -> str:
         """Return the report for machines. docs/ptx.md says what the keys mean."""
         return as_json(self.groups(), self.launches, self.graphs, self.faults)
+
+    def recording(self, title: str, command: str = "") -> dict[str, object]:
+        """Return a launch as a recording, which is a Chrome trace: `json.dump` writes it.
+
+        It is the first recorded launch with an error, or else the first recorded one.
+
+        Args:
+            title: of its page, such as the name of the script.
+            command: that repeats it.
+
+        Raises:
+            ValueError: no launch was recorded, as `nogpu.emulate(traces=8)` does.
+        """
+        return recording(self.launches, self.faults, title, command)
+
+    def as_replay(self, title: str, command: str = "") -> str:
+        """Return a page that plays `recording`, and needs no other file.
+
+        Raises:
+            ValueError: as `recording` does.
+        """
+        return replay_page.page([self.recording(title, command)])
 
     def __str__(self) -> str:
         return self.as_text()
