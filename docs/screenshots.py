@@ -2,9 +2,10 @@
 """Photograph the pages that the project writes, in Chromium: ``python docs/screenshots.py``.
 
 ``report.png`` shows the page of all committed results, ``run.png`` that of a run of
-``train_ddp.py`` on two ranks, and ``ptx.png`` that of the slow transpose of ptx.md. The pictures in
-``start/`` are parts of such pages on a phone: the README and the site's first page show them at
-their own size, where letters are as large as the text.
+``train_ddp.py`` on two ranks, ``ptx.png`` that of the slow transpose of ptx.md, and
+``ptx_replay.png`` the page that plays its missing wait. The pictures in ``start/`` are parts of
+such pages on a phone: the README and the site's first page show them at their own size, where
+letters are as large as the text.
 """
 
 import html
@@ -50,9 +51,13 @@ RULES = (
 )
 
 
-def photograph(browser: Browser, page: Path, picture: Path, width: int, height: int) -> None:
+def photograph(
+    browser: Browser, page: Path, picture: Path, width: int, height: int, chosen: str = ""
+) -> None:
     tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme="light")
     tab.goto(page.as_uri())
+    if chosen:
+        tab.locator(chosen).first.click(force=True)
     tab.screenshot(path=picture)
     tab.close()
 
@@ -84,11 +89,11 @@ def script(name: str) -> str:
     return str(code)
 
 
-def emulate(folder: Path, name: str) -> Path:
+def emulate(folder: Path, name: str, flag: str = "--report") -> Path:
     """Run a script of ptx.md on the emulator, and return the page of its report."""
     page = folder / f"{name}.html"
     (folder / f"{name}.py").write_text(script(name), "utf-8")
-    subprocess.run([sys.executable, "-m", "nogpu", "--report", page, f"{name}.py"], cwd=folder)
+    subprocess.run([sys.executable, "-m", "nogpu", flag, page.name, f"{name}.py"], cwd=folder)
     return page
 
 
@@ -140,6 +145,8 @@ def main() -> None:
         photograph(browser, measured, FOLDER / "report.png", 1440, 900)
         photograph(browser, run, FOLDER / "run.png", 1100, 1180)
         photograph(browser, transpose, FOLDER / "ptx.png", 1000, 1000)
+        double = emulate(folder, "double", "--replay")
+        photograph(browser, double, FOLDER / "ptx_replay.png", 1000, 640, "b.mark")
 
         clip(phone(browser, scale), "fault", ".error")
         clip(phone(browser, transpose), "sectors", "summary", "details figure, details svg")

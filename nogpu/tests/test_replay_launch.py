@@ -7,6 +7,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from faults import FAULTS
 from pages import Page, check_in, chromium
+from right import RIGHT
 from small_kernels import matmul_kernel
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -343,6 +346,84 @@ def test_what_is_executed_does_not_depend_on_the_record():
         return [str(one) for one in gpu.faults], gpu.launches[0].instructions
 
     assert results() == results(traces=8)
+
+
+UNMARKED = {"more programs than fit"}  # the one that is named is not among those that are shown
+# These take Python minutes.
+ENDLESS = {"search that stays", "step of zero"}
+
+
+@slow
+@pytest.mark.parametrize("name", sorted(set(FAULTS) - ENDLESS))
+def test_a_fault_of_triton_is_marked(name):
+    fault = FAULTS[name]
+    with emulate(traces=8) as gpu, suppress(RuntimeError):
+        fault.run()
+    made = gpu.report().recording(name)
+    assert wrong_of(made) == []
+    errors = [one for one in gpu.faults if one.kind == "error"]
+    shown = {one.name for one in errors if one.launch == errors[0].launch}
+    assert name in UNMARKED or shown <= {one["name"] for one in of(made, "i")}
+
+
+@slow
+@pytest.mark.parametrize("name", cuda_programs.PROGRAMS)
+def test_a_fault_of_cuda_is_marked_at_its_line(name):
+    kind, _, lines = cuda_programs.said_of(name)
+    with emulate(traces=8) as gpu:
+        cuda_programs.PROGRAMS[name](cuda_programs.loaded(name))
+    made = gpu.report().recording(name)
+    assert wrong_of(made) == []
+    marks = of(made, "i")
+    assert bool(marks) == (kind != "right")
+    assert not marks or {place(one)[1] for one in marks} & set(lines)
+
+
+@slow
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_launch_has_no_mark_of_an_error(name):
+    made = recorded(RIGHT[name])
+    assert not any("error" in one for one in made["otherData"]["remarks"])
+
+
+def test_the_page_of_the_documentation(tmp_path, monkeypatch, capsys):
+    """A wait before the last line ends the copy, and then there is no fault."""
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "ptx.md").read_text("utf-8")
+    (code,) = re.findall(r"```py\n(# double.py\n.*?)```", text, re.DOTALL)
+    flags = re.findall(r"^python -m nogpu (--replay .* double.py)$", text, re.MULTILINE)
+    Path("double.py").write_text(code, "utf-8")
+    assert command.main(flags[0].split()) == 1
+    assert "No warp waits for it" in Path("double.html").read_text("utf-8")
+    store = "    gl.store(out + i"
+    mended = code.replace(store, f"    async_copy.wait_group(0)\n{store}")
+    Path("double.py").write_text(mended, "utf-8")
+    assert command.main(flags[0].split()) == 0
+    page = Path("double.html").read_text("utf-8")
+    assert "nogpu finds no fault in this launch." in page
+    assert "from the issue until a warp has waited for it" in page
+    capsys.readouterr()
+
+
+@triton.jit
+def shared_by_two(a, b, c, BM: tl.constexpr, BK: tl.constexpr):
+    m, k = tl.arange(0, BM)[:, None], tl.arange(0, BK)
+    left = tl.load(a + m * BK + k[None, :])
+    right = tl.load(b + k[:, None] * BM + tl.arange(0, BM)[None, :])
+    tl.store(c + m * BM + tl.arange(0, BM)[None, :], tl.dot(left, right))
+
+
+def test_the_ctas_of_a_cluster_are_on_several_multiprocessors():
+    def call() -> None:
+        a, b = torch.randn(128, 64).half(), torch.randn(64, 128).half()
+        shared_by_two[(2,)](a, b, torch.empty(128, 128), BM=128, BK=64, num_ctas=2)
+
+    made = recorded(call)
+    lanes = {one["pid"]: one["args"]["text"] for one in of(made, "M") if "tid" not in one}
+    assert lanes == {
+        2 * n + rank: f"CTA {rank} of program ({n}, 0, 0)" for n in (0, 1) for rank in (0, 1)
+    }
+    assert {one["pid"] for one in of(made, "X")} == set(range(4))
 
 
 def lengthened(made: Recording) -> None:

@@ -420,6 +420,8 @@ class Block:
         If another thread writes it before a barrier, then that is a race; otherwise
         `tell_unwritten` reports it.
         """
+        if self.trace is not None:
+            self.trace.fault(message, self.trace.moment(warp, line))
         self.unwritten.setdefault((place.name, line), message)
 
     def tell_unwritten(self) -> None:
@@ -506,7 +508,7 @@ class Block:
             f"{who} ended without this __syncthreads, which CUDA wants all threads to reach; let "
             f"{them} skip the work, and not return"
         )
-        self.gpu.fault("warning", simt.DIVERGED, i.line, message, self.program)
+        warp.fault("warning", simt.DIVERGED, i.line, message)
 
     def turns(self) -> Iterator[bool]:
         """Run the blocks of the cluster, and yield False where other clusters should run.
@@ -555,8 +557,7 @@ class Block:
         )
         message = f"warps wait for what nobody will do: {', '.join(waiting)}"
         if self.trace is not None:
-            pairs = zip(running, lines, strict=True)
-            self.trace.faults[message] = tuple(self.trace.moment(*one) for one in pairs)
+            self.trace.stop(message, zip(running, lines, strict=True))
         self.gpu.fault("error", "deadlock", min(lines), message, self.program)
 
     def _next(self, warps: list[Any]) -> Warp | None:

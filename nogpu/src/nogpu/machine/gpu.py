@@ -370,6 +370,9 @@ class Gpu(GpuState):
             reason += f"; {who} for a place on the GPU"
         deadlock = PtxError(block.cluster.spins.line, reason, "deadlock")
         deadlock.program = block.position
+        if block.trace is not None:
+            running = (one for one in block.cluster.warps if not one.done)
+            block.trace.stop(reason, ((one, block.cluster.spins.line) for one in running))
         return deadlock
 
     def _take_all(self, positions: list[tuple[int, ...]]) -> list[tuple[int, ...]]:

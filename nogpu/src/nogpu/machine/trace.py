@@ -211,6 +211,10 @@ class Trace:
         """Return the present moment of a warp."""
         return Moment(self.number, warp.index, line, self.now(warp))
 
+    def stop(self, message: str, waiting: Iterable[tuple[Warp, int]]) -> None:
+        """Note where warps wait that nothing lets go on, by lines of the PTX."""
+        self.faults[message] = tuple(self.moment(warp, line) for warp, line in waiting)
+
     def fault(self, message: str, here: Moment, other: int = 0) -> None:
         """Note where and when a fault was found.
 

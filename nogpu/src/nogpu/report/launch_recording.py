@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from nogpu.machine.kinds import kind_of
 from nogpu.machine.parse import Source
-from nogpu.machine.trace import AT_BARRIER, FOR_OTHERS, Moment, Span, Trace
+from nogpu.machine.trace import AT_BARRIER, FOR_OTHERS, LONGEST, Moment, Span, Trace
 from nogpu.record.faults import Fault
 from nogpu.record.launch import Launch, shown_grid
 from nogpu.record.source import line_of, moved, shown_path
@@ -497,7 +497,12 @@ class _Shown:
             return None
         rank = moment.warp // self.launch.warps
         place = self.places[found[0], rank]
-        row, time = place.row + moment.warp % self.launch.warps, moment.time - 1
+        # Of a warp only the first instructions are recorded.
+        boxes = self.programs[found[0]].boxes.get(moment.warp, [])
+        last = boxes[-1].end if boxes else 0
+        row, time = place.row + moment.warp % self.launch.warps, min(moment.time - 1, last)
+        if moment.time > last:
+            text += f" It happens at {_cycles(moment.time)}, behind what is recorded."
         for one in self.programs[found[0]].flights.get(rank, []):
             if moment.span is not None and any(span is moment.span for span in one.spans):
                 row = place.row + self.launch.warps + one.row
@@ -537,6 +542,9 @@ class _Shown:
                 f"The launch has {programs:,} {self._what}s, of which {len(self.programs)} "
                 f"{'is' if len(self.programs) == 1 else 'are'} shown: {first} recorded."
             )
+        executed = [times for one in self.programs for times in one.trace.executed.values()]
+        if any(len(times) >= LONGEST for times in executed):
+            found.append(f"Of a warp the first {LONGEST:,} instructions are recorded.")
         found += self._overlap()
         return found
 
