@@ -263,6 +263,24 @@ def test_gradients_by_hand_have_layers_too(tmp_path):
 # Several ranks
 
 
+def waits_patched(page: Path) -> tuple[bool, bool, bool]:
+    """Whether PyTorch's wait is patched before, in the last step of a recording, and after it."""
+    wait = dist.Work.wait
+    with join_world("cpu") as world:
+        model = MLP(SIZES)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with profile.replay(page, model, optimizer, world):
+            train(model, optimizer, STEPS - 2)
+            during = dist.Work.wait is not wait
+            train(model, optimizer, 1)
+            after = dist.Work.wait is not wait
+        return during, after, dist.Work.wait is not wait
+
+
+def test_nothing_is_watched_after_the_last_record(ranks, tmp_path):
+    assert ranks(2, waits_patched, tmp_path / "step.html") == [(True, False, False)] * 2
+
+
 def averaged(page: Path, late: float = 0.0, shares: bool = False) -> Counter[tuple[str, int]]:
     """Record DistributedDataParallel, and return this rank's messages in a step.
 

@@ -97,7 +97,8 @@ class Replay:
         self._watch = MessageWatch(self._now, self._message, self._wait, world)
         self._schedule = WARM_UP + 1 + 2 * steps
         self._taken = 0
-        self._active, self._hooks = ExitStack(), ExitStack()
+        # What is active within the context, until the last recorded step, and within a step.
+        self._active, self._watching, self._hooks = ExitStack(), ExitStack(), ExitStack()
         self._is_close = False  # in the step that is looked at closely
         self._running = ""  # what runs, in words
         self._marks: list[tuple[str, Any, Any]] = []  # of `Mark`s, which take longer to make
@@ -129,29 +130,27 @@ class Replay:
     # What begins and ends
 
     def __enter__(self) -> Self:
-        enter = self._active.enter_context
         if dist.is_initialized():
-            enter(self._watch)
+            self._watching.enter_context(self._watch)
         for kind in ("pre", "post"):
             register = getattr(self._optimizer, f"register_step_{kind}_hook")
             hook = self._optimizer_begins if kind == "pre" else self._optimizer_ended
             self._active.callback(register(hook).remove)
-        self._active.callback(setattr, samples, "watch", samples.watch)
+        self._watching.callback(setattr, samples, "watch", samples.watch)
         samples.watch = self._batch
         self._begin_step()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._hooks.close()
-        self._active.close()
-        self._watch.is_on = False
+        for stack in (self._hooks, self._watching, self._active):
+            stack.close()
 
     @property
     def _is_recorded(self) -> bool:
         return WARM_UP <= self._taken < self._schedule and (self._taken - WARM_UP) % 2 == 0
 
     def _batch(self, began: float) -> None:
-        if torch.is_grad_enabled() and self._taken < self._schedule:
+        if torch.is_grad_enabled():
             self._clear()
             self._began = began
             if self._is_close:
@@ -163,7 +162,7 @@ class Replay:
         self._watch.is_on = self._is_recorded
         if self._is_recorded:
             self._attach()
-        if self._device.type == "cuda" and self._taken < self._schedule:
+        if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             self._base = time.perf_counter(), self._now()
         self._began = time.perf_counter()  # without what attaching takes
@@ -322,7 +321,10 @@ class Replay:
         if self._is_close:
             self._explain("end", None, "", "")
         self._end_step()
-        self._begin_step()
+        if self._taken < self._schedule:
+            self._begin_step()
+        else:
+            self._watching.close()
 
     # Explanations, in the step that is looked at closely
 
