@@ -2,6 +2,7 @@
 """Recorded steps: what they hold, on one rank and on several, and what recording leaves behind."""
 
 import json
+import re
 import time
 from collections import Counter
 from itertools import pairwise
@@ -86,8 +87,11 @@ def test_a_loop_of_ones_own_is_recorded_by_two_lines(tmp_path):
         for one, after in pairwise(shown):
             assert one["ts"] + one["dur"] <= after["ts"] + 0.11  # they are rounded to 0.1 µs
     first, last = shown[0]["args"], shown[5]["args"]
-    assert first["text"].endswith("On this rank: x (16, 20), W (30, 20), b (30,), y (16, 30).")
+    assert first["text"].endswith(
+        "On this rank: x (16, 20), W (30, 20), b (30,), y (16, 30). x needs no gradient."
+    )
     assert "dL/dW = (dL/dz)ᵀ·x" in last["text"]
+    assert ["dL/dx" in e["args"]["text"] for e in shown[4:7]] == [True, True, False]
     here = Path(__file__).read_text().splitlines()
     for args, call in ((first, "model(x)"), (last, ".backward()")):
         name, number = args["line"].rsplit(":", 1)
@@ -324,13 +328,14 @@ def test_buckets_and_who_waits_for_whom(ranks, tmp_path):
     assert any("gradient of layers.2.weight" in text for text in texts)
     (wait,) = [e for e in boxes(found) if e["cat"] == "wait"]
     assert wait["dur"] >= 40_000
-    assert "Rank 0 waits for rank 1, which begins this all_reduce" in wait["args"]["text"]
-    assert "it is still in" in wait["args"]["text"]
+    text = wait["args"]["text"]
+    assert re.match(r"Rank 0 waits in this all_reduce \(.*\) until rank 1 begins it, \d+", text)
+    assert "Until then rank 1 is in " in text
     rows = table(found, "Milliseconds")
     assert float(rows[0]["waiting for a message"]) > 40 > float(rows[1]["waiting for a message"])
-    (bound,) = [r for r in found["otherData"]["remarks"] if "One message bounds it most" in r]
+    (bound,) = [r for r in found["otherData"]["remarks"] if "that bounds the step most" in r]
     assert "rank 0 waits" in bound
-    assert "until rank 1 begins it" in bound
+    assert "pass before rank 1 begins it" in bound
     assert "All ranks run on one machine and read its one clock." in found["otherData"]["about"]
 
 
@@ -380,7 +385,10 @@ def test_a_pipeline_keeps_what_its_schedule_says(ranks, tmp_path):
         names = [e["name"] for e in boxes(found) if e["cat"] == "forward"]
         assert names == [f"layers.0 ({i})" for i in range(4)]
         received = [e["args"] for e in boxes(found, rank=1, tid=1) if e["args"]["role"] == "recv"]
-        assert {one["tensor"] for one in received} == {"the output of layers.0, (20, 24)"}
+        assert [one["tensor"] for one in received] == [
+            f"the output of layers.0, (20, 24) ({i})" for i in range(4)
+        ]
+        assert sum(e["cat"] == "loss" for e in boxes(found, rank=1)) == 4
         assert any("The bubble is" in remark for remark in found["otherData"]["remarks"])
     assert most["gpipe"] == 2 * most["1f1b"]
 
@@ -426,6 +434,6 @@ def test_records_of_phases_become_a_recording():
     assert [row["other code"] for row in rows] == ["0.000", "200.000"]
     (wait,) = [e for e in boxes(found) if e["cat"] == "wait"]
     assert wait["args"]["text"] == (
-        "Rank 0 waits for rank 1, which begins this Allreduce (80 bytes) 200.000 ms later: it is "
-        "still in its Python code between two layers. Then the message travels for 100.000 ms."
+        "Rank 0 waits in this Allreduce (80 bytes) until rank 1 begins it, 200.000 ms later. Until "
+        "then rank 1 is in other code (200.000 ms). From then on the message takes 100.000 ms."
     )

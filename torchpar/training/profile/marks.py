@@ -42,6 +42,8 @@ class Boxes:
         names: of the layers.
         explained: of the marks, by kind, object and number.
         seconds: turns a mark's time into seconds.
+        has_loss: whether this rank computes the loss, as the last stage of a pipeline. Its box ends
+            at the next mark of any kind; without, only at a backward pass.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class Boxes:
         names: Sequence[str],
         explained: Mapping[Key, Explained],
         seconds: Callable[[Any], float],
+        has_loss: bool = False,
     ):
+        self._has_loss = has_loss
         self._names, self._explained, self._seconds = names, explained, seconds
         self._boxes: list[Box] = []
         self._waits: list[tuple[Box, Sent]] = []
@@ -71,6 +75,9 @@ class Boxes:
             t = self._seconds(mark.when)
             if key in self._explained:
                 memory.append((t, self._explained[key].memory))
+            is_backward = mark.kind == "backward begins"
+            if self._is_loss and (self._has_loss or is_backward):
+                self._add("loss", "loss", t, None)
             getattr(self, "_" + mark.kind.replace(" ", "_"))(t, key, mark.what)
             self._is_loss = mark.kind == "ended"
         if self._counts["optimizer", None]:
@@ -120,9 +127,7 @@ class Boxes:
     def _loss_by_hand(self, t: float, key: Key, _: object) -> None:
         self._add("loss", "loss", t, key)
 
-    def _backward_begins(self, t: float, key: Key, _: object) -> None:
-        if self._is_loss:
-            self._add("loss", "loss", t, key)
+    def _backward_begins(self, t: float, *_: object) -> None:
         self._previous, self._unawaited = t, None
 
     def _backward(self, t: float, key: Key, _: object) -> None:
@@ -142,6 +147,8 @@ class Boxes:
     def _message(self, _t: float, key: Key, sent: Sent) -> None:
         if key in self._explained:
             sent.about, sent.line = self._explained[key][:2]
+            if sent.about and sent.operation == "send" and (*key[:2], 1) in self._explained:
+                sent.about += f" ({key[2]})"  # the micro-batch
         self._unawaited = sent
 
     def _wait(self, t: float, *_: object) -> None:

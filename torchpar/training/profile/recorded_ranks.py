@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Steps as ranks have recorded them: what they computed, sent, waited for and kept."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 Key = tuple[str, Any, int]  # kind of a mark, what it is of, and its number in a step
@@ -16,6 +17,13 @@ KINDS = {
     "wait": ("waiting for a message", "#8e8b88"),
     "message": ("message", "#ad6cc2"),
     "optimizer": ("optimizer", "#46a36b"),
+}
+WITHIN = {
+    "data": "the making",
+    "forward": "the forward pass",
+    "loss": "the loss",
+    "backward": "the backward pass",
+    "optimizer": "the optimizer's step",
 }
 MEMORY = {
     "weights": "#3f87c9",
@@ -145,3 +153,14 @@ def identity(message: Message) -> str:
     """The same on all ranks of a message, and no other message's."""
     operation = "p2p" if message.operation in ("send", "recv") else message.operation
     return f"{operation} {'-'.join(map(str, message.ranks))} {message.number}"
+
+
+def innermost(
+    step: RecordedStep, limits: tuple[float, float]
+) -> Iterator[tuple[Box | None, float, float]]:
+    """Between two times, the innermost box, None outside of boxes, from when to when."""
+    ends = (t for b in step.boxes for t in (b.start, b.end) if limits[0] <= t <= limits[1])
+    for start, end in pairwise(sorted({*limits, *ends})):
+        over = [b for b in step.boxes if b.start <= start and end <= b.end]
+        # It has begun last, and ends first.
+        yield max(over, key=lambda b: (b.start, -b.end)) if over else None, start, end

@@ -513,8 +513,10 @@ def _tables(part: _Part, is_one_of_two: bool) -> str:
         items = "".join(f"<li>{_text(one)}</li>" for one in about)
         lines.append(f'<h{level}>Where it was recorded</h{level}>\n<ul class="about">{items}</ul>')
     for file, source in (part.facts.get("sources") or {}).items():
+        numbers = {number for number, _ in source}
         shown = "\n".join(
             f'<span id="{_text(f"{file}:{number}")}">{number:>4}  {_text(code)}</span>'
+            + ("" if number + 1 in numbers else "\n   …")
             for number, code in source
         )
         lines.append(
@@ -537,8 +539,7 @@ def _legend_html(
             for n, one in enumerate(series.values())
         )
         lines += (
-            f'<p class="legend"><span>memory, where a strip is {_bytes(most)} high:</span> '
-            f"{keys}</p>"
+            f'<p class="legend"><span>memory, a full strip is {_bytes(most)}:</span> {keys}</p>'
         )
     return lines
 

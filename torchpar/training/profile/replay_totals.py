@@ -3,7 +3,6 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 from torchpar.training.profile.recorded_ranks import (
@@ -14,6 +13,7 @@ from torchpar.training.profile.recorded_ranks import (
     RecordedStep,
     Wait,
     identity,
+    innermost,
 )
 
 COMPUTING = ("data", "forward", "loss", "backward", "optimizer")
@@ -66,9 +66,11 @@ class Totals:
                 "count",
                 "bytes",
                 "ms",
-                "while it computes",
+                "without waiting",
             ]
-            tables.append({"title": "Messages of this step", "columns": columns, "rows": messages})
+            tables.append(
+                {"title": "Messages of the same step", "columns": columns, "rows": messages}
+            )
         memory = self._memory()
         if memory:
             columns = ["rank", *MEMORY, "most at a time"]
@@ -124,7 +126,10 @@ class Totals:
 
     def remarks(self) -> list[str]:
         ms = 1e3 * self._seconds
-        found = [f"The step of median duration takes {ms:.3f} ms. {self._cost()}"]
+        found = [
+            f"From the first rank's beginning to the last one's end, this step of median "
+            f"duration takes {ms:.3f} ms. {self._cost()}"
+        ]
         found += self._bubble()
         if self._waits:
             found.append(self._bound())
@@ -142,8 +147,8 @@ class Totals:
             (1e3 * min(seconds), 1e3 * max(seconds)) for seconds in (one.recorded, one.plain)
         )
         took = (
-            f"On rank {one.rank} steps with records took {least:.3f} to {most:.3f} ms, and steps "
-            f"without them {least_plain:.3f} to {most_plain:.3f} ms."
+            f"On rank {one.rank} alone {len(one.recorded)} recorded steps took {least:.3f} to "
+            f"{most:.3f} ms, and {len(one.plain)} others {least_plain:.3f} to {most_plain:.3f} ms."
         )
         if least > (1 + COST) * most_plain:  # beyond what steps differ anyway
             took += (
@@ -157,34 +162,40 @@ class Totals:
         if stages == 1:
             return []
         by_stage: list[list[tuple[float, float]]] = [[] for _ in range(stages)]
-        for one, times in zip(self._ranks, self._by_kind, strict=True):
-            share = times["wait"] / self._seconds, times[""] / self._seconds
-            by_stage[one.place["pp"]].append(share)
+        kept = [0] * stages
+        for one, step, times in zip(self._ranks, self._steps, self._by_kind, strict=True):
+            stage = one.place["pp"]
+            by_stage[stage].append((times["wait"] / self._seconds, times[""] / self._seconds))
+            kept[stage] = max([kept[stage], *(m["activations"] for _, m in step.memory)])
+        # Where each stage is one rank, it is called a rank.
+        name = "rank" if stages == len(self._ranks) else "stage"
         shares = []
         for stage, found in enumerate(by_stage):
             waiting, other = (sum(part) / len(found) for part in zip(*found, strict=True))
-            shares.append(f"stage {stage} {waiting + other:.0%} ({waiting:.0%} waiting)")
+            shares.append(
+                f"on {name} {stage} {waiting + other:.0%} of the step ({waiting:.0%} waiting, "
+                f"{other:.0%} in other code)"
+            )
         m = 1 + max(
             b.key[2] for step in self._steps for b in step.boxes if b.kind == "forward" and b.key
         )
         ideal = (stages - 1) / (m + stages - 1)
-        kept: dict[int, int] = {}
-        for one, step in zip(self._ranks, self._steps, strict=True):
-            if step.memory:
-                most = max(bytes_["activations"] for _, bytes_ in step.memory)
-                kept[one.place["pp"]] = max(most, kept.get(one.place["pp"], 0))
         sentences = [
-            "The bubble is the time in which a rank computes nothing while others do. Of the step "
-            f"it takes on {', on '.join(shares)}; the rest is Python between the passes. With "
-            f"{stages} stages of "
-            f"equal work, {m} micro-batches, and messages that take no time, it would be "
-            f"(p − 1)/(m + p − 1) = {ideal:.0%}."
+            f"The layers are cut into {stages} stages, and a batch into {m} micro-batches, so that "
+            "the stages can work at the same time. Their numbers stand in parentheses.",
+            "The bubble is the time in which a rank runs no layer, because it waits for a message "
+            f"or runs other code: {', '.join(shares)}. With p = {stages} stages of equal work, "
+            f"m = {m} micro-batches, and messages that take no time, it would be "
+            f"(p − 1)/(m + p − 1) = {ideal:.0%}: a stage has no work while the first micro-batch "
+            "is on its way to it, and the last gradient on its way back.",
         ]
-        if kept:
+        if any(kept):
+            bytes_ = ", ".join(
+                f"at most {most:,} bytes on {name} {stage}" for stage, most in enumerate(kept)
+            )
             sentences.append(
-                "Activations are kept from a forward pass to its backward pass: up to "
-                + ", ".join(f"{most:,} bytes on stage {stage}" for stage, most in kept.items())
-                + " of a rank."
+                "The activations of a micro-batch are kept from its forward pass to its backward "
+                f"pass: {bytes_}."
             )
         return sentences
 
@@ -201,27 +212,25 @@ class Totals:
         what = names[0] if names else f"{worst.message.bytes:,} bytes"
         waiting = sum(times["wait"] for times in self._by_kind) / len(self._by_kind)
         late = worst.ready - worst.start
+        begins = {"send": "begins to receive it", "recv": "begins to send it"}.get(
+            worst.message.operation, "begins it"
+        )
         reason = (
-            f"and {late / (worst.end - worst.start):.0%} of that until rank {worst.late} begins it"
+            f"of which {1e3 * late:.3f} ms pass before rank {worst.late} {begins}"
             if worst.late is not None
             else "while it travels"
         )
         return (
-            f"The ranks wait for {waiting / self._seconds:.0%} of the step on average. One message "
-            f"bounds it most, the {worst.message.operation} of {what}: rank {worst.rank} waits "
-            f"{1e3 * total[key]:.3f} ms for it, {total[key] / self._seconds:.0%} of the step, "
-            f"{reason}."
+            f"The ranks wait for {waiting / self._seconds:.0%} of the step on average. The message "
+            f"that bounds the step most is the {worst.message.operation} of {what}: rank "
+            f"{worst.rank} waits {1e3 * total[key]:.3f} ms for it, "
+            f"{total[key] / self._seconds:.0%} of the step, {reason}."
         )
 
 
 def _in_turn(step: RecordedStep, limits: tuple[float, float]) -> dict[str, float]:
     """Seconds of each kind, of the innermost box at each time; "" is for the time outside boxes."""
     totals = dict.fromkeys([*KINDS, ""], 0.0)
-    cuts = sorted(
-        {*limits, *(t for b in step.boxes for t in (b.start, b.end) if limits[0] <= t <= limits[1])}
-    )
-    for start, end in pairwise(cuts):
-        over = [b for b in step.boxes if b.start <= start and end <= b.end]
-        kind = max(over, key=lambda b: (b.start, -b.end)).kind if over else ""
-        totals[kind] += end - start
+    for box, start, end in innermost(step, limits):
+        totals[box.kind if box else ""] += end - start
     return totals

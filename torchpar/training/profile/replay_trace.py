@@ -19,12 +19,14 @@ from torchpar.training.profile.record import RankRecord, Step
 from torchpar.training.profile.recorded_ranks import (
     KINDS,
     MEMORY,
+    WITHIN,
     Box,
     Message,
     RankSteps,
     RecordedStep,
     Wait,
     identity,
+    innermost,
 )
 from torchpar.training.profile.replay_totals import Totals
 
@@ -111,11 +113,19 @@ def recording(
             "memory": MEMORY,
             "steps": [[_us(limits[i][0] - zero), _us(limits[i][1] - zero)] for i in order],
             "tables": shown.tables(),
-            "remarks": shown.remarks(),
+            "remarks": [*_first_sentence(program), *shown.remarks()],
             "sources": ranks[0].sources,
             "unit": "ms",
         },
     }
+
+
+def _first_sentence(program: Path) -> list[str]:
+    """The program's own first line, which says what it shows."""
+    main = sys.modules["__main__"]
+    if main.__doc__ and Path(getattr(main, "__file__", None) or "").name == program.name:
+        return [main.__doc__.strip().splitlines()[0]]
+    return []
 
 
 def _us(seconds: float) -> float:
@@ -142,6 +152,7 @@ class _Step:
 
     def __init__(self, ranks: Sequence[RankSteps], steps: Sequence[RecordedStep], zero: float):
         self._ranks, self._steps, self._zero = ranks, steps, zero
+        self._start = min(step.start for step in steps)
         self._together: dict[object, dict[int, Message]] = defaultdict(dict)
         for one, step in zip(ranks, steps, strict=True):
             for message in step.messages:
@@ -154,7 +165,8 @@ class _Step:
             found += [self._box(one, step, box) for box in step.boxes]
             found += [e for message in step.messages for e in self._message(one.rank, message)]
             before: Mapping[str, int] = {}
-            for t, memory in step.memory:
+            # Before a rank begins its step, as much is there as at its beginning.
+            for t, memory in [(self._start, m) for _, m in step.memory[:1]] + step.memory:
                 if memory != before:  # it holds until the next one
                     facts = {"ph": "C", "name": "memory", "pid": one.rank, "args": memory}
                     found.append({**facts, "ts": _us(t - self._zero)})
@@ -183,7 +195,7 @@ class _Step:
         if box.kind == "backward" and box.key is not None and not text:
             text, line = self._of_backward(one, box)
         if box.kind == "loss":
-            text = text or "The loss of the outputs, and what else lies before the backward pass."
+            text, line = text or "The loss of the outputs.", ""
         if box.kind == "wait":
             name = "waits"
             if box.message is not None:
@@ -204,7 +216,8 @@ class _Step:
         shapes = forward.text.partition("On this rank:")[2] if forward else ""
         text = f"The gradients of {box.name}"
         if "·W" in (forward.text if forward else ""):
-            text += ": dL/dx = dL/dz·W, dL/dW = (dL/dz)ᵀ·x, dL/db = Σ dL/dz over the samples"
+            input_too = "" if "x needs no gradient" in shapes else "dL/dx = dL/dz·W, "
+            text += f": {input_too}dL/dW = (dL/dz)ᵀ·x, dL/db = Σ dL/dz over the samples"
         text += f". On this rank:{shapes}" if shapes else "."
         return text, begun.line if begun else ""
 
@@ -217,28 +230,33 @@ class _Step:
         if late is not None and others[late] <= box.start:
             late = None
         self.waits.append(Wait(one.rank, box.start, box.end, message, late, ready))
-        what = self._named(message)
+        what = f"{message.operation} ({self._named(message)})"
         travels = f"{1e3 * (box.end - ready):.3f} ms"
         if late is None:
-            return f"All of its ranks have begun this {message.operation} ({what}): {travels}."
+            return f"All of its ranks had begun this {what}; from then on it took {travels}."
         begins = {"send": "begins to receive it", "recv": "begins to send it"}.get(
-            message.operation, f"begins this {message.operation}"
+            message.operation, "begins it"
         )
         return (
-            f"Rank {one.rank} waits for rank {late}, which {begins} ({what}) "
-            f"{1e3 * (ready - box.start):.3f} ms later: it is still in "
-            f"{self._doing(late, box.start)}. Then the message travels for {travels}."
+            f"Rank {one.rank} waits in this {what} until rank {late} {begins}, "
+            f"{1e3 * (ready - box.start):.3f} ms later. Until then rank {late} is in "
+            f"{self._doing(late, box.start, ready)}. From then on the message takes {travels}."
         )
 
-    def _doing(self, rank: int, when: float) -> str:
+    def _doing(self, rank: int, start: float, end: float) -> str:
+        """What a rank did between two times: the three that took longest, in their order."""
         (step,) = [s for o, s in zip(self._ranks, self._steps, strict=True) if o.rank == rank]
-        over = [b for b in step.boxes if b.start <= when < b.end]
-        if not over:
-            return "its Python code between two layers"
-        inner = max(over, key=lambda b: b.start)
-        if inner.kind == "wait":
-            return "a wait of its own"
-        return f"{KINDS[inner.kind][0]} of {inner.name}"
+        seconds: dict[str, float] = defaultdict(float)
+        for box, begins, ends in innermost(step, (start, end)):
+            name = "other code"
+            if box is not None:
+                of = "" if box.kind in ("wait", "optimizer", "loss") else f" of {box.name}"
+                name = "a wait of its own" if box.kind == "wait" else f"{WITHIN[box.kind]}{of}"
+            seconds[name] += ends - begins
+        longest = sorted(seconds, key=lambda name: -seconds[name])[:3]
+        return ", ".join(
+            f"{name} ({1e3 * seconds[name]:.3f} ms)" for name in seconds if name in longest
+        )
 
     def _named(self, message: Message) -> str:
         """The tensor's name; of a receive, as its sender calls it."""
@@ -301,6 +319,7 @@ def _about(ranks: Sequence[RankSteps]) -> list[str]:
             f"The ranks run on {len(hosts)} machines. Their clocks were compared by messages there "
             f"and back, of which the fastest counts; they may differ by {1e6 * error:.0f} µs."
         )
+    lines.append("Where no box is, other code runs, such as Python between two layers.")
     if any(step.memory for one in ranks for step in one.steps):
         lines.append("Bytes were counted in another step of the same run, at the same places.")
     return [line for line in lines if line]

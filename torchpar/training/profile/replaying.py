@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 STEPS = 3  # that are recorded; as many steps without records are timed beside them
 TOO_FEW = f"nothing was recorded, no more than {WARM_UP + 2} steps were trained"
-AROUND = 5  # lines to show on each side of one that a box names
+AROUND = 8  # lines to show on each side of one that a box names
 PINGS = 32  # messages there and back, of which the fastest one compares the clocks of two ranks
 # Files that are no lines of the program: these packages' and Python's own.
 _OTHERS = *(sys.modules[name].__path__[0] for name in ("torch", "torchpar")), "<"
@@ -202,7 +202,7 @@ class Replay:
             self._seconds[was_recorded].append(self._resolved(end) - self._began)
         if was_recorded and not self._is_close:
             names = [self._name(i) for i in range(len(self._layers))]
-            boxes = Boxes(names, self._explained, self._resolved)
+            boxes = Boxes(names, self._explained, self._resolved, self._is_last_stage())
             stop = self._resolved(end)
             self._steps.append(boxes.step(self._began, stop, self._marks, self._sent))
         self._is_close = False
@@ -210,6 +210,13 @@ class Replay:
         self._inputs.clear()
         self._taken += 1
         self._watch.is_on = False
+
+    def _is_last_stage(self) -> bool:
+        names = self._world.mesh.mesh_dim_names or () if self._world is not None else ()
+        if self._world is None or "pp" not in names:
+            return False
+        stages = self._world.mesh["pp"]
+        return stages.size() > 1 and stages.get_local_rank() == stages.size() - 1
 
     # Marks, in the order of their times
 
@@ -343,6 +350,8 @@ class Replay:
             shapes.append(f"{_symbol(name)} {_shape(p)}")
         shapes += [f"y {_shape(y)}"] if y is not None else []
         text = f"{_formula(module)}. On this rank: {', '.join(shapes)}."
+        if not any(isinstance(t, Tensor) and t.requires_grad for t in args):
+            text += " x needs no gradient."
         self._explain("forward", i, text, _line())
         if y is not None:
             self._places[y.data_ptr()] = f"the output of {self._name(i)}, {_shape(y)}"
@@ -402,7 +411,8 @@ class Replay:
         kinds = [type(self._optimizer).__name__]
         kinds = [type(o).__name__ for o in getattr(self._optimizer, "optimizers", ())] or kinds
         count = sum(p.numel() for p in self._model.parameters())
-        return f"{' and '.join(kinds)} change the {count:,} weights of this rank."
+        verb = "change" if len(kinds) > 1 else "changes"
+        return f"{' and '.join(kinds)} {verb} the {count:,} weights of this rank."
 
     # The records of all ranks
 
