@@ -4,11 +4,12 @@
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 Key = tuple[int, int]  # the address of a tensor's first element, and its bytes
@@ -74,16 +75,18 @@ class Memory:
     @contextmanager
     def measure(self, activations: bool = True) -> Iterator[None]:
         """Measure the forward and backward passes within the block."""
-        weights = {_address(t) for t in self._weights()}
+        weights = {_address(part) for t in self._weights() for part in dense_parts(t)}
 
         def pack(tensor: Tensor) -> _Saved | Tensor:
-            if _address(tensor) in weights:
+            parts = dense_parts(tensor)
+            if any(_address(part) in weights for part in parts):
                 return tensor
-            key = tensor.data_ptr(), tensor.nbytes  # a transposed tensor has the same
             saved = _Saved(tensor.detach())  # an output would keep the operator that keeps it
-            weakref.finalize(saved, self._release, key)
-            self._bytes += tensor.nbytes * (not self._saved[key])
-            self._saved[key] += 1
+            for part in parts:
+                key = part.data_ptr(), part.nbytes  # a transposed tensor has the same
+                weakref.finalize(saved, self._release, key)
+                self._bytes += part.nbytes * (not self._saved[key])
+                self._saved[key] += 1
             self._activations = max(self._activations, self._bytes)
             return saved
 
@@ -102,10 +105,28 @@ class Memory:
             self._bytes -= key[1]
 
 
+def dense_parts(t: Tensor) -> list[Tensor]:
+    """The tensors in memory of which a tensor consists: itself, if it is dense.
+
+    Of a `DTensor` it is this rank's part, of a sparse one its indices and values. A tensor without
+    elements or without memory, as on the device "meta", has no parts.
+    """
+    if is_traceable_wrapper_subclass(t):
+        names, _ = t.__tensor_flatten__()
+        inner = [getattr(t, name) for name in names]  # a mesh may be among them
+        return [part for one in inner if isinstance(one, Tensor) for part in dense_parts(one)]
+    if t.layout is torch.sparse_coo:
+        return [*dense_parts(t._indices()), *dense_parts(t._values())]
+    with suppress(RuntimeError):  # other layouts, and tensors of a transform such as vmap
+        return [t] if t.data_ptr() else []
+    return []
+
+
 def _address(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
 
 
 def _nbytes(tensors: list[Tensor]) -> int:
     """Return the bytes of the elements of tensors; those that share them are counted once."""
-    return sum(nbytes for _, nbytes in {(t.data_ptr(), t.nbytes) for t in tensors})
+    parts = [part for t in tensors for part in dense_parts(t)]
+    return sum(nbytes for _, nbytes in {(part.data_ptr(), part.nbytes) for part in parts})
