@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Recorded steps: what they hold, on one rank and on several, and what recording leaves behind."""
 
+import copy
+import io
 import json
 import re
 import time
@@ -15,9 +17,12 @@ import torch
 import torch.distributed as dist
 from commands import lesson
 from fake_data import fashion_mnist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from torchpar import exact
+from torchpar.data import samples
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel import join_world
@@ -25,7 +30,7 @@ from torchpar.parallel.split import shared_memory
 from torchpar.training import FusedGradients, fused, profile
 from torchpar.training.profile import replaying
 from torchpar.training.profile.record import Call, RankRecord, Span, Step
-from torchpar.training.profile.recorded_ranks import KINDS
+from torchpar.training.profile.recorded_ranks import KINDS, Box, RankSteps, RecordedStep
 from torchpar.training.profile.replay_trace import from_records, recording
 
 Recorded = dict[str, Any]
@@ -144,7 +149,7 @@ def test_the_times_add_up(tmp_path):
 
 
 def test_recording_leaves_nothing_behind_and_the_same_weights(tmp_path):
-    backward, watch = torch.autograd.backward, fused.watch
+    backward, watch = getattr(torch.autograd, replaying._ENGINE), fused.watch
     weights = []
     for records in (False, True):
         torch.manual_seed(0)
@@ -157,7 +162,7 @@ def test_recording_leaves_nothing_behind_and_the_same_weights(tmp_path):
             train(model, optimizer, STEPS + 3)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*weights)
-    assert torch.autograd.backward is backward
+    assert getattr(torch.autograd, replaying._ENGINE) is backward
     assert fused.watch is watch
     assert all("forward" not in vars(layer) for layer in model.modules())
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
@@ -264,6 +269,182 @@ def test_gradients_by_hand_have_layers_too(tmp_path):
     ]
 
 
+def names_of(found: Recorded, kind: str) -> list[str]:
+    return [e["name"] for e in boxes(found) if e["cat"] == kind]
+
+
+def recorded(page: Path, model: torch.nn.Module, **kwargs: Any) -> Recorded:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with profile.replay(page, model, optimizer):
+        train(model, optimizer, **kwargs)
+    return read(page)
+
+
+class Attends(torch.nn.Module):
+    """Attention, whose weights are in part its own and in part a module's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(20, 2)
+        self.last = torch.nn.Linear(20, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.attention(x, x, x, need_weights=False)[0]
+        z: torch.Tensor = self.last(y)
+        return z
+
+
+def test_modules_that_compute_with_weights_of_their_own_are_layers(tmp_path):
+    found = recorded(tmp_path / "step.html", Attends())
+    assert names_of(found, "forward") == ["attention", "last"]
+    assert names_of(found, "backward") == ["last", "attention.out_proj", "attention"]
+
+
+class Frozen(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = torch.nn.Linear(20, 20)
+        self.head = torch.nn.Linear(20, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            x = self.features(x)
+        y: torch.Tensor = self.head(x)
+        return y
+
+
+def test_a_part_without_gradients_has_its_own_box(tmp_path):
+    found = recorded(tmp_path / "step.html", Frozen())
+    assert names_of(found, "forward") == ["features", "head"]
+
+
+def test_where_no_layer_is_seen_a_pass_is_one_box(tmp_path):
+    model = MLP(SIZES)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x, labels = batch()
+    with profile.replay(tmp_path / "step.html", compiled, optimizer):
+        for _ in range(STEPS):
+            loss = cross_entropy(compiled(x), labels)
+            gradients = torch.autograd.grad(loss, [*model.parameters()])
+            for p, gradient in zip(model.parameters(), gradients, strict=True):
+                p.grad = gradient
+            optimizer.step()
+    found = read(tmp_path / "step.html")
+    shown = [(e["cat"], e["name"]) for e in boxes(found)]
+    assert shown == [
+        ("forward", "the model"),
+        ("loss", "loss"),
+        ("backward", "the model"),
+        ("optimizer", "step"),
+    ]
+
+
+def test_exact_arithmetic_is_recorded(tmp_path):
+    """It replaces functions of autograd by copies, which are made when the mode is entered."""
+    model = MLP(SIZES)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    x, labels = batch()
+    with profile.replay(tmp_path / "step.html", model, optimizer):
+        for _ in range(STEPS):
+            with exact.mode():
+                cross_entropy(model(x), labels).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    found = read(tmp_path / "step.html")
+    assert names_of(found, "backward") == ["layers.2", "layers.1", "layers.0"]
+
+
+def test_all_batches_of_a_step_are_recorded(tmp_path):
+    model = MLP(SIZES)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    x, labels = batch()
+    with profile.replay(tmp_path / "step.html", model, optimizer):
+        for _ in range(STEPS):
+            for _ in range(2):
+                began = time.perf_counter()
+                if samples.watch is not None:  # as batches of torchpar.data do
+                    samples.watch(began)
+                cross_entropy(model(x), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    found = read(tmp_path / "step.html")
+    assert names_of(found, "data") == ["batch", "batch"]
+    assert names_of(found, "loss") == ["loss", "loss"]
+    assert names_of(found, "forward") == [f"layers.{i} ({n})" for n in (0, 1) for i in range(3)]
+
+
+def test_copies_of_a_recorded_model_are_models(tmp_path):
+    model = MLP(SIZES)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    x, _ = batch()
+    copies = []
+    with profile.replay(tmp_path / "step.html", model, optimizer):
+        for _ in range(STEPS):
+            file = io.BytesIO()
+            torch.save(model, file)
+            file.seek(0)
+            pair = copy.deepcopy(model), torch.load(file, weights_only=False)
+            copies.append((pair, model(x).detach()))
+            train(model, optimizer, 1)
+    for pair, expected in copies:
+        for one in pair:
+            assert torch.equal(one(x), expected)
+    assert not torch.equal(copies[0][1], copies[-1][1])
+
+
+def test_one_recording_at_a_time(tmp_path):
+    backward = getattr(torch.autograd, replaying._ENGINE)
+    model = MLP(SIZES)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with profile.replay(tmp_path / "step.html", model, optimizer):
+        train(model, optimizer, 3)
+        with (
+            pytest.raises(ConfigError, match="another recording is active, expected one at a time"),
+            profile.replay(tmp_path / "inner.html", model, optimizer),
+        ):
+            pass
+        train(model, optimizer)
+    assert getattr(torch.autograd, replaying._ENGINE) is backward
+    assert names_of(read(tmp_path / "step.html"), "forward") == [f"layers.{i}" for i in range(3)]
+    assert recorded(tmp_path / "after.html", model)
+
+
+def test_sparse_gradients_have_bytes(tmp_path):
+    model = torch.nn.Embedding(50, 8, sparse=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    page = tmp_path / "step.html"
+    with profile.replay(page, model, optimizer):
+        for _ in range(STEPS):
+            model(torch.arange(4)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    (row,) = table(read(page), "Bytes")
+    assert int(row["gradients"]) == 4 * (8 * 4 + 8)  # float32 values of rows, and int64 indices
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_training(tmp_path):
+    model = MLP(SIZES)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ConfigError, match=r"cannot be written .* another place by replay's path"),
+        profile.replay(tmp_path / "file" / "step.html", model, optimizer),
+    ):
+        pytest.fail("the block runs")
+
+
+def test_the_same_steps_of_all_ranks_lie_side_by_side():
+    def rank(n: int, steps: int) -> RankSteps:
+        began = [float(i) for i in range(steps)]
+        made = [RecordedStep(t, t + 0.5, [Box("forward", "a", t, t + 0.5)], []) for t in began]
+        return RankSteps(n, {}, {}, (), made, {})
+
+    found = recording([rank(0, 2), rank(1, 3)])
+    lengths = [end - begin for begin, end in found["otherData"]["steps"]]
+    assert lengths == [500_000, 500_000]
+
+
 # Several ranks
 
 
@@ -283,6 +464,30 @@ def waits_patched(page: Path) -> tuple[bool, bool, bool]:
 
 def test_nothing_is_watched_after_the_last_record(ranks, tmp_path):
     assert ranks(2, waits_patched, tmp_path / "step.html") == [(True, False, False)] * 2
+
+
+def sharded(page: Path) -> None:
+    torch.manual_seed(0)
+    with join_world("cpu") as world:
+        model = MLP(SIZES)
+        for layer in model.layers:
+            fully_shard(layer, mesh=world.mesh["dp"])
+        fully_shard(model, mesh=world.mesh["dp"])
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with profile.replay(page, model, optimizer, world):
+            train(model, optimizer)
+
+
+def test_divided_weights_are_counted_and_named_as_such(ranks, tmp_path):
+    page = tmp_path / "step.html"
+    ranks(2, sharded, page)
+    found = read(page)
+    count = sum(p.numel() for p in MLP(SIZES).parameters())
+    gradients = [int(row["gradients"].replace(",", "")) for row in table(found, "Bytes")]
+    assert sum(gradients) == pytest.approx(4 * count, rel=0.01)  # rows of two ranks
+    gathered = [e["args"] for e in boxes(found, tid=1) if e["args"]["operation"] == "all_gather"]
+    assert gathered
+    assert not any("gradient" in one["tensor"] for one in gathered)
 
 
 def averaged(page: Path, late: float = 0.0, shares: bool = False) -> Counter[tuple[str, int]]:

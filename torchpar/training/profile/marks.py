@@ -59,6 +59,7 @@ class Boxes:
         self._waits: list[tuple[Box, Sent]] = []
         self._counts: Counter[tuple[str, Any]] = Counter()
         self._previous = 0.0  # the moment where the next box begins
+        self._has_layers = False  # whether the pass has marked any
         self._is_loss = False  # whether only the loss lies between the last mark and the next
         self._waiting: list[float] = []  # since when, from outer to inner
         self._unawaited: Sent | None = None  # the last message, if Python has not waited for it
@@ -115,11 +116,18 @@ class Boxes:
         self._add("data", "batch", t, key)
 
     def _begin(self, t: float, *_: object) -> None:
+        self._previous, self._has_layers = t, False
+
+    def _ended(self, t: float, *_: object) -> None:
+        if not self._has_layers:  # they are compiled
+            self._add("forward", "the model", t, None)
         self._previous = t
 
-    _ended = _optimizer = _begin
+    def _optimizer(self, t: float, *_: object) -> None:
+        self._previous = t
 
     def _forward(self, t: float, key: Key, _: object) -> None:
+        self._has_layers = True
         self._add("forward", self._part(key), t, key)
 
     _forward_by_hand = _forward
@@ -128,14 +136,17 @@ class Boxes:
         self._add("loss", "loss", t, key)
 
     def _backward_begins(self, t: float, *_: object) -> None:
-        self._previous, self._unawaited = t, None
+        self._previous, self._unawaited, self._has_layers = t, None, False
 
     def _backward(self, t: float, key: Key, _: object) -> None:
+        self._has_layers = True
         self._add("backward", self._part(key), t, key)
 
     _backward_by_hand = _backward
 
     def _backward_ended(self, t: float, *_: object) -> None:
+        if not self._has_layers:  # fully_shard sets gradients itself, which marks no layer
+            self._add("backward", "the model", t, None)
         last, self._unawaited = self._unawaited, None
         if last is not None:
             # DistributedDataParallel waits in C++. Its last message begins when the last gradient

@@ -196,6 +196,8 @@ class MessageWatch:
         sent = self._new("all_reduce", "dp", self._ranks_of_dp, [])
         sent.nbytes = nbytes
         self._waits(sent, True)
-        yield
-        sent.end = self._now()
-        self._waits(sent, False)
+        try:
+            yield
+        finally:
+            sent.end = self._now()
+            self._waits(sent, False)

@@ -56,12 +56,15 @@ def from_records(records: Sequence[RankRecord], steps: int = 3) -> list[RankStep
     ]
 
 
-def write(page: Path, *found: Mapping[str, Any]) -> Path:
+def write(page: Path, *found: Mapping[str, Any], given_by: str = "--replay") -> Path:
     """Write the page that plays one recording, or two side by side, and return its path.
 
     Beside it each recording is written: as ``.json``, or of two as ``-1.json`` and ``-2.json``.
+
+    Raises:
+        ConfigError: a file cannot be written; another page is to be named by ``given_by``.
     """
-    with writing(page, "--replay"):
+    with writing(page, given_by):
         page.parent.mkdir(parents=True, exist_ok=True)
         replay_page.write(page, found)
         for i, one in enumerate(found, 1):
@@ -85,7 +88,7 @@ def recording(
     start = launcher.format(len(ranks)) if len(ranks) > 1 else "python"
     name = program.name if program.is_absolute() else str(program)
     count = min(len(one.steps) for one in ranks)
-    steps = [[one.steps[i - count] for one in ranks] for i in range(count)]
+    steps = [[one.steps[i] for one in ranks] for i in range(count)]
     limits = [(min(s.start for s in step), max(s.end for s in step)) for step in steps]
     typical = median(end - start for start, end in limits)
     first = min(range(count), key=lambda i: abs(limits[i][1] - limits[i][0] - typical))

@@ -4,12 +4,15 @@
 import linecache
 import sys
 import sysconfig
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from types import MethodType
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
@@ -18,7 +21,7 @@ from torch.optim import Optimizer
 
 from torchpar.data import samples
 from torchpar.decorating import context_manager
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, writing
 from torchpar.ops import environment
 from torchpar.training import fused
 from torchpar.training.profile.marks import Boxes
@@ -32,18 +35,20 @@ from torchpar.training.profile.recorded_ranks import (
     RecordedStep,
 )
 from torchpar.training.profile.replay_trace import recording, write
-from torchpar.training.profile.step_memory import Memory
+from torchpar.training.profile.step_memory import Memory, dense_parts
 
 if TYPE_CHECKING:
     from torchpar.parallel.launch.world import World
 
 STEPS = 3  # that are recorded; as many steps without records are timed beside them
-TOO_FEW = f"nothing was recorded, no more than {WARM_UP + 2} steps were trained"
+TOO_FEW = f"nothing was recorded, no more than {WARM_UP + 2} steps were trained; train more"
 AROUND = 8  # lines to show on each side of one that a box names
 PINGS = 32  # messages there and back, of which the fastest one compares the clocks of two ranks
 # Files that are no lines of the program: these packages' and Python's own.
 _OTHERS = *(sys.modules[name].__path__[0] for name in ("torch", "torchpar")), "<"
 _PYTHON = sysconfig.get_path("stdlib")
+# What each backward pass calls, also in exact arithmetic, which copies `torch.autograd.backward`.
+_ENGINE = "_engine_run_backward"
 
 # What a layer computes, by the name of its class.
 _PRODUCT = "dL/dx = dL/dz·W, dL/dW = (dL/dz)ᵀ·x, dL/db = Σ dL/dz over the samples"
@@ -58,6 +63,23 @@ _FORWARD = {
 }
 
 
+class _Marked(partial[Any]):
+    """A module's forward function, with marks. Copies of the module have the function without them.
+
+    A copy whose function were this one would compute with the weights of the recorded module.
+    """
+
+    module: torch.nn.Module
+    forward: Callable[..., Any]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if isinstance(self.forward, _Marked):
+            return self.forward.__reduce__()
+        if isinstance(self.forward, MethodType) and self.forward.__self__ is self.module:
+            return getattr, (self.module, "forward")
+        return partial, (self.forward,)
+
+
 class Replay:
     """Record a few steps of a training on this rank.
 
@@ -66,11 +88,13 @@ class Replay:
     the page can compare them. A step lasts from the making of its batch until the optimizer
     has stepped; without `torchpar.data`'s batches it begins where the step before it ended.
 
-    A layer is a module without modules in it. Its forward pass ends where its function returns, and
-    its backward pass where the gradient of its last parameter is there; so a layer without
-    parameters counts as part of the next one in the backward pass, and the gradient of the loss as
-    part of the last layer. Passes under `torch.no_grad` are left out, and so are layers of compiled
-    code.
+    A layer is a module without modules in it, or with parameters of its own. It begins where the
+    layer before it has ended. Its forward pass ends where its function returns, and its backward
+    pass where the gradient of its last parameter is there; so a layer without parameters counts as
+    part of the next one in the backward pass, and the gradient of the loss as part of the last
+    layer. Passes of the model under `torch.no_grad` are left out, and so are layers of compiled
+    code: where no layer of a pass is seen, the pass is one box. PyTorch refuses to compute
+    gradients by `torch.func` while activations are counted, so loops with it cannot be recorded.
 
     On a CPU times are the clock's, and on a GPU those of CUDA events of the current stream.
     Messages are noticed where PyTorch dispatches them, and nothing waits for them.
@@ -80,7 +104,12 @@ class Replay:
         optimizer: over its parameters; its step ends a step of the training.
         world: its mesh names the dimensions of messages. Without it all ranks are on "dp".
         steps: how many to record.
+
+    Raises:
+        ConfigError: on entry, another recording is active in this process.
     """
+
+    _recording: ClassVar["Replay | None"] = None
 
     def __init__(
         self,
@@ -90,7 +119,7 @@ class Replay:
         steps: int = STEPS,
     ):
         self._model, self._optimizer, self._world = model, optimizer, world
-        self._layers = [(n, m) for n, m in model.named_modules() if not [*m.children()]]
+        self._layers = [(n, m) for n, m in model.named_modules() if _is_layer(m)]
         first = next(model.parameters(), None)
         self._device = first.device if first is not None else torch.device("cpu")
         self._memory = Memory(model, optimizer)
@@ -100,6 +129,8 @@ class Replay:
         # What is active within the context, until the last recorded step, and within a step.
         self._active, self._watching, self._hooks = ExitStack(), ExitStack(), ExitStack()
         self._is_close = False  # in the step that is looked at closely
+        self._is_within = False  # the model's forward pass
+        self._has_batch = False  # in this step
         self._running = ""  # what runs, in words
         self._marks: list[tuple[str, Any, Any]] = []  # of `Mark`s, which take longer to make
         self._sent: list[Sent] = []
@@ -130,6 +161,17 @@ class Replay:
     # What begins and ends
 
     def __enter__(self) -> Self:
+        if Replay._recording is not None:
+            raise ConfigError("replay: another recording is active, expected one at a time; end it")
+        with ExitStack() as undo:
+            undo.push(self.__exit__)  # if this fails half-way
+            self._enter()
+            undo.pop_all()
+        return self
+
+    def _enter(self) -> None:
+        self._active.callback(setattr, Replay, "_recording", None)
+        Replay._recording = self
         if dist.is_initialized():
             self._watching.enter_context(self._watch)
         for kind in ("pre", "post"):
@@ -139,26 +181,30 @@ class Replay:
         self._watching.callback(setattr, samples, "watch", samples.watch)
         samples.watch = self._batch
         self._begin_step()
-        return self
 
     def __exit__(self, *error: object) -> None:
-        for stack in (self._hooks, self._watching, self._active):
-            stack.close()
+        with self._active, self._watching, self._hooks:  # each ends, also after another's error
+            pass
 
     @property
     def _is_recorded(self) -> bool:
         return WARM_UP <= self._taken < self._schedule and (self._taken - WARM_UP) % 2 == 0
 
     def _batch(self, began: float) -> None:
-        if torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return
+        if self._has_batch:  # the step adds up the gradients of several
+            self._mark("begin", None, began)
+        else:
             self._clear()
-            self._began = began
-            if self._is_close:
-                self._explain("batch", None, "", "")
-            self._mark("batch", None, time.perf_counter())
+            self._began, self._has_batch = began, True
+        if self._is_close:
+            self._explain("batch", None, "", "")
+        self._mark("batch", None, time.perf_counter())
 
     def _begin_step(self) -> None:
         self._clear()
+        self._has_batch = False
         self._watch.is_on = self._is_recorded
         if self._is_recorded:
             self._attach()
@@ -177,17 +223,16 @@ class Replay:
         self._is_close = self._taken == WARM_UP
         for i, (_, module) in enumerate(self._layers):
             self._follow(i, module)
+        self._follow_model()
         hooks = self._hooks.callback
-        hooks(self._model.register_forward_pre_hook(self._forward_begins).remove)
-        hooks(self._model.register_forward_hook(self._forward_ended).remove)
         watched: list[tuple[Any, str, Any]] = [
-            (torch.autograd, "backward", self._backward(torch.autograd.backward)),
+            (torch.autograd, _ENGINE, self._backward(getattr(torch.autograd, _ENGINE))),
             (fused, "watch", self._by_hand),
         ]
         if Phases.active is None:  # it measures the phase "backward" of `FusedGradients`, too
             watched.append((Phases, "active", self))
         for where, name, ours in watched:
-            hooks(setattr, where, name, getattr(where, name))
+            hooks(_restore, where, name, ours, getattr(where, name))
             setattr(where, name, ours)
         if self._is_close:
             self._hooks.enter_context(self._memory.measure())
@@ -225,26 +270,54 @@ class Replay:
         self._marks.append((kind, what, when))
         return when
 
-    def _forward_begins(self, _: object, args: tuple[Any, ...]) -> None:
-        if torch.is_grad_enabled():
+    def _follow_model(self) -> None:
+        """Mark where the model's forward pass begins and ends."""
+        forward = self._model.forward
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
             if self._is_close:
                 self._explain("begin", None, "", "")
                 self._inputs += [t for t in args if isinstance(t, Tensor)]
             self._mark("begin", None)
+            self._is_within = True
+            try:
+                output = forward(*args, **kwargs)
+            finally:
+                self._is_within = False
+            self._mark("ended", None)
+            return output
+
+        self._replace_forward(self._model, marked)
+
+    def _replace_forward(self, module: torch.nn.Module, by: Callable[..., Any]) -> None:
+        forward, own = module.forward, "forward" in vars(module)
+        marked = _Marked(by)
+        marked.module, marked.forward = module, forward
+        module.forward = marked
+        if own:
+            self._hooks.callback(setattr, module, "forward", forward)
+        else:
+            self._hooks.callback(delattr, module, "forward")
 
     def _follow(self, i: int, module: torch.nn.Module) -> None:
         """Mark the ends of a layer's passes, its backward pass by the gradient of a parameter."""
         # PyTorch calls a hook of the forward pass by a slower path, which takes as long as all of
         # this.
-        forward, own = module.forward, "forward" in vars(module)
+        forward = module.forward
         mark, now, is_close = self._marks.append, self._now, self._is_close
 
         def marked(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():  # marks would break its graph
+                return forward(*args, **kwargs)
             if is_close:
                 self._running = self._name(i)
             output = forward(*args, **kwargs)
-            if torch.is_grad_enabled():
+            # A model may compute a part of it under `torch.no_grad`.
+            if self._is_within or torch.is_grad_enabled():
                 if is_close:
+                    self._running = ""
                     self._explain_layer(i, module, args, output)
                 mark(("forward", i, now()))
             return output
@@ -254,25 +327,16 @@ class Replay:
                 self._explain("backward", i, "", "")
             mark(("backward", i, now()))
 
-        module.forward = marked
-        if own:
-            self._hooks.callback(setattr, module, "forward", forward)
-        else:
-            self._hooks.callback(delattr, module, "forward")
-        trained = [p for p in module.parameters() if p.requires_grad]
+        self._replace_forward(module, marked)
+        trained = [p for p in module.parameters(recurse=False) if p.requires_grad]
         if trained:
             hook = trained[-1].register_post_accumulate_grad_hook(accumulated)
             self._hooks.callback(hook.remove)
 
-    def _forward_ended(self, *_: object) -> None:
-        self._running = ""
-        if torch.is_grad_enabled():
-            self._mark("ended", None)
-
-    def _backward(self, function: Callable[..., None]) -> Callable[..., None]:
-        def backward(*args: Any, **kwargs: Any) -> None:
+    def _backward(self, engine: Callable[..., Any]) -> Callable[..., Any]:
+        def backward(*args: Any, **kwargs: Any) -> Any:
             with self.measure("backward"):
-                function(*args, **kwargs)
+                return engine(*args, **kwargs)
 
         return backward
 
@@ -286,11 +350,13 @@ class Replay:
             self._explain("backward begins", None, "", _line())
         self._mark("backward begins", None)
         self._running = "backward"
-        yield
-        self._running = ""
-        if self._is_close:
-            self._explain("backward ended", None, "", "")
-        self._mark("backward ended", None)
+        try:
+            yield
+        finally:
+            self._running = ""
+            if self._is_close:
+                self._explain("backward ended", None, "", "")
+            self._mark("backward ended", None)
 
     def _by_hand(self, kind: str, i: int) -> None:
         """Record what `FusedGradients` has just computed: a layer's forward pass and so on."""
@@ -305,7 +371,7 @@ class Replay:
         if self._is_close:
             # A sum through shared memory does not say which tensors it adds. A receive is named by
             # its sender.
-            text = self._name_of(sent.tensors) if sent.tensors else "the gradients of this rank"
+            text = self._name_of(sent) if sent.tensors else "the gradients of this rank"
             text = "" if sent.operation == "recv" else text
             self._explain("message", (sent.operation, sent.ranks), text, _line())
         self._mark("message", sent, sent.start)
@@ -354,16 +420,16 @@ class Replay:
             text += " x needs no gradient."
         self._explain("forward", i, text, _line())
         if y is not None:
-            self._places[y.data_ptr()] = f"the output of {self._name(i)}, {_shape(y)}"
+            self._places[_address(y)] = f"the output of {self._name(i)}, {_shape(y)}"
             self._inputs.append(y)
 
-    def _name_of(self, tensors: list[Tensor]) -> str:
+    def _name_of(self, sent: Sent) -> str:
         """The name of a message's tensors, from where they lie, or ""."""
         parts = []
-        for t in tensors:
-            if t.device.type == "meta" or not t.numel():
+        for t in sent.tensors:
+            start = _address(t)
+            if not start:
                 continue
-            start = t.data_ptr()
             end = start + t.nbytes
             names: dict[str, None] = {}
             for name, p in self._model.named_parameters():
@@ -371,21 +437,23 @@ class Replay:
                     names[f"gradient of {name}"] = None
                 elif start <= _address(p) < end:
                     names[name] = None
-            if not names and self._running == "backward":
+            if not names and self._running == "backward" and "reduce" in sent.operation:
                 names = dict.fromkeys(self._bucket(t))
             known = self._places.get(start)
             for x in self._inputs:
-                if x.is_leaf and x.grad is not None and x.grad.data_ptr() == start:
+                if x.is_leaf and x.grad is not None and _address(x.grad) == start:
                     known = f"the gradient of the stage's input, {_shape(x)}"
-            parts += [known] if known else _listed([*names]) or [self._by_place(t)]
+            parts += [known] if known else _listed([*names]) or [self._by_place(t, sent.operation)]
         return "; ".join(parts[:3])
 
-    def _by_place(self, t: Tensor) -> str:
+    def _by_place(self, t: Tensor, operation: str) -> str:
         """A name for a tensor that has none, from what runs when it is sent."""
         if self._running == "optimizer":
             return f"what the optimizer exchanges, {_shape(t)}"
         if self._running == "backward":
-            return f"a gradient within the backward pass, {_shape(t)}"
+            # Layers whose weights lie divided over the ranks gather them there, too.
+            what = "a gradient" if "reduce" in operation else "a tensor"
+            return f"{what} within the backward pass, {_shape(t)}"
         if self._running:
             return f"what {self._running} has computed, {_shape(t)}"
         if t.numel() == sum(p.numel() for p in self._model.parameters() if p.requires_grad):
@@ -483,19 +551,42 @@ def replay(
         title: of the page; by default the name of the program.
 
     Raises:
-        ConfigError: a path that does not end with ".html", or cannot be written. Fewer steps were
-            taken than are needed.
+        ConfigError: a path that does not end with ".html", or cannot be written; the path is tried
+            before the block. Another recording is active. Fewer steps were taken than are needed.
     """
     page = Path(path)
     if page.suffix != ".html":
         raise ConfigError(f"replay: the page is {page}, expected a name that ends with .html")
+    given_by = "replay's path"
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        _try(page, given_by)
     with Replay(model, optimizer, world) as recorder:
         yield recorder
     found = recorder.gather(title)
     if found is not None:
-        write(page, found)
+        write(page, found, given_by=given_by)
     elif not dist.is_initialized() or dist.get_rank() == 0:
         raise ConfigError(f"replay: {TOO_FEW}")
+
+
+def _try(page: Path, given_by: str) -> None:
+    """Raise ConfigError if a page cannot be written, before the steps that it shows are trained."""
+    with writing(page, given_by):
+        page.parent.mkdir(parents=True, exist_ok=True)
+        with page.open("a") if page.exists() else tempfile.TemporaryFile(dir=page.parent):
+            pass
+
+
+def _restore(where: Any, name: str, ours: Any, before: Any) -> None:
+    """Undo what `Replay` has set, unless somebody has set something else meanwhile."""
+    if getattr(where, name) is ours:
+        setattr(where, name, before)
+
+
+def _is_layer(module: torch.nn.Module) -> bool:
+    # Attention has a module of its weights, and computes with them itself.
+    own = next(module.parameters(recurse=False), None)
+    return own is not None or not [*module.children()]
 
 
 def _clock_offset(host: str) -> tuple[float, float]:
@@ -543,9 +634,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _address(t: Tensor) -> int:
-    with suppress(RuntimeError):  # a DTensor of which this rank has no elements
-        return t.data_ptr()
-    return 0
+    """Where a tensor lies in memory; 0 if it has no elements, or no memory."""
+    return next((part.data_ptr() for part in dense_parts(t)), 0)
 
 
 def _shape(t: Tensor) -> str:
