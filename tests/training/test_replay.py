@@ -591,11 +591,45 @@ def test_a_pipeline_keeps_what_its_schedule_says(ranks, tmp_path):
         assert names == [f"layers.0 ({i})" for i in range(4)]
         received = [e["args"] for e in boxes(found, rank=1, tid=1) if e["args"]["role"] == "recv"]
         assert [one["tensor"] for one in received] == [
-            f"the output of layers.0, (20, 24) ({i})" for i in range(4)
+            f"the output of layers.0, (20, 24) of micro-batch {i}" for i in range(4)
         ]
         assert sum(e["cat"] == "loss" for e in boxes(found, rank=1)) == 4
         assert any("The bubble is" in remark for remark in found["otherData"]["remarks"])
     assert most["gpipe"] == 2 * most["1f1b"]
+
+
+class Summed(torch.nn.Module):
+    """A layer whose output is added over the ranks by a functional collective, after a while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(20, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from torch.distributed._functional_collectives import all_reduce
+
+        y = self.inner(x)
+        time.sleep(0.02 * dist.get_rank())
+        with torch.no_grad():
+            total = all_reduce(y.detach(), "sum", dist.group.WORLD)
+            return y + (total - y)
+
+
+def functional(page: Path) -> None:
+    with join_world("cpu") as world:
+        model = Summed()
+        with profile.replay(page, model, torch.optim.SGD(model.parameters(), 0.1), world) as one:
+            x, labels = batch()
+            for _ in range(STEPS):
+                cross_entropy(model(x) + 0 * model.inner(x), labels).backward()
+                one._optimizer.step()
+
+
+def test_a_wait_for_a_functional_collective_is_seen(ranks, tmp_path):
+    ranks(2, functional, tmp_path / "step.html")
+    (wait,) = [e for e in boxes(read(tmp_path / "step.html")) if e["cat"] == "wait"]
+    assert wait["dur"] > 10_000
+    assert "until rank 1 begins it" in wait["args"]["text"]
 
 
 # Clocks

@@ -159,7 +159,7 @@ class Boxes:
         if key in self._explained:
             sent.about, sent.line = self._explained[key][:2]
             if sent.about and sent.operation == "send" and (*key[:2], 1) in self._explained:
-                sent.about += f" ({key[2]})"  # the micro-batch
+                sent.about += f" of micro-batch {key[2]}"
         self._unawaited = sent
 
     def _wait(self, t: float, *_: object) -> None:

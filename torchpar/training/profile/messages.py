@@ -90,6 +90,7 @@ class MessageWatch:
         self.is_on = False
         self._numbers: Counter[tuple[object, ...]] = Counter()
         self._pending: dict[int, tuple[dist.Work, Sent]] = {}  # by the Work's id
+        self._results: dict[int, Sent] = {}  # by the address of the first tensor that it fills
         self._dimensions: dict[str, str] = {}
         self._ranks: dict[str, tuple[int, ...]] = {}  # of each group
         self._ranks_of_dp: tuple[int, ...] = ()
@@ -110,6 +111,7 @@ class MessageWatch:
         """Number the messages from 0 again."""
         self._numbers.clear()
         self._pending.clear()
+        self._results.clear()
 
     def __enter__(self) -> "MessageWatch":
         library = torch.library.Library("c10d", "IMPL")
@@ -117,6 +119,10 @@ class MessageWatch:
         for name in OPERATIONS:
             op = getattr(torch.ops.c10d, name).default
             library.impl(name, partial(self._message, op, name), _KEY, with_keyset=True)
+        functional = torch.library.Library("_c10d_functional", "IMPL")
+        self._active.callback(functional._destroy)
+        waits = partial(self._functional_wait, torch.ops._c10d_functional.wait_tensor.default)
+        functional.impl("wait_tensor", waits, _KEY, with_keyset=True)
         self._wait = dist.Work.wait
         self._active.callback(setattr, dist.Work, "wait", self._wait)
         watch = self
@@ -165,6 +171,8 @@ class MessageWatch:
         last = result[-1] if isinstance(result, tuple) else result
         work = dist.Work.unbox(last)
         self._pending[id(work)] = work, sent  # the Work lives on, and so its id is no other's
+        if found:
+            self._results[found[0].data_ptr()] = sent
         if operation in ("send", "recv") and group.name() == "gloo":
             return result  # it has no future; Python waits for it
         with suppress(RuntimeError):
@@ -187,6 +195,16 @@ class MessageWatch:
         finally:
             sent.end = sent.end or self._now()
             self._waits(sent, False)
+
+    def _functional_wait(self, op: Any, keyset: torch.DispatchKeySet, result: Tensor) -> Any:
+        """Wait for the result of a functional collective, as DTensors do."""
+        sent = self._results.get(result.data_ptr()) if self.is_on else None
+        if sent is None:
+            return op.redispatch(keyset & _BELOW, result)
+        self._waits(sent, True)
+        waited = op.redispatch(keyset & _BELOW, result)
+        self._waits(sent, False)
+        return waited
 
     @contextmanager
     def _shared_sum(self, nbytes: int) -> Iterator[None]:
