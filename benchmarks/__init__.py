@@ -14,6 +14,7 @@ MODULES = {
     "products": "products",
     "ddp": "ddp.lessons",
     "muon": "muon.steps",
+    "exact": "exact",
     "optimizers": "optimizers",
     "train": "train",
     "speedrun": "speedrun",

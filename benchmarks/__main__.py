@@ -13,7 +13,7 @@ from . import NAMES, module_of, title
 # OpenBLAS sleep soon. By default they spin for milliseconds on the core that the next call needs;
 # after a product in NumPy, PyTorch's took three times as long. Without any spinning a step of
 # PyTorch takes four times as long.
-MIXED = {"operators", "train", "ladder", "scaling"}
+MIXED = {"operators", "exact", "train", "ladder", "scaling"}
 SHORT_SPINS = {"GOMP_SPINCOUNT": "10000", "OPENBLAS_THREAD_TIMEOUT": "16"}  # 2¹⁶ cycles
 
 

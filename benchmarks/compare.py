@@ -82,6 +82,7 @@ def compare(
     reference: str,
     libraries: Collection[str] = (),
     rivals: Collection[str] = (),
+    beside: Mapping[str, tuple[OperatorCase, Implementation]] = MappingProxyType({}),
     finish: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
     mode: Mode = "forward",
     rounds: int = 20,
@@ -96,6 +97,8 @@ def compare(
         libraries: contestants whose errors are as they are. They must only be near the oracle, as
             the reference must.
         rivals: contestants whose lower quartile over each one's is a column, as the reference's is.
+        beside: contestants of other cases, which take turns with these and are in their table, such
+            as a call in another dtype. Their errors are as libraries' are.
         finish: for contestants that do a part of the operator, the rest of it, done before the
             result is checked and outside of the time.
         mode: "forward" (without a graph), "backward" (gradients of all arguments), or "full"
@@ -109,15 +112,19 @@ def compare(
         for name, contestant in contestants.items()
     }
     inputs = _Inputs(case, mode)
+    drawn = dict.fromkeys(checked, inputs)
+    for name, (other, contestant) in beside.items():
+        checked[name] = _Checked(other, contestant, mode, calls, None)
+        drawn[name] = _Inputs(other, mode)
     times = take_turns(
-        {name: partial(one.turn, inputs) for name, one in checked.items()},
+        {name: partial(one.turn, drawn[name]) for name, one in checked.items()},
         rounds,
         seconds=seconds,
         least=MIN_ROUNDS,
-        before=inputs.draw,
+        before=partial(_draw_all, list(dict.fromkeys(drawn.values()))),
         label=f"{case.operator} {case.shape} {mode}",
     )
-    near = {reference, *libraries}
+    near = {reference, *libraries, *beside}
     for name in near & times.keys():
         if not (times[name].reason or checked[name].near_oracle):
             times[name].reason = "Rejected: the result is not what the oracle computes"
@@ -185,6 +192,11 @@ class _Inputs:
         roundings = self.case.work(self.mode).flops / sum(t.numel() for t in self.expected)
         off = _largest(self.expected) * (math.sqrt(roundings) * torch.finfo(torch.float64).eps / 2)
         self.error = off.maximum(self.error)
+
+
+def _draw_all(inputs: Sequence[_Inputs], seed: int) -> None:
+    for one in inputs:
+        one.draw(seed)
 
 
 @dataclass

@@ -41,6 +41,7 @@ QUICK = {
     "calls": "mode speedup over_us",
     "products": "operator mode shape dtype threads ratio",
     "muon": "weight distance epoch",
+    "exact": "part operator mode dtype threads slowdown slowdown_of_dtype phase arithmetic batch",
 }
 SLOW = {
     "autotune": (
@@ -102,6 +103,7 @@ def test_a_benchmark_runs_and_its_csv_has_the_columns(
     # Enough to see that each contestant is right. Samples still have one call, and more.
     monkeypatch.setattr(products, "SAMPLE", 2**25)
     monkeypatch.setattr(operators, "WARM_CALLS", 2)
+    monkeypatch.setattr("benchmarks.exact.WARM_CALLS", 2)
     if not torch.cuda.is_available():
         # A CPU's caches, whose eviction takes longer than a call.
         monkeypatch.setattr("benchmarks.compare.flush", lambda device: None)
