@@ -20,6 +20,7 @@ from nogpu import cuda_is_cpu, emulate
 from torchpar import exact
 from torchpar.errors import ConfigError
 from torchpar.exact.divergence import checksums as of_tensors
+from torchpar.exact.divergence import recording
 from torchpar.exact.divergence.checksums import (
     COLUMNS,
     WHOLE,
@@ -51,7 +52,7 @@ def host_sums(tensors: list[Tensor], step: int | None = None) -> list[int]:
     rows = HostRows()
     for t in tensors:
         rows.add(t.data_ptr(), t.nbytes, WHOLE if step is None else share(t.nbytes, step))
-    return rows.end_step().tolist()
+    return rows.take().tolist()
 
 
 def plain_sum(t: Tensor) -> int:
@@ -320,6 +321,17 @@ def test_a_killed_run_leaves_its_steps(expected, tmp_path, capsys):
     (tmp_path / "rank0.jsonl").write_text(text[: text.index('{"step":3') + 40])
     assert main([str(expected), str(tmp_path)]) == 0
     assert f"{STEPS} and 3 steps: the first 3 are compared" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("steps, rows", [(1, 10**6), (100, 1), (100, 10**6)])
+def test_steps_are_the_same_however_many_are_written_at_once(tmp_path, monkeypatch, steps, rows):
+    for name in ("a", "b"):
+        train(tmp_path / name, steps=20)
+        monkeypatch.setattr(recording, "_STEPS_AT_ONCE", steps)
+        monkeypatch.setattr(recording, "_ROWS_AT_ONCE", rows)
+    (a,), (b,) = (read_ranks(tmp_path / name) for name in ("a", "b"))
+    assert [*a.steps] == [*range(21)]
+    assert a.steps == b.steps
 
 
 def test_an_error_ends_the_recording_with_its_step(tmp_path):

@@ -28,6 +28,7 @@ WORD = 8  # bytes
 _ROW = COLUMNS * WORD  # bytes
 _FIRST = 64  # rows, of which there are twice as many whenever they do not suffice
 _SHIFT = np.uint64(32)
+_MOST_VIEWS = 1024
 WHOLE = slice(None)
 SHARE = 16  # rows, at most, of a large tensor that a step may add in place of all
 
@@ -69,6 +70,7 @@ class HostRows:
     def __init__(self) -> None:
         self._used = 0
         self._sizes: list[int] = []
+        self._views: dict[tuple[int, int], NDArray[np.uint64]] = {}
         self._last = np.zeros(COLUMNS, np.uint64)  # for words that do not fill a row
         self._last_start = self._last.ctypes.data
         self._put(np.zeros((_FIRST, COLUMNS), np.uint64))
@@ -91,18 +93,31 @@ class HostRows:
             ctypes.memmove(self._start + used * _ROW, start, size)
             return
         row = self._rows[used]
-        memory = (ctypes.c_char * size).from_address(start)
-        count = size // _ROW
-        words = np.frombuffer(memoryview(memory), np.uint64, count * COLUMNS)
-        np.add.reduce(words.reshape(count, COLUMNS)[part], axis=0, out=row)
+        words = self._views.get((start, size))
+        if words is None:
+            words = self._view(start, size)
+        np.add.reduce(words if part is WHOLE else words[part], axis=0, out=row)
         if rest := size % _ROW:
             count = -(-rest // WORD)
             self._last[count - 1] = 0
             ctypes.memmove(self._last_start, start + size - rest, rest)
             row[:count] += self._last[:count]
 
-    def end_step(self) -> NDArray[np.uint64]:
-        """The checksums of the tensors, in the order in which they were added."""
+    def _view(self, start: int, size: int) -> NDArray[np.uint64]:
+        """The full rows of the memory of a tensor. Many tensors lie where one lay a step before."""
+        if len(self._views) == _MOST_VIEWS:
+            self._views.clear()
+        memory = (ctypes.c_char * size).from_address(start)
+        count = size // _ROW
+        words = np.frombuffer(memoryview(memory), np.uint64, count * COLUMNS)
+        view = self._views[start, size] = words.reshape(count, COLUMNS)
+        return view
+
+    def __len__(self) -> int:
+        return self._used
+
+    def take(self) -> NDArray[np.uint64]:
+        """The checksums of the tensors, in the order in which they were added; empty the rows."""
         rows = self._rows[: self._used]
         result = checksums(rows, np.array(self._sizes, np.int64))
         rows.fill(0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Files of a recorded run: JSON lines, of which a killed run leaves all but the last steps.
+"""Files of a recorded run: JSON lines, of which a killed run leaves all but the last 8 steps.
 
 A folder has a file ``rank0.jsonl`` for each rank. Each line is an object. The first line holds
 "format", "rank", "ranks" (their number), "operators" (whether they are recorded) and "torch". A
@@ -10,7 +10,7 @@ numbers, and "checksums", a string of 16 hexadecimal digits for each, as `checks
 
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -60,12 +60,13 @@ class RunFile:
         if self._path in self._open:
             raise ConfigError(f"{folder} is being recorded already; give each record its own path")
         self._lines: list[str] = []
+        self._tensors, self._tensors_text = list[int](), "[]"  # of the last step
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("w", encoding="utf-8")
+            self._file = self._path.open("wb")
         self._open.add(self._path)
         self._add({"format": FORMAT, "rank": rank, **head})
-        self._write()
+        self.write()
 
     def _writing(self) -> Any:
         return writing(self._path, "the path of torchpar.exact.record")
@@ -73,19 +74,22 @@ class RunFile:
     def _add(self, line: Mapping[str, object]) -> None:
         self._lines.append(json.dumps(line, separators=(",", ":")) + "\n")
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write what was added."""
         with self._writing():
-            self._file.write("".join(self._lines))
-            self._file.flush()
+            self._file.write("".join(self._lines).encode())
+            self._file.flush()  # a process that is forked has nothing left to write
         self._lines.clear()
 
     def add_tensor(self, number: int, tensor: Described) -> None:
         self._add({"tensor": number, **tensor._asdict()})
 
-    def add_step(self, step: int, tensors: Sequence[int], checksums: NDArray[np.uint64]) -> None:
+    def add_step(self, step: int, tensors: list[int], checksums: NDArray[np.uint64]) -> None:
+        if tensors != self._tensors:  # most steps have those of the step before
+            self._tensors, self._tensors_text = tensors, str(tensors).replace(" ", "")
         digits = checksums.astype(">u8").tobytes().hex()
-        self._add({"step": step, "tensors": tensors, "checksums": digits})
-        self._write()
+        text = f'{{"step":{step},"tensors":{self._tensors_text},"checksums":"{digits}"}}\n'
+        self._lines.append(text)
 
     def close(self) -> None:
         self._file.close()

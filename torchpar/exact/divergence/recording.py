@@ -45,6 +45,8 @@ from torchpar.library.sharding import local
 
 STATES = 8  # of an optimizer's parameters, one of so many has its state recorded in a step
 IN_SHARES = {"activation", "activation's gradient"}  # kinds of which a step adds a share
+# Steps, and rows of sums, after which ended steps are written: it costs less for several at once.
+_STEPS_AT_ONCE, _ROWS_AT_ONCE = 8, 128
 _COMPILED = r"Using `torch.compile\(module\)` when there are global hooks"
 
 
@@ -119,13 +121,15 @@ class _Recorder:
         self._last_result: Callable[[], Tensor | None] = lambda: None
         self._last_version, self._last_place = 0, 0
         self._host, self._devices = HostRows(), dict[torch.device, DeviceRows]()
-        self._reading: _Step | None = None  # a step that the host has not read yet
+        self._ended: list[_Step] = []  # steps that are not written yet
         self._step = _Step(0)
         self._has_begun = False
         self._stepped: set[int] = set()  # optimizers of this step
-        self._with_gradients: set[int] = set()  # parameters whose gradients the step has
+        self._with_settings: set[int] = set()  # groups of parameters whose settings the step has
+        self._with_gradients: set[int] = set()  # parameters whose gradients it has
         self._with_states: set[int] = set()
         self._steps_of: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self._settings: WeakKeyDictionary[Optimizer, _Settings] = WeakKeyDictionary()
         self.is_busy = False  # with operators of its own
 
     # What is watched
@@ -181,10 +185,9 @@ class _Recorder:
             # A module often returns the result of the last module in it.
             is_known = t is self._last_result() and version == self._last_version
             self._last_result, self._last_version = ref(t), version
-            by = partial(_made_by, module, t)
             before = self._last_place if is_known else None
             self._last_place = len(self._step.tensors)
-            self.note("activation", of_several, t, by, same_as=before)
+            self.note("activation", of_several, t, module, same_as=before)
             if t.requires_grad and not is_known:
                 t.register_hook(partial(self._note_gradient, of_several))
 
@@ -199,7 +202,7 @@ class _Recorder:
             return
         self.begin()
         for i, t in enumerate(outputs):
-            self.note("loss", str(i), t, partial(_made_by, None, t))
+            self.note("loss", str(i), t, None)
         self._running.append("the backward pass")
         try:
             yield
@@ -211,6 +214,10 @@ class _Recorder:
             return
         if not self._has_begun or id(optimizer) in self._stepped:
             self.begin()
+        self._running.append(f"{type(optimizer).__name__}.step")
+        if self._with_settings.issuperset(map(id, optimizer.param_groups)):
+            return  # an optimizer of a chain, whose groups are the chain's, too
+        self._with_settings.update(map(id, optimizer.param_groups))
         parameters = list(_parameters(optimizer))
         if any(self._names.of_parameter(p) is None for p in parameters):
             for root in _roots_of(parameters):
@@ -224,17 +231,21 @@ class _Recorder:
                 self._with_gradients.add(id(p))  # a chain has them, and its optimizers
                 self.note("gradient", self._names.of_parameter(p) or "", p.grad)
         self._note_settings(optimizer)
-        self._running.append(f"{type(optimizer).__name__}.step")
 
     def _note_settings(self, optimizer: Optimizer) -> None:
-        name = type(optimizer).__name__
-        for i, group in enumerate(optimizer.param_groups):
-            for key, value in group.items():
-                for number in value if isinstance(value, tuple) else (value,):
-                    if isinstance(number, int | float) and not isinstance(number, bool):
-                        self._note_number(f"{key} of group {i} of {name}", number)
-                    elif isinstance(number, Tensor):
-                        self.note("setting", f"tensor {key} of group {i} of {name}", number)
+        groups = optimizer.param_groups
+        kinds = [(*group, *map(type, group.values())) for group in groups]
+        known = self._settings.get(optimizer)
+        if known is None or known.kinds != kinds:  # nearly always those of the step before
+            known = self._settings[optimizer] = _Settings(optimizer, kinds, self._setting)
+        self._step.add_numbers(known.numbers, [groups[i][key] for i, key in known.places])
+        for i, key in known.others:
+            name, value = known.name(i, key), groups[i][key]
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(one, Tensor):
+                    self.note("setting", f"tensor {name}", one)
+                elif isinstance(one, int | float) and not isinstance(one, bool):
+                    self._step.add_numbers([self._setting(name)], [one])
 
     def _after_update(self, optimizer: Optimizer, *_: object) -> None:
         if self._is_off():
@@ -279,21 +290,29 @@ class _Recorder:
     def _end_step(self) -> None:
         step, self._step = self._step, _Step(self._step.number + 1)
         self._stepped.clear()
+        self._with_settings.clear()
         self._with_gradients.clear()
         self._with_states.clear()
         self._running.clear()
         self._last_result = lambda: None  # its place is in the step that ends
         self._has_begun = False
-        step.end(self._host, self._devices)
-        self._write_reading()
-        self._reading = step
-        if not step.readings:
-            self._write_reading()
+        step.end(self._devices)
+        self._ended.append(step)
+        if self._devices or len(self._ended) == _STEPS_AT_ONCE or len(self._host) >= _ROWS_AT_ONCE:
+            self._write_steps(len(self._ended) - bool(step.readings))
 
-    def _write_reading(self) -> None:
-        if self._reading is not None:
-            step, self._reading = self._reading, None
+    def _write_steps(self, count: int) -> None:
+        """Write the first of the steps that have ended, and take the sums of all."""
+        sums = self._host.take()
+        first = 0
+        for step in self._ended:
+            if step.of_host is None:
+                step.of_host = sums[first : first + len(step.on_host)]
+                first += len(step.on_host)
+        for step in self._ended[:count]:
             self.file.add_step(step.number, step.tensors, step.checksums())
+        del self._ended[:count]
+        self.file.write()
 
     def end(self) -> None:
         """Write the last step, and the weights that it has left."""
@@ -301,7 +320,7 @@ class _Recorder:
             self.begin()
         if self._step.tensors:
             self._end_step()
-        self._write_reading()
+        self._write_steps(len(self._ended))
 
     def _register(self, module: nn.Module) -> str:
         """Note the weights of a module that is called for the first time; return its name."""
@@ -316,11 +335,16 @@ class _Recorder:
         kind: str,
         name: str,
         t: Tensor,
-        by: Callable[[], str] | str = "",
+        by: nn.Module | str | None = "",
         same_as: int | None = None,
     ) -> None:
-        """Add a tensor's checksum to the step; ``same_as`` is the place of one that it equals."""
-        t, device = local(t), t.device
+        """Add a tensor's checksum to the step.
+
+        Args:
+            by: what made it; of a module, or None, the operator that autograd knows is added.
+            same_as: the place of a tensor that it equals.
+        """
+        t = local(t)
         with torch._C.DisableTorchFunction():  # modes would be asked for each attribute
             try:
                 start, size = t.data_ptr(), t.nbytes
@@ -330,12 +354,14 @@ class _Recorder:
                 return
             key = kind, name, t.shape, t.dtype, by if isinstance(by, str) else ""
             is_plain = t.is_contiguous() and not t.is_conj()
-        in_shares = kind in IN_SHARES and not self._is_whole
-        part = share(size, self._step.number) if in_shares else WHOLE
+            device = None if t.is_cpu else t.device
+        part = WHOLE
+        if kind in IN_SHARES and not self._is_whole:
+            part = share(size, self._step.number)
         number = self._numbers.get(key)
         if number is None:
             number = self._numbers[key] = len(self._numbers)
-            by = by if isinstance(by, str) else by()
+            by = by if isinstance(by, str) else _made_by(by, t)
             dtype = str(t.dtype).removeprefix("torch.")
             self.file.add_tensor(number, Described(kind, name, tuple(t.shape), dtype, by))
         if same_as is not None:
@@ -347,7 +373,7 @@ class _Recorder:
                 t = t.detach().resolve_conj().contiguous()
                 with torch._C.DisableTorchFunction():
                     start = t.data_ptr()
-            if device.type == "cpu":
+            if device is None:
                 self._host.add(start, size, part)
             else:
                 if device not in self._devices:
@@ -364,13 +390,47 @@ class _Recorder:
         for t in _tensors(results):
             self.note("operator", f"{operator} in {where}", t, line)
 
-    def _note_number(self, name: str, value: float) -> None:
+    def _setting(self, name: str) -> int:
+        """The number in the file of a setting that is a number."""
         key = "setting", name
         number = self._numbers.get(key)
         if number is None:
             number = self._numbers[key] = len(self._numbers)
             self.file.add_tensor(number, Described("setting", name, (), "float64", ""))
-        self._step.add_number(number, float(value))
+        return number
+
+
+class _Settings:
+    """Where an optimizer's settings have numbers, which is found once and not in each step.
+
+    Attributes:
+        kinds: of each group, its keys and the types of its values.
+        numbers: in the file, of settings that are one number each.
+        places: the group and the key of each of these.
+        others: groups and keys of tensors, and of tuples of numbers.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        kinds: list[tuple[object, ...]],
+        number_of: Callable[[str], int],
+    ):
+        self.kinds, self._class = kinds, type(optimizer).__name__
+        self.places: list[tuple[int, str]] = []
+        self.others: list[tuple[int, str]] = []
+        for i, group in enumerate(optimizer.param_groups):
+            for key, value in group.items():
+                if type(value) in (int, float):
+                    self.places.append((i, key))
+                elif isinstance(value, int | float | tuple | Tensor) and not isinstance(
+                    value, bool
+                ):
+                    self.others.append((i, key))
+        self.numbers = [number_of(self.name(i, key)) for i, key in self.places]
+
+    def name(self, group: int, key: str) -> str:
+        return f"{key} of group {group} of {self._class}"
 
 
 class _Step:
@@ -381,13 +441,15 @@ class _Step:
         self.tensors: list[int] = []
         self.on_host: list[int] = []  # places of tensors on the CPU
         self.on_devices: dict[torch.device, list[int]] = {}
-        self.numbers: list[tuple[int, float]] = []  # a place, and the value there
+        self.values: list[float] = []  # numbers that are no tensors
+        self.places_of_values: list[int] = []
         self.again: list[tuple[int, int]] = []  # a place, and that of the same tensor before it
+        self.of_host: NDArray[np.uint64] | None = None  # checksums, once they are taken
         self.readings: list[tuple[list[int], Reading]] = []
 
-    def add(self, tensor: int, device: torch.device) -> None:
-        on_host = device.type == "cpu"
-        places = self.on_host if on_host else self.on_devices.setdefault(device, [])
+    def add(self, tensor: int, device: torch.device | None) -> None:
+        """Add a tensor; its device is None on the host."""
+        places = self.on_host if device is None else self.on_devices.setdefault(device, [])
         places.append(len(self.tensors))
         self.tensors.append(tensor)
 
@@ -395,13 +457,13 @@ class _Step:
         self.again.append((len(self.tensors), before))
         self.tensors.append(tensor)
 
-    def add_number(self, tensor: int, value: float) -> None:
-        self.numbers.append((len(self.tensors), value))
-        self.tensors.append(tensor)
+    def add_numbers(self, tensors: Sequence[int], values: Sequence[float]) -> None:
+        self.places_of_values += range(len(self.tensors), len(self.tensors) + len(tensors))
+        self.values += values
+        self.tensors += tensors
 
-    def end(self, host: HostRows, devices: Mapping[torch.device, DeviceRows]) -> None:
-        """Take the sums of the step, of which those on devices are still to come."""
-        self.of_host = host.end_step()
+    def end(self, devices: Mapping[torch.device, DeviceRows]) -> None:
+        """Begin to copy the sums that are on devices."""
         self.readings = [
             (places, devices[device].end_step()) for device, places in self.on_devices.items()
         ]
@@ -409,12 +471,12 @@ class _Step:
     def checksums(self) -> NDArray[np.uint64]:
         """Wait for the devices' rows; return a number for each tensor."""
         result = np.zeros(len(self.tensors), np.uint64)
-        if self.on_host:
+        if self.on_host and self.of_host is not None:
             result[self.on_host] = self.of_host
         for places, reading in self.readings:
             result[places] = reading.checksums()
-        for place, value in self.numbers:
-            result[place] = np.float64(value).view(np.uint64)
+        if self.values:
+            result[self.places_of_values] = np.array(self.values, np.float64).view(np.uint64)
         for place, before in self.again:
             result[place] = result[before]
         return result
@@ -509,6 +571,8 @@ def _forget_filter(ours: object) -> None:
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
+    if type(value) is tuple and all([isinstance(one, Tensor) for one in value]):
+        return list(value)
     return [one for one in tree_leaves(value) if isinstance(one, Tensor)]
 
 
