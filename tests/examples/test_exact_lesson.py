@@ -49,6 +49,28 @@ def test_any_ranks_and_the_command_have_one_hash(ranks, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_lesson_resumed_on_other_ranks_has_the_hash_of_one_that_did_not_stop(ranks, tmp_path):
+    root = fashion_mnist(tmp_path, train=2048, test=20)
+    flags = f"--dataset fashion-mnist --data {root} --hidden 16 --schedule constant"
+    flags += " --arithmetic exact --samples 2048 --epochs"
+
+    def last_line(world_size: int, epochs: int, *others: str) -> str:
+        given = *flags.split(), str(epochs), *others
+        (code, out, err), *_ = ranks(world_size, lesson, "train_ddp", *given)
+        assert code == 0, err
+        assert out.startswith("resumed from step 2\n") == (saved.exists() and epochs == 2), out
+        return out.splitlines()[-1]
+
+    saved = tmp_path / "none"
+    expected = last_line(1, 2)
+    assert re.fullmatch("SHA-256 of the weights: [0-9a-f]{64}", expected)
+    for first, second in ((1, 2), (2, 3), (3, 1)):
+        saved = tmp_path / f"saved{first}"
+        assert last_line(first, 1, "--checkpoint", str(saved)) != expected
+        assert last_line(second, 2, "--checkpoint", str(saved)) == expected
+
+
+@pytest.mark.slow
 def test_an_emulated_gpu_has_the_hash_of_the_cpu(fork_server, tmp_path):
     root = fashion_mnist(tmp_path, train=60, test=20)
     script = str(ROOT / "examples" / "train_ddp.py")

@@ -69,6 +69,8 @@ def run(trial: Trial, faults: Mapping[str, Callable[[], None]], limit: float = 1
             parser.error(f"--{name} is {value}, expected a number from {least} on")
     if flags.by_cpp:
         import played  # noqa: F401  # pytest's plugin, which lets C++ play
+    # The scripts import PyTorch before this file, and PyTorch reads the variable only then.
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if flags.fault:
         faults[flags.fault]()
     seconds = 60 * flags.minutes if flags.seconds is None else flags.seconds
