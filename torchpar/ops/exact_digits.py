@@ -15,6 +15,13 @@ For rows i of A and j of B, with the digits c and the exponents f of B,
 T is an integer: its bits do not depend on the order of the sum, nor on how ranks, threads or a
 processor's instructions divide the sum. The products with p + q ≥ n are left out.
 
+The error of a sum of k terms is at most k·2⁻²⁷·max|a_i|·max|b_j| for four digits, and
+k·2⁻²⁰·max|a_i|·max|b_j| for three, before the result is rounded. Digit p stands for at most
+2^(e − 8p). Rounding to the integer changes a number by at most 2^(e − 8n). Each of the n − 1
+products of order n, which are left out, is at most 2^(e + f − 8n), and the higher orders add less
+than a hundredth of them. Since 2^e < 2.02·max|a_i|, a term's error is less than
+4.1·n·2^(−8n)·max|a_i|·max|b_j|, which is less than the bound.
+
 Sources: Ozaki, Ogita, Oishi and Rump, "Error-free transformations of matrix multiplication by using
 fast routines of matrix multiplication and its applications", 2012; Ootomo, Ozaki and Yokota, "DGEMM
 on integer matrix multiplication unit", 2024.
