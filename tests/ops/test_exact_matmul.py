@@ -177,7 +177,8 @@ def test_the_longest_chains_of_the_least_digits(k: int, monkeypatch: pytest.Monk
     by_int8(monkeypatch)
     assert_same_bits(exact_matmul(a[:, :k], b[:, :k]), expected)
     assert torch.equal(exact_digits.sums(a, b, e, f), total)
-    monkeypatch.setattr(exact_digits, "_MIN_LARGE_PRODUCT", 2**30)
+    for name in ("_MIN_PRODUCT", "_MIN_LARGE_PRODUCT"):
+        monkeypatch.setattr(exact_digits, name, 2**30)
     for name, too_long in (("CHAIN", 8 * k), ("_FLOAT_CHAIN", 2 * exact_digits._FLOAT_CHAIN)):
         with monkeypatch.context() as patched:
             patched.setattr(exact_digits, name, too_long)

@@ -52,8 +52,9 @@ _BELOW_16_BITS = 2 ** (53 - 16) - 1  # of a float64
 _BLOCK = 2**16
 # The least rows of a block: each block rearranges or converts all of the other operand.
 _LEAST_ROWS, _LEAST_FLOAT_ROWS = 128, 512
-# Multiplications from which int8 is faster than floats, and half of X·Xᵀ faster than all of it.
-_MIN_LARGE_PRODUCT = 2**20
+# Multiplications from which int8 is faster than floats: of one product, and of each in a batch.
+# From the second on half of X·Xᵀ is faster than all of it.
+_MIN_PRODUCT, _MIN_LARGE_PRODUCT = 1, 2**20
 
 
 @functools.cache
@@ -118,30 +119,67 @@ def row_exponents(x: Tensor) -> Tensor:
     return ((bits + 2**46) >> 52).sub_(1022).clamp_(MIN_EXPONENT, MAX_EXPONENT + 1).to(torch.int32)
 
 
+def exponents_of_both(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The exponents of the rows of ``a`` and of ``b``; small operands take the calls of one."""
+    if b is a:
+        return (e := row_exponents(a)), e
+    if not _are_small(a, b):
+        return row_exponents(a), row_exponents(b)
+    e, f = row_exponents(torch.cat([a, b], -2)).split([a.shape[-2], b.shape[-2]], -2)
+    return e, f
+
+
+def _are_small(a: Tensor, b: Tensor) -> bool:
+    """Whether operands can be put together, and the time of calls matters more than a copy's."""
+    return a.numel() + b.numel() <= _BLOCK and a.shape[:-2] == b.shape[:-2]
+
+
 def digits(x: Tensor, e: Tensor) -> Tensor:
     """The digits ``(*, m, n, k)`` int8 of ``x (*, m, k)`` with exponents ``e (*, m, 1)``.
 
     |x| < (1 − 2⁻⁷)·2^e holds for all elements. The digits of rows that are not finite mean nothing.
     """
-    x, count = x.contiguous(), DIGITS[x.dtype]
+    if x.numel() <= _BLOCK:
+        return _cut(x, e).to(torch.int8)  # which keeps the lowest 8 bits
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], DIGITS[x.dtype], x.shape[-1], dtype=torch.int8)
+    for block in _blocks(len(x), x[:1].numel()):
+        out[block] = _cut(x[block], e[block])
+    return out
+
+
+def _cut(x: Tensor, e: Tensor) -> Tensor:
+    """The digits of ``x`` as the lowest 8 bits of int32."""
+    count = DIGITS[x.dtype]
     shifts = torch.arange(BITS * (count - 1), -1, -BITS, dtype=torch.int32, device=x.device)
     # Half of the range of each digit but the first. It is added before the cut, so that the digits
     # are signed.
     carry = sum(2 ** (BITS * p + BITS - 1) for p in range(count - 1))
-    out = x.new_empty(*x.shape[:-1], count, x.shape[-1], dtype=torch.int8)
-    for block in _blocks(len(x), x[:1].numel()):
-        integers = scaled(x[block], bits_of(count) - e[block]).round_().to(torch.int32)
-        # To flip the sign bit of each byte but the first makes digits of the bytes; int8 keeps the
-        # lowest 8 bits.
-        integers.add_(carry).bitwise_xor_(carry)
-        out[block] = integers.unsqueeze(-2) >> shifts[:, None]
-    return out
+    # Float64 has any power of two that a row needs; the numbers are then below 2³¹.
+    integers = (x * power_of_two(bits_of(count) - e, torch.float64)).round_().to(torch.int32)
+    # To flip the sign bit of each byte but the first makes digits of the bytes.
+    integers.add_(carry).bitwise_xor_(carry)
+    return integers.unsqueeze(-2) >> shifts[:, None]
+
+
+def _both_digits(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    if b is a:
+        return (x := digits(a, e)), x
+    if not (_are_small(a, b) and e.shape[:-2] == f.shape[:-2]):
+        return digits(a, e), digits(b, f)
+    both = digits(torch.cat([a, b], -2), torch.cat([e, f], -2))
+    x, y = both.split([a.shape[-2], b.shape[-2]], -3)
+    return x, y
 
 
 def _blocks(rows: int, columns: int, least: int = 1) -> Iterator[slice]:
     """Blocks of rows of about `_BLOCK` elements for each thread, and of at least ``least`` rows."""
-    step = max(_BLOCK * torch.get_num_threads() // max(columns, 1), least)
+    step = _rows_of_block(columns, least)
     return (slice(first, first + step) for first in range(0, rows, step))
+
+
+def _rows_of_block(columns: int, least: int) -> int:
+    return max(_BLOCK * torch.get_num_threads() // max(columns, 1), least)
 
 
 def scaled(x: Tensor, exponents: Tensor) -> Tensor:
@@ -203,13 +241,15 @@ def _sums(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
     k = a.shape[-1]
     if k > LONGEST:
         raise ConfigError(f"an exact sum has {k} terms, expected at most {LONGEST}; split it")
-    x = digits(a, e)
-    y = x if b is a else digits(b, f)
+    x, y = _both_digits(a, b, e, f)
     m, n = a.shape[-2], b.shape[-2]
     by_int8 = has_int8() and torch.backends.mkldnn.enabled
-    if m * n * k < _MIN_LARGE_PRODUCT or not (by_int8 or b is a):
+    least = _MIN_PRODUCT if by_int8 and a.dim() == 2 else _MIN_LARGE_PRODUCT
+    if m * n * k < least or not (by_int8 or b is a):
         return _chained(_float_sums, x, y)
     of_block, least = (_int8_sums, _LEAST_ROWS) if by_int8 else (_float_sums, _LEAST_FLOAT_ROWS)
+    if a.dim() == 2 and m <= _rows_of_block(n, least):
+        return _chained(of_block, x, y)
     total = a.new_empty(*a.shape[:-2], m, n, dtype=torch.float64 if k <= CHAIN else torch.int64)
     for i in itertools.product(*map(range, a.shape[:-2])):
         whole, left, right = total[i], x[i], y[i]
@@ -236,12 +276,13 @@ def _int8_sums(a: Tensor, b: Tensor) -> Tensor:
     # Order s: Σ_p d_(s − p)·c_p is one product, over the leading digits of A, reversed, and the
     # leading digits of B.
     left, right = a.flip(1).flatten(1), b.flatten(1)
-    orders = a.new_empty(a.shape[1], m, n, dtype=torch.int32)
-    for s, order in enumerate(orders, 1):
+    order = a.new_empty(m, n, dtype=torch.int32)
+    torch._int_mm(left[:, -k:], right[:, :k].T, out=order)
+    total = order.double()
+    # In place: the first use of new memory takes longer than these sums.
+    for s in range(2, a.shape[1] + 1):
         torch._int_mm(left[:, -s * k :], right[:, : s * k].T, out=order)
-    total = orders[0].double()
-    for order in orders[1:]:
-        total = torch.add(order.double(), total, alpha=2**BITS)
+        torch.add(order, total, alpha=2**BITS, out=total)
     return total
 
 
@@ -277,10 +318,11 @@ def rounded(
 
     It has ``dtype``, by default that of the operands. The exponents are ``e (*, m, 1)`` and
     ``f (*, n, 1)``. T is rounded once; above 2⁵³ it is rounded to float64 before. Rows that are not
-    finite make results NaN.
+    finite make results NaN. T in float64 is overwritten.
     """
-    left, right = (
-        torch.where(t > MAX_EXPONENT, torch.nan, power_of_two(t - less, torch.float64))
-        for t, less in ((e, 0), (f.mT, unit(DIGITS[like])))
-    )
-    return rounded_to((total.double() * left).mul_(right), dtype or like)
+    both = e if f is e else torch.cat([e, f], -2)
+    powers = power_of_two(both - unit(DIGITS[like]) // 2, torch.float64)
+    powers = torch.where(both > MAX_EXPONENT, torch.nan, powers)
+    m, n = e.shape[-2], f.shape[-2]
+    left, right = powers[..., :m, :], powers[..., both.shape[-2] - n :, :].mT
+    return rounded_to(total.double().mul_(left).mul_(right), dtype or like)

@@ -119,8 +119,7 @@ def _kernels() -> ModuleType:
 )
 def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
     _check_operands(a, b)
-    e = exact_digits.row_exponents(a)
-    f = e if b is a else exact_digits.row_exponents(b)
+    e, f = exact_digits.exponents_of_both(a, b)
     return exact_digits.product_of_exponents(a, b, e, f, wrap)
 
 
