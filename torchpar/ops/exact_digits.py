@@ -255,7 +255,11 @@ def _sums(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
         whole, left, right = total[i], x[i], y[i]
         for rows in _blocks(m, n, least):
             columns = slice(rows.stop if b is a else n)
-            whole[rows, columns] = _chained(of_block, left[rows], right[columns])
+            part, operands = whole[rows, columns], (left[rows], right[columns])
+            if by_int8 and k <= CHAIN:
+                _int8_sums(*operands, total=part)
+            else:
+                part.copy_(_chained(of_block, *operands))
             if b is a:
                 done = slice(rows.start)
                 whole[done, rows] = whole[rows, done].T
@@ -270,15 +274,15 @@ def _chained(of_chain: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor)
     return functools.reduce(Tensor.add_, (of_chain(x, y).long() for x, y in pairs))
 
 
-def _int8_sums(a: Tensor, b: Tensor) -> Tensor:
-    """T ``(m, n)`` in float64, by products of int8."""
+def _int8_sums(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
+    """T ``(m, n)`` in float64, by products of int8; written into ``total`` if that is given."""
     (m, _, k), n = a.shape, len(b)
     # Order s: Σ_p d_(s − p)·c_p is one product, over the leading digits of A, reversed, and the
     # leading digits of B.
     left, right = a.flip(1).flatten(1), b.flatten(1)
     order = a.new_empty(m, n, dtype=torch.int32)
     torch._int_mm(left[:, -k:], right[:, :k].T, out=order)
-    total = order.double()
+    total = order.double() if total is None else total.copy_(order)
     # In place: the first use of new memory takes longer than these sums.
     for s in range(2, a.shape[1] + 1):
         torch._int_mm(left[:, -s * k :], right[:, : s * k].T, out=order)
