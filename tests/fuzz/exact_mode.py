@@ -16,8 +16,9 @@ rounding of singular values near 0. Its bits do not depend on threads, on the ot
 layout of gradients, on how the rate is given, or on a state that is saved and loaded between steps;
 a trial takes two of these.
 
-The last line's digest is of all bits. With `ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2` it
-must be the same, for the same seed and `--trials`.
+The last line's digest is of all bits. With `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2` it
+must be the same, for the same seed and `--trials`. With `ATEN_CPU_CAPABILITY=default` it is not:
+PyTorch then draws other operands.
 """
 
 import copy
