@@ -35,6 +35,7 @@ from torchpar.training import muon
 from .compare import compare
 from .flags import Command, run
 from .operators import ROUNDS, WARM, WARM_CALLS, make_case
+from .operators import SECONDS as SECONDS_OF_PRODUCTS
 from .records import workloads
 from .records.record import Workload
 from .results import Result, Table, print_results
@@ -58,15 +59,16 @@ PARTS = {
 PRODUCTS = ("exact_matmul", "exact_matmul_t")
 SIDES = (64, 128, 256, 1024, 2048)  # of square matrices
 QUICK_SIDES = (65,)
-SECONDS = 1.0  # of a contestant's turns in one mode
+# A contestant of the other parts has no further turn after so many seconds and turns.
+SECONDS, LEAST = 10.0, 3
 FLOAT32, OWN, EXACT = "torch.mm, float32", "torch.mm", "exact"
 OUTSIDE, PLAIN, RECORDED = "outside", "not recorded", "recorded"
 PHASES = ("forward", "backward", "sum of units", "optimizer")
 STEP = "step"
 LOSS_ERROR = 1e-5  # relative; rounding moves a loss by less
-# The layers of the models whose steps are recorded.
-MODELS = {"lesson": LESSON_SIZES, "10 layers of 512": (512,) * 11}
-QUICK_MODELS = {"lesson": (12, 8, 10)}
+# Layers and batches of the models whose steps are recorded: the lesson's, and ten layers.
+MODELS = [(LESSON_SIZES, LESSON_BATCH), ((512,) * 11, 256)]
+QUICK_MODELS = [((12, 8, 10), 8)]
 # The steps of a recording, without its first one: `record` takes each optimizer's state in 8 steps.
 STEPS = 8
 
@@ -97,7 +99,7 @@ def time_product(
             beside=beside,
             rivals=[*beside],
             rounds=rounds,
-            seconds=SECONDS,
+            seconds=SECONDS_OF_PRODUCTS["cpu"],
             calls=calls,
         )
 
@@ -206,7 +208,8 @@ def time_lesson(sizes: Sequence[int], batch: int, rounds: int) -> Iterator[Resul
         return [whole]
 
     turns = {name: partial(turn, name) for name in trainings}
-    steps = take_turns(turns, rounds, label="the lesson's step")
+    label = "the lesson's step"
+    steps = take_turns(turns, rounds, seconds=SECONDS, least=LEAST, label=label)
     for phase in (*PHASES, STEP):
         both = {name: steps[name] if phase == STEP else phases[name][phase] for name in trainings}
         case = {"network": text_of(sizes), "batch": batch, "phase": phase}
@@ -228,7 +231,8 @@ def time_records(sizes: Sequence[int], batch: int, rounds: int, steps: int) -> I
                 return [(time.perf_counter() - start) / steps]
 
         turns = {PLAIN: partial(turn, False), RECORDED: partial(turn, True)}
-        times = take_turns(turns, rounds, label=f"{text_of(sizes)}, {arithmetic}, recorded and not")
+        label = f"{text_of(sizes)}, {arithmetic}, recorded and not"
+        times = take_turns(turns, rounds, seconds=SECONDS, least=LEAST, label=label)
         case = {"network": text_of(sizes), "batch": batch, "arithmetic": arithmetic}
         yield from results_of(case, times, PLAIN)
 
@@ -275,15 +279,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(part: str, quick: bool) -> Iterator[Iterator[Result]]:
     """The results of a part, with the present number of threads."""
-    rounds, batch = (2, 8) if quick else (ROUNDS, LESSON_BATCH)
-    models = QUICK_MODELS if quick else MODELS
+    rounds, models = (2, QUICK_MODELS) if quick else (ROUNDS, MODELS)
     if part == "products":
         for side in QUICK_SIDES if quick else SIDES:
             yield time_products(side, rounds)
     elif part == "lesson":
-        yield time_lesson(models["lesson"], batch, rounds)
+        yield time_lesson(*models[0], rounds)
     else:
-        for sizes in models.values():
+        for sizes, batch in models:
             yield time_records(sizes, batch, rounds, steps=1 if quick else STEPS)
 
 
