@@ -81,7 +81,7 @@ def recording(
 
     Args:
         ranks: with at least one step each.
-        title: by default the name of the program.
+        title: by default the name of the program; the number of ranks follows.
         launcher: of several processes, with their number for {}.
     """
     program = Path(sys.argv[0])
@@ -109,7 +109,7 @@ def recording(
         "traceEvents": events,
         "otherData": {
             "replay": 1,
-            "title": title or program.name,
+            "title": f"{title or program.name}, {len(ranks)} rank{'s' * (len(ranks) > 1)}",
             "command": f"{start} {shlex.join([name, *sys.argv[1:]])}",
             "about": _about(ranks),
             "kinds": {kind: {"name": n, "color": color} for kind, (n, color) in KINDS.items()},

@@ -548,7 +548,7 @@ def replay(
         model: this rank's part of the model, without wrappers such as DistributedDataParallel.
         optimizer: over its parameters; its step ends a step of the training.
         world: its mesh names the dimensions of messages.
-        title: of the page; by default the name of the program.
+        title: of the page; by default the name of the program. The number of ranks follows.
 
     Raises:
         ConfigError: a path that does not end with ".html", or cannot be written; the path is tried
