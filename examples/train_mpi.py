@@ -340,7 +340,10 @@ def main(flags: Flags) -> None:
         if flags.replay:
             chosen = [*runs.items()][-2:]  # with --compare the two splits
             launcher = "mpirun -n {} python"
-            found = [recording(from_records(run.records), name, launcher) for name, run in chosen]
+            found = [
+                recording(from_records(run.records), name, launcher=launcher)
+                for name, run in chosen
+            ]
             print(f"replay: {write(flags.replay, *found)}")
         if not flags.compare:
             console.print_phases(run.seconds)

@@ -42,6 +42,12 @@ from torchpar.training.profile.replaying import TOO_FEW, Replay
 
 # Steps that are not traced: two in which DistributedDataParallel sets itself up, one warms up.
 SKIP = 3
+# What a played page says of a pipeline's schedule.
+SCHEDULES = {
+    "gpipe": "gpipe runs the forward passes of all micro-batches, and then their backward passes.",
+    "1f1b": "1f1b runs one forward pass and one backward pass in turn, each backward pass as early "
+    "as it can, so that it keeps the activations of fewer micro-batches.",
+}
 Shared = Annotated[Path | None, Output(is_folder=True), Free()]  # a folder of all ranks
 
 
@@ -321,7 +327,7 @@ class Log:
         flags, run = self.flags, self.run
         records = self.recorder.gather() if self.recorder else []
         traces = self.world.gather_results(self._save_trace) if self.profiler else []
-        found = self.replay.gather(self._title()) if self.replay else None
+        found = self._gather_replay(self.replay) if self.replay else None
         outputs = run.evaluate().outputs if flags.report else None
         if not self.speaks:
             return
@@ -350,10 +356,11 @@ class Log:
             digest = sha256_of(run.state.model.named_parameters())
             self._print(f"SHA-256 of the weights: {digest}")
 
-    def _title(self) -> str:
-        """The script's name, with the schedule of a pipeline, by which two pages are told apart."""
+    def _gather_replay(self, recorded: Replay) -> dict[str, Any] | None:
+        """Return the recording of all ranks; of a pipeline the schedule is named."""
         schedule = getattr(self.flags, "pipeline", "") if self.world.mesh["pp"].size() > 1 else ""
-        return ", ".join(filter(None, [Path(sys.argv[0]).name, schedule]))
+        title = ", ".join(filter(None, [Path(sys.argv[0]).name, schedule]))
+        return recorded.gather(title, SCHEDULES.get(schedule, ""))
 
     def _save_trace(self) -> str:
         """Write this rank's trace, and return a table of its costliest operators."""

@@ -17,6 +17,7 @@ from torchpar.training.profile.recorded_ranks import (
 )
 
 COMPUTING = ("data", "forward", "loss", "backward", "optimizer")
+OUTSIDE, BESIDE = "outside", "before and after its part"
 COST = 0.05  # the share of a step above which the page says that recording slows it down
 
 
@@ -45,11 +46,12 @@ class Totals:
                 str(one.rank),
                 *(f"{1e3 * times[k]:.3f}" for k in kinds),
                 f"{1e3 * times['']:.3f}",
+                f"{1e3 * times[OUTSIDE]:.3f}",
                 f"{1e3 * self._seconds:.3f}",
             ]
             for one, times in zip(self._ranks, self._by_kind, strict=True)
         ]
-        columns = ["rank", *(KINDS[k][0] for k in kinds), "other code", "sum"]
+        columns = ["rank", *(KINDS[k][0] for k in kinds), "other code", BESIDE, "sum"]
         tables = [
             {
                 "title": "Milliseconds of the step of median duration",
@@ -161,20 +163,21 @@ class Totals:
         stages = max((one.place.get("pp", 0) for one in self._ranks), default=0) + 1
         if stages == 1:
             return []
-        by_stage: list[list[tuple[float, float]]] = [[] for _ in range(stages)]
-        kept = [0] * stages
+        by_stage: list[list[tuple[float, ...]]] = [[] for _ in range(stages)]
+        kept, at_once = [0] * stages, [0] * stages
         for one, step, times in zip(self._ranks, self._steps, self._by_kind, strict=True):
             stage = one.place["pp"]
-            by_stage[stage].append((times["wait"] / self._seconds, times[""] / self._seconds))
+            by_stage[stage].append(tuple(times[k] / self._seconds for k in ("wait", "", OUTSIDE)))
             kept[stage] = max([kept[stage], *(m["activations"] for _, m in step.memory)])
+            at_once[stage] = max(at_once[stage], _micro_batches_at_once(step))
         # Where each stage is one rank, it is called a rank.
         name = "rank" if stages == len(self._ranks) else "stage"
         shares = []
         for stage, found in enumerate(by_stage):
-            waiting, other = (sum(part) / len(found) for part in zip(*found, strict=True))
+            waiting, other, outside = (sum(part) / len(found) for part in zip(*found, strict=True))
             shares.append(
-                f"on {name} {stage} {waiting + other:.0%} of the step ({waiting:.0%} waiting, "
-                f"{other:.0%} in other code)"
+                f"on {name} {stage} {waiting + other + outside:.0%} of the step ({waiting:.0%} "
+                f"waiting, {other:.0%} in other code, {outside:.0%} {BESIDE})"
             )
         m = 1 + max(
             b.key[2] for step in self._steps for b in step.boxes if b.kind == "forward" and b.key
@@ -182,20 +185,22 @@ class Totals:
         ideal = (stages - 1) / (m + stages - 1)
         sentences = [
             f"The layers are cut into {stages} stages, and a batch into {m} micro-batches, so that "
-            "the stages can work at the same time. Their numbers stand in parentheses.",
-            "The bubble is the time in which a rank runs no layer, because it waits for a message "
-            f"or runs other code: {', '.join(shares)}. With p = {stages} stages of equal work, "
-            f"m = {m} micro-batches, and messages that take no time, it would be "
+            "the stages can work at the same time. A number in parentheses is a micro-batch's.",
+            f"The bubble is the time in which a rank runs no layer: {', '.join(shares)}. With "
+            f"p = {stages} stages of equal work, m = {m} micro-batches, and messages that take no "
+            "time, it would be "
             f"(p − 1)/(m + p − 1) = {ideal:.0%}: a stage has no work while the first micro-batch "
             "is on its way to it, and the last gradient on its way back.",
         ]
         if any(kept):
-            bytes_ = ", ".join(
-                f"at most {most:,} bytes on {name} {stage}" for stage, most in enumerate(kept)
+            each = ", ".join(
+                f"on {name} {stage} of at most {count} micro-batch{'es' * (count > 1)} at a time, "
+                f"{most:,} bytes"
+                for stage, (count, most) in enumerate(zip(at_once, kept, strict=True))
             )
             sentences.append(
-                "The activations of a micro-batch are kept from its forward pass to its backward "
-                f"pass: {bytes_}."
+                "Activations are kept from a micro-batch's forward pass to its backward pass: "
+                f"{each}."
             )
         return sentences
 
@@ -216,21 +221,37 @@ class Totals:
             worst.message.operation, "begins it"
         )
         reason = (
-            f"of which {1e3 * late:.3f} ms pass before rank {worst.late} {begins}"
+            f"Rank {worst.late} {begins} {1e3 * late:.3f} ms after that wait began, and then it "
+            f"takes {1e3 * (worst.end - worst.ready):.3f} ms."
             if worst.late is not None
-            else "while it travels"
+            else "All of its ranks had begun it before."
         )
         return (
             f"The ranks wait for {waiting / self._seconds:.0%} of the step on average. The message "
             f"that bounds the step most is the {worst.message.operation} of {what}: rank "
             f"{worst.rank} waits {1e3 * total[key]:.3f} ms for it, "
-            f"{total[key] / self._seconds:.0%} of the step, {reason}."
+            f"{total[key] / self._seconds:.0%} of the step. {reason}"
         )
 
 
+def _micro_batches_at_once(step: RecordedStep) -> int:
+    """The most micro-batches that are between their forward and their backward pass."""
+    spans: dict[int, list[float]] = {}
+    for box in step.boxes:
+        if box.key is not None and box.kind in ("forward", "backward"):
+            spans.setdefault(box.key[2], []).extend((box.start, box.end))
+    ends = [(min(times), max(times)) for times in spans.values()]
+    return max((sum(a <= start < b for a, b in ends) for start, _ in ends), default=0)
+
+
 def _in_turn(step: RecordedStep, limits: tuple[float, float]) -> dict[str, float]:
-    """Seconds of each kind, of the innermost box at each time; "" is for the time outside boxes."""
-    totals = dict.fromkeys([*KINDS, ""], 0.0)
-    for box, start, end in innermost(step, limits):
+    """Seconds of each kind, of the innermost box at each time.
+
+    "" is for the time outside of boxes, and `OUTSIDE` for that before and after the rank's part.
+    """
+    totals = dict.fromkeys([*KINDS, "", OUTSIDE], 0.0)
+    own = max(step.start, limits[0]), min(step.end, limits[1])
+    for box, start, end in innermost(step, own):
         totals[box.kind if box else ""] += end - start
+    totals[OUTSIDE] = own[0] - limits[0] + limits[1] - own[1]
     return totals

@@ -75,13 +75,17 @@ def write(page: Path, *found: Mapping[str, Any], given_by: str = "--replay") -> 
 
 
 def recording(
-    ranks: Sequence[RankSteps], title: str = "", launcher: str = "torchrun --nproc_per_node={}"
+    ranks: Sequence[RankSteps],
+    title: str = "",
+    remark: str = "",
+    launcher: str = "torchrun --nproc_per_node={}",
 ) -> dict[str, Any]:
     """Return the recording of all ranks: a Chrome trace, whose "otherData" is for the player.
 
     Args:
         ranks: with at least one step each.
         title: by default the name of the program; the number of ranks follows.
+        remark: a sentence on what is shown, which the first line of the program precedes.
         launcher: of several processes, with their number for {}.
     """
     program = Path(sys.argv[0])
@@ -116,7 +120,7 @@ def recording(
             "memory": MEMORY,
             "steps": [[_us(limits[i][0] - zero), _us(limits[i][1] - zero)] for i in order],
             "tables": shown.tables(),
-            "remarks": [*_first_sentence(program), *shown.remarks()],
+            "remarks": [*_first_sentence(program), *([remark] if remark else []), *shown.remarks()],
             "sources": ranks[0].sources,
             "unit": "ms",
         },
@@ -242,7 +246,7 @@ class _Step:
         )
         return (
             f"Rank {one.rank} waits in this {what} until rank {late} {begins}, "
-            f"{1e3 * (ready - box.start):.3f} ms later. Until then rank {late} is in "
+            f"{1e3 * (ready - box.start):.3f} ms later. Until then rank {late} is mostly in "
             f"{self._doing(late, box.start, ready)}. From then on the message takes {travels}."
         )
 
@@ -322,7 +326,9 @@ def _about(ranks: Sequence[RankSteps]) -> list[str]:
             f"The ranks run on {len(hosts)} machines. Their clocks were compared by messages there "
             f"and back, of which the fastest counts; they may differ by {1e6 * error:.0f} µs."
         )
-    lines.append("Where no box is, other code runs, such as Python between two layers.")
+    lines.append(
+        "Where no box is within a rank's part of the step, other code runs, such as Python."
+    )
     if any(step.memory for one in ranks for step in one.steps):
         lines.append("Bytes were counted in another step of the same run, at the same places.")
     return [line for line in lines if line]

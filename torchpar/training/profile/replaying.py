@@ -504,7 +504,7 @@ class Replay:
             sources=_sources([one.line for one in self._explained.values() if one.line]),
         )
 
-    def gather(self, title: str = "") -> dict[str, Any] | None:
+    def gather(self, title: str = "", remark: str = "") -> dict[str, Any] | None:
         """Return the recording of all ranks on rank 0, None on others. Every rank calls it.
 
         None, too, where too few steps were taken.
@@ -518,7 +518,7 @@ class Replay:
             dist.all_gather_object(ranks, mine)
         if mine.rank or not min(len(one.steps) for one in ranks):
             return None
-        return recording(ranks, title)
+        return recording(ranks, title, remark)
 
 
 @context_manager("replay")
