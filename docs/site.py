@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\[([^][]+)\]\(\.\./([^)#\s]+)(?:#[^)\s]*)?\)")
+FRAME = re.compile(r'(<iframe [^>]*src=)"([^"]+)"')
 FOLDER = "repository"  # of the site
 
 
@@ -29,11 +31,19 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Point links at those files; of a link to another one, or to a folder, the text stays."""
+def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
+    """Point links at those files; of a link to another one, or to a folder, the text stays.
+
+    mkdocs moves the addresses of links and pictures, but not those of frames.
+    """
 
     def moved(link: re.Match[str]) -> str:
         text, path = link.groups()
         return f"[{text}]({FOLDER}/{path})" if is_copied(path) else text
 
-    return LINK.sub(moved, markdown)
+    def framed(frame: re.Match[str]) -> str:
+        file = files.get_file_from_path(frame[2])
+        assert file is not None, f"{page.file.src_uri} shows {frame[2]}, which is no file"
+        return f'{frame[1]}"{file.url_relative_to(page.file)}"'
+
+    return FRAME.sub(framed, LINK.sub(moved, markdown))

@@ -130,8 +130,11 @@ def exponents_of_both(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _are_small(a: Tensor, b: Tensor) -> bool:
-    """Whether operands can be put together, and the time of calls matters more than a copy's."""
-    return a.numel() + b.numel() <= _BLOCK and a.shape[:-2] == b.shape[:-2]
+    """Whether operands can be put together, and the time of calls matters more than a copy's.
+
+    On a GPU they are not: a graph of a compiler serves all sizes there.
+    """
+    return not a.is_cuda and a.numel() + b.numel() <= _BLOCK and a.shape[:-2] == b.shape[:-2]
 
 
 def digits(x: Tensor, e: Tensor) -> Tensor:
