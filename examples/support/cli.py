@@ -189,8 +189,9 @@ def check_samples(asked: int | None, there: int, kind: str = "training") -> None
 
 def check_replay(page: Path, compiles: bool = False, beside: str = "") -> None:
     """Raise ConfigError if --replay cannot record beside other flags, or has no page's name."""
-    if page.suffix != ".html":
-        raise ConfigError(f"--replay is {page}, expected a name that ends with .html")
+    from torchpar.training.profile.replay_trace import check_name
+
+    check_name(page, "--replay")
     if compiles:
         raise ConfigError("--replay sees no layers of compiled code; drop --compile or --replay")
     if beside:

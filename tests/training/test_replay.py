@@ -30,7 +30,7 @@ from torchpar.parallel.split import shared_memory
 from torchpar.training import FusedGradients, fused, profile
 from torchpar.training.profile import replaying
 from torchpar.training.profile.record import Call, RankRecord, Span, Step
-from torchpar.training.profile.recorded_ranks import KINDS, Box, RankSteps, RecordedStep
+from torchpar.training.profile.recorded_ranks import KINDS, Box, RankSteps, RecordedStep, innermost
 from torchpar.training.profile.replay_trace import from_records, recording
 
 Recorded = dict[str, Any]
@@ -667,6 +667,25 @@ def record_of(rank: int, start: float) -> RankRecord:
     ]
     step = Step(spans, [Call("dp", "Allreduce", 80, start, 0.6 - start)])
     return RankRecord(rank, {"host": "a", "processor": "P"}, {}, [step])
+
+
+def test_the_innermost_box_counts():
+    """Boxes within boxes, some of which begin or end together, or reach over the limits."""
+    spans = {"a": (0, 10), "b": (2, 6), "c": (2, 4), "d": (5, 6), "e": (12, 20)}
+    boxes = [Box("forward", name, *map(float, span)) for name, span in spans.items()]
+    step = RecordedStep(0.0, 20.0, boxes[::-1], [])
+    found = [
+        (box.name if box else "", start, end) for box, start, end in innermost(step, (1.0, 15.0))
+    ]
+    assert found == [
+        ("a", 1, 2),
+        ("c", 2, 4),
+        ("b", 4, 5),
+        ("d", 5, 6),
+        ("a", 6, 10),
+        ("", 10, 12),
+        ("e", 12, 15),
+    ]
 
 
 def test_records_of_phases_become_a_recording():

@@ -34,7 +34,7 @@ SCRIPT = TEMPLATE.split("<script>\n")[1].split("</script>")[0]
 
 
 def data_of(text: str) -> dict[str, Any]:
-    """What the script of a page knows."""
+    """The data that the script of a page reads."""
     (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
     return json.loads(found)
 
@@ -240,7 +240,10 @@ def test_the_command_says_in_a_line_what_is_wrong(content, said, tmp_path, capsy
 
 
 def test_a_page_that_cannot_be_written_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match=r"cannot write .*: No such file or directory; name"):
+    with pytest.raises(
+        ConfigError,
+        match=r"page.html cannot be written \(No such file or directory\); .* by --page$",
+    ):
         replay_command.write_page(tmp_path / "none" / "page.html", both())
     with pytest.raises(ConfigError, match="make a page of each"):
         replay_command.write_page(tmp_path / "page.html", [pipeline(), fault()])

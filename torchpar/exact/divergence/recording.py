@@ -401,7 +401,7 @@ class _Recorder:
 
 
 class _Settings:
-    """Where an optimizer's settings have numbers, which is found once and not in each step.
+    """Places of the numbers in an optimizer's settings, found once and not in each step.
 
     Attributes:
         kinds: of each group, its keys and the types of its values.

@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 _OPERATIONS = {"allreduce": "all_reduce", "allgather": "all_gather", "alltoall_base": "all_to_all"}
 
 
+def groups_of(world: "World | None") -> Iterator[tuple[str, dist.ProcessGroup]]:
+    """Yield each dimension of a mesh and its group; without a mesh all ranks are on "dp"."""
+    if world is not None:
+        for name in world.mesh.mesh_dim_names or ():
+            yield name, world.mesh.get_group(name)
+    if dist.group.WORLD is not None and (world is None or world.dp_size == world.world_size):
+        yield "dp", dist.group.WORLD  # which DistributedDataParallel takes
+
+
 class Collectives(TorchDispatchMode):
     """Record the collectives within the block, those of DistributedDataParallel included.
 
@@ -39,13 +48,7 @@ class Collectives(TorchDispatchMode):
     def __init__(self, world: "World | None" = None):
         super().__init__()
         self.calls: list[Call] = []
-        self._dimensions: dict[str, str] = {}
-        if world is not None:
-            for name in world.mesh.mesh_dim_names or ():
-                self._dimensions[world.mesh.get_group(name).group_name] = name
-        if dist.group.WORLD is not None and (world is None or world.dp_size == world.world_size):
-            # DistributedDataParallel takes the default group.
-            self._dimensions[dist.group.WORLD.group_name] = "dp"
+        self._dimensions = {group.group_name: name for name, group in groups_of(world)}
 
     def __enter__(self) -> "Collectives":
         self._watch_before, SharedSum.watch = SharedSum.watch, self._record_shared

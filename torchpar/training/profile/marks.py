@@ -85,8 +85,6 @@ class Boxes:
             self._add("optimizer", "step", end, ("optimizer", None, 0))
         if ("end", None, 0) in self._explained:
             memory.append((end, self._explained["end", None, 0].memory))
-        if memory:  # until the first mark as much is there as at it
-            memory.insert(0, (start, memory[0][1]))
         places = {id(one): i for i, one in enumerate(sent)}
         waits = [box._replace(message=places[id(one)]) for box, one in self._waits]
         messages = [self._message_of(one) for one in sent]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from torchpar.parallel.split.shared_memory import SharedSum
+from torchpar.training.profile.collectives import groups_of
 
 if TYPE_CHECKING:
     from torchpar.parallel.launch.world import World
@@ -91,20 +92,13 @@ class MessageWatch:
         self._numbers: Counter[tuple[object, ...]] = Counter()
         self._pending: dict[int, tuple[dist.Work, Sent]] = {}  # by the Work's id
         self._results: dict[int, Sent] = {}  # by the address of the first tensor that it fills
-        self._dimensions: dict[str, str] = {}
+        groups = [*groups_of(world)]
+        self._dimensions = {group.group_name: name for name, group in groups}
         self._ranks: dict[str, tuple[int, ...]] = {}  # of each group
         self._ranks_of_dp: tuple[int, ...] = ()
-        if world is not None:
-            for name in world.mesh.mesh_dim_names or ():
-                group = world.mesh.get_group(name)
-                self._dimensions[group.group_name] = name
-                if name == "dp":
-                    self._ranks_of_dp = tuple(dist.get_process_group_ranks(group))
-        if dist.is_initialized() and (world is None or world.dp_size == world.world_size):
-            # DistributedDataParallel takes the default group.
-            assert dist.group.WORLD is not None
-            self._dimensions[dist.group.WORLD.group_name] = "dp"
-            self._ranks_of_dp = tuple(range(dist.get_world_size()))
+        for name, group in groups:
+            if name == "dp":
+                self._ranks_of_dp = self._ranks_of(group)
         self._active = ExitStack()
 
     def new_step(self) -> None:
@@ -164,7 +158,7 @@ class MessageWatch:
         if operation in ("send", "recv"):
             mine, other = ranks[group.rank()], ranks[args[2]]
             ranks = (mine, other) if operation == "send" else (other, mine)
-        tensors = args[1] if operation == "all_gather" and name == "allgather_" else args[0]
+        tensors = args[1] if name == "allgather_" else args[0]
         found = [t for t in tree_leaves(tensors) if isinstance(t, Tensor)]
         sent = self._new(operation, self._dimensions.get(group.group_name, ""), ranks, found)
         result = op.redispatch(keyset & _BELOW, *args, **kwargs)

@@ -18,13 +18,6 @@ KINDS = {
     "message": ("message", "#ad6cc2"),
     "optimizer": ("optimizer", "#46a36b"),
 }
-WITHIN = {
-    "data": "the making",
-    "forward": "the forward pass",
-    "loss": "the loss",
-    "backward": "the backward pass",
-    "optimizer": "the optimizer's step",
-}
 MEMORY = {
     "weights": "#3f87c9",
     "buffers": "#2aa198",
@@ -35,7 +28,7 @@ MEMORY = {
 
 
 class Box(NamedTuple):
-    """What a rank does for a while.
+    """A stretch of a rank's time, in which it does one thing.
 
     Attributes:
         kind: one of `KINDS`.
@@ -97,7 +90,7 @@ class RecordedStep:
 
 @dataclass
 class RankSteps:
-    """What was recorded on one rank.
+    """The recorded steps of one rank, and their explanations.
 
     Attributes:
         recorded, plain: seconds of the steps with records and without them, in turn.
@@ -137,6 +130,7 @@ class Wait(NamedTuple):
     """A wait of a rank for a message.
 
     Attributes:
+        what: the message, as `named` names it.
         late: the rank that began the message last, None if this rank did.
         ready: when all ranks had begun it; from then on the message travels.
     """
@@ -145,8 +139,15 @@ class Wait(NamedTuple):
     start: float
     end: float
     message: Message
+    what: str
     late: int | None
     ready: float
+
+    @property
+    def begins(self) -> str:
+        """The verb for the late rank: it begins the other end of a message between two ranks."""
+        verbs = {"send": "begins to receive it", "recv": "begins to send it"}
+        return verbs.get(self.message.operation, "begins it")
 
 
 def identity(message: Message) -> str:
@@ -159,8 +160,13 @@ def innermost(
     step: RecordedStep, limits: tuple[float, float]
 ) -> Iterator[tuple[Box | None, float, float]]:
     """Between two times, the innermost box, None outside of boxes, from when to when."""
-    ends = (t for b in step.boxes for t in (b.start, b.end) if limits[0] <= t <= limits[1])
+    boxes = sorted(step.boxes, key=lambda b: b.start)
+    ends = (t for b in boxes for t in (b.start, b.end) if limits[0] <= t <= limits[1])
+    began, running = 0, list[Box]()
     for start, end in pairwise(sorted({*limits, *ends})):
-        over = [b for b in step.boxes if b.start <= start and end <= b.end]
+        while began < len(boxes) and boxes[began].start <= start:
+            running.append(boxes[began])
+            began += 1
+        running = [b for b in running if b.end >= end]
         # It has begun last, and ends first.
-        yield max(over, key=lambda b: (b.start, -b.end)) if over else None, start, end
+        yield max(running, key=lambda b: (b.start, -b.end), default=None), start, end

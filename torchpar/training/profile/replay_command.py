@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, writing
 from torchpar.training.profile import replay_page
 
 COMMAND = "python -m torchpar replay"
@@ -50,7 +50,7 @@ def read_recording(path: Path) -> Mapping[str, Any]:
         content = path.read_bytes()
         text = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
         recording: Mapping[str, Any] = json.loads(text)
-        replay_page.page([recording])  # it says what is wrong with this file
+        replay_page.check(recording)
     except OSError as e:
         raise ConfigError(f"cannot read {path}: {e.strerror or e}; name a recording") from e
     except json.JSONDecodeError as e:
@@ -66,9 +66,8 @@ def write_page(path: Path, recordings: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         ConfigError: the units of two recordings differ, or the page cannot be written.
     """
-    try:
-        replay_page.write(path, recordings)
-    except OSError as e:
-        raise ConfigError(f"cannot write {path}: {e.strerror or e}; name another file") from e
-    except ValueError as e:
-        raise ConfigError(str(e)) from e
+    with writing(path, "--page"):
+        try:
+            replay_page.write(path, recordings)
+        except ValueError as e:
+            raise ConfigError(str(e)) from e

@@ -164,6 +164,11 @@ def write(path: str | Path, recordings: Sequence[Mapping[str, Any]]) -> None:
     Path(path).write_text(page(recordings), "utf-8")
 
 
+def check(recording: Mapping[str, Any]) -> None:
+    """Raise ValueError if a recording has another format, with what is wrong."""
+    _read(recording)
+
+
 # Reading a recording
 
 

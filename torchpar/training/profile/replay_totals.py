@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Totals of a recorded step: tables of times, messages and bytes, and sentences on its bounds."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ from torchpar.training.profile.recorded_ranks import (
     RankSteps,
     RecordedStep,
     Wait,
-    identity,
     innermost,
 )
 
@@ -129,7 +127,7 @@ class Totals:
     def remarks(self) -> list[str]:
         ms = 1e3 * self._seconds
         found = [
-            f"From the first rank's beginning to the last one's end, this step of median "
+            "From the first rank's beginning to the last one's end, this step of median "
             f"duration takes {ms:.3f} ms. {self._cost()}"
         ]
         found += self._bubble()
@@ -188,9 +186,8 @@ class Totals:
             "the stages can work at the same time. A number in parentheses is a micro-batch's.",
             f"The bubble is the time in which a rank runs no layer: {', '.join(shares)}. With "
             f"p = {stages} stages of equal work, m = {m} micro-batches, and messages that take no "
-            "time, it would be "
-            f"(p − 1)/(m + p − 1) = {ideal:.0%}: a stage has no work while the first micro-batch "
-            "is on its way to it, and the last gradient on its way back.",
+            f"time, it would be (p − 1)/(m + p − 1) = {ideal:.0%}: a stage has no work while the "
+            "first micro-batch is on its way to it, and the last gradient on its way back.",
         ]
         if any(kept):
             each = ", ".join(
@@ -205,32 +202,20 @@ class Totals:
         return sentences
 
     def _bound(self) -> str:
-        of: dict[str, list[Wait]] = defaultdict(list)
-        for wait in self._waits:
-            of[identity(wait.message)].append(wait)
-        total = {key: max(w.end - w.start for w in waits) for key, waits in of.items()}
-        key = max(total, key=lambda k: total[k])
-        worst = max(of[key], key=lambda w: w.end - w.start)
-        names = [
-            m.about for step in self._steps for m in step.messages if identity(m) == key and m.about
-        ]
-        what = names[0] if names else f"{worst.message.bytes:,} bytes"
+        worst = max(self._waits, key=lambda wait: wait.end - wait.start)
+        seconds = worst.end - worst.start
         waiting = sum(times["wait"] for times in self._by_kind) / len(self._by_kind)
-        late = worst.ready - worst.start
-        begins = {"send": "begins to receive it", "recv": "begins to send it"}.get(
-            worst.message.operation, "begins it"
-        )
         reason = (
-            f"Rank {worst.late} {begins} {1e3 * late:.3f} ms after that wait began, and then it "
-            f"takes {1e3 * (worst.end - worst.ready):.3f} ms."
+            f"Rank {worst.late} {worst.begins} {1e3 * (worst.ready - worst.start):.3f} ms after "
+            f"that wait began, and then it takes {1e3 * (worst.end - worst.ready):.3f} ms."
             if worst.late is not None
             else "All of its ranks had begun it before."
         )
         return (
             f"The ranks wait for {waiting / self._seconds:.0%} of the step on average. The message "
-            f"that bounds the step most is the {worst.message.operation} of {what}: rank "
-            f"{worst.rank} waits {1e3 * total[key]:.3f} ms for it, "
-            f"{total[key] / self._seconds:.0%} of the step. {reason}"
+            f"that bounds the step most is the {worst.message.operation} of {worst.what}: rank "
+            f"{worst.rank} waits {1e3 * seconds:.3f} ms for it, {seconds / self._seconds:.0%} of "
+            f"the step. {reason}"
         )
 
 

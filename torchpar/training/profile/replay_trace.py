@@ -13,13 +13,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from torchpar.errors import writing
+from torchpar.errors import ConfigError, writing
 from torchpar.training.profile import replay_page
 from torchpar.training.profile.record import RankRecord, Step
 from torchpar.training.profile.recorded_ranks import (
     KINDS,
     MEMORY,
-    WITHIN,
     Box,
     Message,
     RankSteps,
@@ -54,6 +53,12 @@ def from_records(records: Sequence[RankRecord], steps: int = 3) -> list[RankStep
         RankSteps(one.rank, one.machine, one.place, (), [*map(converted, one.steps[-steps:])], {})
         for one in records
     ]
+
+
+def check_name(page: Path, what: str) -> None:
+    """Raise ConfigError unless the name is a page's, beside which a ``.json`` can lie."""
+    if page.suffix != ".html":
+        raise ConfigError(f"{what} is {page}, expected a name that ends with .html")
 
 
 def write(page: Path, *found: Mapping[str, Any], given_by: str = "--replay") -> Path:
@@ -99,15 +104,12 @@ def recording(
     zero = limits[0][0]
     events: list[dict[str, Any]] = []
     split = {name for one in ranks for name, n in one.place.items() if n}  # over several ranks
-    for one in ranks:
-        events += _lane(one, split if len(split) > 1 else set())
-    waits = []
-    for i, step in enumerate(steps):
-        found = _Step(ranks, step, zero)
-        events += found.events()
-        if i == first:
-            waits = found.waits
-    shown = Totals(ranks, steps[first], limits[first], waits)
+    for rank in ranks:
+        events += _lane(rank, split if len(split) > 1 else set())
+    joined = [_Step(ranks, step, zero) for step in steps]
+    for one in joined:
+        events += one.events()
+    shown = Totals(ranks, steps[first], limits[first], joined[first].waits())
     order = [first, *(i for i in range(count) if i != first)]
     return {
         "traceEvents": events,
@@ -164,7 +166,15 @@ class _Step:
         for one, step in zip(ranks, steps, strict=True):
             for message in step.messages:
                 self._together[identity(message)][one.rank] = message
-        self.waits: list[Wait] = []
+
+    def waits(self) -> list[Wait]:
+        """Return the waits of all ranks whose message is known."""
+        return [
+            self._wait(one, box, step.messages[box.message])
+            for one, step in zip(self._ranks, self._steps, strict=True)
+            for box in step.boxes
+            if box.message is not None
+        ]
 
     def events(self) -> list[dict[str, Any]]:
         found = []
@@ -196,70 +206,46 @@ class _Step:
         }
 
     def _box(self, one: RankSteps, step: RecordedStep, box: Box) -> dict[str, Any]:
-        line, text, name, known_as = "", "", box.name, ""
+        text, line = "", ""
         if box.key is not None and box.key in one.explained:
             text, line = one.explained[box.key][:2]
-        if box.kind == "backward" and box.key is not None and not text:
-            text, line = self._of_backward(one, box)
         if box.kind == "loss":
-            text, line = text or "The loss of the outputs.", ""
-        if box.kind == "wait":
-            name = "waits"
-            if box.message is not None:
-                message = step.messages[box.message]
-                text, known_as = self._why(one, box, message), identity(message)
-                name = f"waits: {message.operation}"
+            text = text or "The loss of the outputs."
+        name, known_as = "waits" if box.kind == "wait" else box.name, ""
+        if box.message is not None:
+            message = step.messages[box.message]
+            text, known_as = self._why(self._wait(one, box, message)), identity(message)
+            name = f"waits: {message.operation}"
         return self._event(
             box.kind, name, one.rank, 0, box.start, box.end, text=text, line=line, id=known_as
         )
 
-    def _of_backward(self, one: RankSteps, box: Box) -> tuple[str, str]:
-        assert box.key is not None
-        _, layer, number = box.key
-        forward = one.explained.get(("forward", layer, number))
-        begun = one.explained.get(("backward begins", None, number)) or one.explained.get(
-            ("backward begins", None, 0)
-        )
-        shapes = forward.text.partition("On this rank:")[2] if forward else ""
-        text = f"The gradients of {box.name}"
-        if "·W" in (forward.text if forward else ""):
-            input_too = "" if "x needs no gradient" in shapes else "dL/dx = dL/dz·W, "
-            text += f": {input_too}dL/dW = (dL/dz)ᵀ·x, dL/db = Σ dL/dz over the samples"
-        text += f". On this rank:{shapes}" if shapes else "."
-        return text, begun.line if begun else ""
-
-    def _why(self, one: RankSteps, box: Box, message: Message) -> str:
-        """A sentence on why a rank waits; the wait is kept for the totals."""
+    def _wait(self, one: RankSteps, box: Box, message: Message) -> Wait:
         theirs = self._together[identity(message)]
-        others = {rank: m.start for rank, m in theirs.items() if rank != one.rank}
-        late = max(others, key=lambda rank: others[rank]) if others else None
-        ready = min(max(box.start, others[late] if late is not None else box.start), box.end)
-        if late is not None and others[late] <= box.start:
-            late = None
-        self.waits.append(Wait(one.rank, box.start, box.end, message, late, ready))
-        what = f"{message.operation} ({self._named(message)})"
-        travels = f"{1e3 * (box.end - ready):.3f} ms"
-        if late is None:
+        others = {m.start: rank for rank, m in theirs.items() if rank != one.rank}
+        last = max(others, default=box.start)
+        late = others[last] if last > box.start else None
+        ready = min(max(box.start, last), box.end)
+        return Wait(one.rank, box.start, box.end, message, self._named(message), late, ready)
+
+    def _why(self, wait: Wait) -> str:
+        what = f"{wait.message.operation} ({wait.what})"
+        travels = f"{1e3 * (wait.end - wait.ready):.3f} ms"
+        if wait.late is None:
             return f"All of its ranks had begun this {what}; from then on it took {travels}."
-        begins = {"send": "begins to receive it", "recv": "begins to send it"}.get(
-            message.operation, "begins it"
-        )
         return (
-            f"Rank {one.rank} waits in this {what} until rank {late} {begins}, "
-            f"{1e3 * (ready - box.start):.3f} ms later. Until then rank {late} is mostly in "
-            f"{self._doing(late, box.start, ready)}. From then on the message takes {travels}."
+            f"Rank {wait.rank} waits in this {what} until rank {wait.late} {wait.begins}, "
+            f"{1e3 * (wait.ready - wait.start):.3f} ms later. Until then rank {wait.late} is "
+            f"mostly in {self._doing(wait.late, wait.start, wait.ready)}. From then on the message "
+            f"takes {travels}."
         )
 
     def _doing(self, rank: int, start: float, end: float) -> str:
-        """What a rank did between two times: the three that took longest, in their order."""
+        """The three things that took a rank longest between two times, in their order."""
         (step,) = [s for o, s in zip(self._ranks, self._steps, strict=True) if o.rank == rank]
         seconds: dict[str, float] = defaultdict(float)
         for box, begins, ends in innermost(step, (start, end)):
-            name = "other code"
-            if box is not None:
-                of = "" if box.kind in ("wait", "optimizer", "loss") else f" of {box.name}"
-                name = "a wait of its own" if box.kind == "wait" else f"{WITHIN[box.kind]}{of}"
-            seconds[name] += ends - begins
+            seconds[_words(box)] += ends - begins
         longest = sorted(seconds, key=lambda name: -seconds[name])[:3]
         return ", ".join(
             f"{name} ({1e3 * seconds[name]:.3f} ms)" for name in seconds if name in longest
@@ -309,6 +295,17 @@ class _Step:
             "ts": ts,
         }
         return [event, flow | ({"bp": "e"} if role == "recv" else {})]
+
+
+def _words(box: Box | None) -> str:
+    """A box within a sentence, after "is mostly in"."""
+    if box is None:
+        return "other code"
+    if box.kind == "wait":
+        return "a wait of its own"
+    of_layer = f" of {box.name}" if box.kind in ("forward", "backward") and box.key else ""
+    the = "" if box.kind == "data" else "the "
+    return f"{the}{KINDS[box.kind][0]}{of_layer}"
 
 
 def _about(ranks: Sequence[RankSteps]) -> list[str]:

@@ -34,7 +34,7 @@ from torchpar.training.profile.recorded_ranks import (
     RankSteps,
     RecordedStep,
 )
-from torchpar.training.profile.replay_trace import recording, write
+from torchpar.training.profile.replay_trace import check_name, recording, write
 from torchpar.training.profile.step_memory import Memory, dense_parts
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ _PYTHON = sysconfig.get_path("stdlib")
 _ENGINE = "_engine_run_backward"
 
 # What a layer computes, by the name of its class.
-_PRODUCT = "dL/dx = dL/dz·W, dL/dW = (dL/dz)ᵀ·x, dL/db = Σ dL/dz over the samples"
+_OF_INPUT = "dL/dx = dL/dz·W, "
+_OF_WEIGHTS = "dL/dW = (dL/dz)ᵀ·x, dL/db = Σ dL/dz over the samples"
 _FORWARD = {
     "Linear": "y = z = x·Wᵀ + b",
     "LinearSigmoid": "y = σ(z), z = x·Wᵀ + b",
@@ -132,6 +133,8 @@ class Replay:
         self._is_within = False  # the model's forward pass
         self._has_batch = False  # in this step
         self._running = ""  # what runs, in words
+        self._line = ""  # of the present backward pass
+        self._texts: dict[int, str] = {}  # on the backward passes of layers
         self._marks: list[tuple[str, Any, Any]] = []  # of `Mark`s, which take longer to make
         self._sent: list[Sent] = []
         self._explained: dict[Key, Explained] = {}
@@ -265,10 +268,8 @@ class Replay:
 
     # Marks, in the order of their times
 
-    def _mark(self, kind: str, what: Any, when: Any = None) -> Any:
-        when = self._now() if when is None else when
-        self._marks.append((kind, what, when))
-        return when
+    def _mark(self, kind: str, what: Any, when: Any = None) -> None:
+        self._marks.append((kind, what, self._now() if when is None else when))
 
     def _follow_model(self) -> None:
         """Mark where the model's forward pass begins and ends."""
@@ -324,7 +325,7 @@ class Replay:
 
         def accumulated(_: Tensor) -> None:
             if is_close:
-                self._explain("backward", i, "", "")
+                self._explain("backward", i, self._texts.get(i, ""), self._line)
             mark(("backward", i, now()))
 
         self._replace_forward(module, marked)
@@ -347,7 +348,8 @@ class Replay:
             yield
             return
         if self._is_close:
-            self._explain("backward begins", None, "", _line())
+            self._line = _line()
+            self._explain("backward begins", None, "", self._line)
         self._mark("backward begins", None)
         self._running = "backward"
         try:
@@ -362,8 +364,9 @@ class Replay:
         """Record what `FusedGradients` has just computed: a layer's forward pass and so on."""
         if self._is_close:
             _, module = self._layers[i]
-            text = f"{_formula(module, kind == 'forward')}, by hand"
-            self._explain(f"{kind} by hand", i, text, _line())
+            texts = {"forward": _formula(module), "loss": "the loss and its gradient"}
+            text = texts.get(kind) or _gradients(module, i > 0)
+            self._explain(f"{kind} by hand", i, f"{text}, by hand", _line())
         self._mark(f"{kind} by hand", i)
 
     def _message(self, sent: Sent) -> None:
@@ -415,10 +418,12 @@ class Replay:
         for name, p in module.named_parameters(recurse=False):
             shapes.append(f"{_symbol(name)} {_shape(p)}")
         shapes += [f"y {_shape(y)}"] if y is not None else []
-        text = f"{_formula(module)}. On this rank: {', '.join(shapes)}."
-        if not any(isinstance(t, Tensor) and t.requires_grad for t in args):
-            text += " x needs no gradient."
-        self._explain("forward", i, text, _line())
+        here = f"On this rank: {', '.join(shapes)}."
+        with_input = any(isinstance(t, Tensor) and t.requires_grad for t in args)
+        if not with_input:
+            here += " x needs no gradient."
+        self._explain("forward", i, f"{_formula(module)}. {here}", _line())
+        self._texts[i] = f"{_gradients(module, with_input)}. {here}"
         if y is not None:
             self._places[_address(y)] = f"the output of {self._name(i)}, {_shape(y)}"
             self._inputs.append(y)
@@ -555,8 +560,7 @@ def replay(
             before the block. Another recording is active. Fewer steps were taken than are needed.
     """
     page = Path(path)
-    if page.suffix != ".html":
-        raise ConfigError(f"replay: the page is {page}, expected a name that ends with .html")
+    check_name(page, "replay: the page")
     given_by = "replay's path"
     if not dist.is_initialized() or dist.get_rank() == 0:
         _try(page, given_by)
@@ -634,7 +638,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _address(t: Tensor) -> int:
-    """Where a tensor lies in memory; 0 if it has no elements, or no memory."""
+    """The place of a tensor in memory; 0 if it has no elements, or no memory."""
     return next((part.data_ptr() for part in dense_parts(t)), 0)
 
 
@@ -653,11 +657,15 @@ def _listed(names: list[str]) -> list[str]:
     return [f"{names[0]} to {names[-1]}, {len(names)} tensors"]
 
 
-def _formula(module: torch.nn.Module, forward: bool = True) -> str:
+def _formula(module: torch.nn.Module) -> str:
     known = _FORWARD.get(type(module).__name__)
-    if not forward:
-        return _PRODUCT if known else f"the gradients of {type(module).__name__}"
     return known or f"{type(module).__name__}({module.extra_repr()})"
+
+
+def _gradients(module: torch.nn.Module, with_input: bool) -> str:
+    if type(module).__name__ not in _FORWARD:
+        return f"The gradients of {type(module).__name__}"
+    return f"{_OF_INPUT * with_input}{_OF_WEIGHTS}"
 
 
 def _shown(file: str) -> str:

@@ -49,25 +49,26 @@ class Memory:
             ``activations``: the most at a time that autograd has kept for backward passes, without
             weights. The first layer keeps the batch itself.
         """
-        state = [t for t in tree_leaves([*self._optimizer.state.values()]) if isinstance(t, Tensor)]
         return {
             "weights": _nbytes(self._weights()),
             "gradients": self._gradients,
-            "optimizer": _nbytes(state),
+            "optimizer": _nbytes(self._state()),
             "activations": self._activations,
         }
 
     def current(self) -> dict[str, int]:
         """Return the bytes that are there now, by name; activations only within `measure`."""
-        state = [t for t in tree_leaves([*self._optimizer.state.values()]) if isinstance(t, Tensor)]
         gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
         return {
             "weights": _nbytes([*self._model.parameters()]),
             "buffers": _nbytes([*self._model.buffers()]),
             "gradients": _nbytes(gradients),
-            "optimizer": _nbytes(state),
+            "optimizer": _nbytes(self._state()),
             "activations": self._bytes,
         }
+
+    def _state(self) -> list[Tensor]:
+        return [t for t in tree_leaves([*self._optimizer.state.values()]) if isinstance(t, Tensor)]
 
     def _weights(self) -> list[Tensor]:
         return [*self._model.parameters(), *self._model.buffers()]

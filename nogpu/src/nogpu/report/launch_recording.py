@@ -116,7 +116,7 @@ class Flight:
 
 
 class Place(NamedTuple):
-    """Where the warps of a CTA are shown: the lane, its first row, and when the CTA begins."""
+    """The place of a CTA's warps: their lane, its first row, and when the CTA begins."""
 
     lane: int
     row: int
