@@ -31,7 +31,7 @@ if find_spec("torch"):
 if TYPE_CHECKING:
     from torchpar import exact, optim, parallel, testing
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 # nogpu names the lines that call torchpar, and this Muon where a CUDA graph cannot capture
 # PyTorch's.
 __nogpu__ = {"optimizers": {"torch.optim.Muon": "torchpar.optim.Muon"}}
