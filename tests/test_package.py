@@ -22,6 +22,7 @@ import pytest
 from commands import ROOT
 
 import torchpar
+from torchpar import __main__ as torchpar_command
 
 # Folders that the package has by links.
 LINKED = ("kernels", "benchmarks")
@@ -188,6 +189,13 @@ def test_what_names_the_version_agrees() -> None:
         f"## {torchpar.__version__}, {citation['date-released']}\n"
         in (ROOT / "CHANGELOG.md").read_text()
     )
+
+
+def test_the_command_prints_the_version(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["torchpar", "--version"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        torchpar_command.main()
+    assert capsys.readouterr().out == f"torchpar {torchpar.__version__}\n"
 
 
 # Rules of CONTRIBUTING that a reader would otherwise have to check

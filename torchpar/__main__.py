@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torchpar
 from torchpar.console import printing
 
 COMMANDS = {
@@ -64,6 +65,7 @@ PTX = "ptx is now nogpu, a package of its own; pip install nogpu, and run python
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m torchpar")
+    parser.add_argument("--version", action="version", version=f"torchpar {torchpar.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)

@@ -13,6 +13,7 @@ import pytest
 from processes import ROOT
 
 import nogpu
+from nogpu import command
 
 SCRIPT = """
 import importlib.util
@@ -82,6 +83,14 @@ def test_pytest_loads_the_plugin_by_each_way(tmp_path, way):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert said in done.stdout
+
+
+def test_the_version_is_that_of_the_changelog(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        command.main(["--version"])
+    assert capsys.readouterr().out == f"nogpu {nogpu.__version__}\n"
+    newest = re.search(r"^## (.*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert re.fullmatch(rf"{re.escape(nogpu.__version__)}, 20\d\d-\d\d-\d\d", newest.group(1))
 
 
 @pytest.mark.slow  # it starts pytest

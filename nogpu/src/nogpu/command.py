@@ -41,6 +41,7 @@ from nogpu.report.sarif import as_sarif
 from nogpu.triton.driver import how_far
 from nogpu.triton.emulate import OPERATORS, emulate, why_not_compiled
 from nogpu.triton.emulator import Emulator
+from nogpu.version import __version__
 
 WITHIN = "only kernels that the script's own process launches are executed"
 INNER = "the script's own emulate or check_kernel reports its launches"
@@ -62,35 +63,12 @@ def main(arguments: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         "python -m nogpu",
-        description="Run a script whose Triton kernels are compiled for a GPU, and executed here.",
+        description="Run a script whose kernels, in Triton, CUDA C++ or numba.cuda, are compiled "
+        "for a GPU and executed here. With a .cu file instead, say how its kernels are launched.",
     )
+    parser.add_argument("--version", action="version", version=f"nogpu {__version__}")
     _add_ways(parser)
-    parser.add_argument("--cuda-is-cpu", action="store_true", help='let device="cuda" mean the CPU')
-    parser.add_argument(
-        "--counters", action="store_true", help="print what each kernel's first launch does"
-    )
-    parser.add_argument(
-        "--time", action="store_true", help="estimate the time of each kernel's first launch"
-    )
-    parser.add_argument(
-        "--sample",
-        type=_size_of_sample,
-        metavar="N",
-        help="execute at most N programs of a launch, and scale what is counted",
-    )
-    parser.add_argument("--launches", action="store_true", help="list each launch, too")
-    parser.add_argument("--report", type=_file, metavar="FILE", help="write the report as a page")
-    parser.add_argument(
-        "--replay",
-        type=_file,
-        metavar="FILE",
-        help="write a page that plays the first launch with an error, or the first one",
-    )
-    parser.add_argument("--json", type=_file, metavar="FILE", help="write the report for machines")
-    parser.add_argument("--sarif", type=_file, metavar="FILE", help="write the faults as SARIF")
-    parser.add_argument(
-        "--annotate", choices=("github",), help="print each fault as an annotation of its line"
-    )
+    _add_outputs(parser)
     parser.add_argument("script", type=Path, help="a file of Python")
     flags = parser.add_argument("flags", nargs=argparse.REMAINDER, help="the script's own")
     flags.required = False  # or a message says that it is
@@ -167,6 +145,36 @@ def _add_ways(parser: argparse.ArgumentParser) -> None:
         default="cpu",
         help="float32: let PyTorch's operators on bfloat16 and float16 round once",
     )
+    parser.add_argument("--cuda-is-cpu", action="store_true", help='let device="cuda" mean the CPU')
+    parser.add_argument(
+        "--sample",
+        type=_size_of_sample,
+        metavar="N",
+        help="execute at most N programs of a launch, and scale what is counted",
+    )
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what is printed and written."""
+    parser.add_argument(
+        "--counters", action="store_true", help="print what each kernel's first launch does"
+    )
+    parser.add_argument(
+        "--time", action="store_true", help="estimate the time of each kernel's first launch"
+    )
+    parser.add_argument("--launches", action="store_true", help="list each launch, too")
+    parser.add_argument("--report", type=_file, metavar="FILE", help="write the report as a page")
+    parser.add_argument(
+        "--replay",
+        type=_file,
+        metavar="FILE",
+        help="write a page that plays the first launch with an error, or the first one",
+    )
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write the report for machines")
+    parser.add_argument("--sarif", type=_file, metavar="FILE", help="write the faults as SARIF")
+    parser.add_argument(
+        "--annotate", choices=("github",), help="print each fault as an annotation of its line"
+    )
 
 
 def _end_early(
@@ -194,7 +202,11 @@ def _end_early(
 
 def _note_flags_behind(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
     """Say that a flag of this command is the script's if it stands behind the script."""
-    own = {one for action in parser._actions for one in action.option_strings} - {"-h", "--help"}
+    own = {one for action in parser._actions for one in action.option_strings} - {
+        "-h",
+        "--help",
+        "--version",
+    }
     if behind := [one for one in flags if one.partition("=")[0] in own]:
         print(
             f"{behind[0]} stands behind the script, which takes it; a flag of {parser.prog} stands "
