@@ -7,13 +7,15 @@ dtype; a step of the lesson `train_ddp.py`, phase by phase; and steps of two mod
 `torchpar.exact.record` records, in exact arithmetic and outside of it. The column ``slowdown`` is a
 ratio of lower quartiles: the time of a row over that of the contestant whose row has 1.
 
-All is computed on the CPU, in one process. Outside of exact arithmetic the lesson's step has no
+All is computed on the CPU, in one process. ``--device cuda`` times the products alone, on a GPU,
+whose results must have the CPU's bits. Outside of exact arithmetic the lesson's step has no
 `DistributedDataParallel`, whose messages one process does not need.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from tempfile import TemporaryDirectory
 
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from torchpar import exact
+from torchpar.errors import ConfigError
 from torchpar.exact.verify.models import (
     LESSON_BATCH,
     LESSON_MUON,
@@ -58,7 +61,9 @@ PARTS = {
 }
 PRODUCTS = ("exact_matmul", "exact_matmul_t")
 SIDES = (64, 128, 256, 1024, 2048)  # of square matrices
+GPU_SIDES = (1024, 2048, 4096)
 QUICK_SIDES = (65,)
+MOST_COMPARED = 1024  # the side of the products that the CPU computes, too
 # A contestant of the other parts has no further turn after so many seconds and turns.
 SECONDS, LEAST = 10.0, 3
 FLOAT32, OWN, EXACT = "torch.mm, float32", "torch.mm", "exact"
@@ -73,12 +78,13 @@ QUICK_MODELS = [((12, 8, 10), 8)]
 STEPS = 8
 
 
-def time_products(side: int, rounds: int) -> Iterator[Result]:
-    """Time both products of square matrices in each dtype, with cold caches and, if small, warm."""
+def time_products(side: int, rounds: int, device: torch.device) -> Iterator[Result]:
+    """Time both products of square matrices in each dtype, on a CPU with cold caches and, if small,
+    warm."""
     for one in map(workloads().get, PRODUCTS):
         assert one is not None
         for dtype in one.dtypes:
-            for result in time_product(one, side, dtype, rounds):
+            for result in time_product(one, side, dtype, rounds, device):
                 own = result.columns.get(f"over {OWN}")
                 over = result.columns.get(f"over {FLOAT32}", own)
                 slowdowns = {"slowdown": over and 1 / over, "slowdown_of_dtype": own and 1 / own}
@@ -86,22 +92,31 @@ def time_products(side: int, rounds: int) -> Iterator[Result]:
 
 
 def time_product(
-    workload: Workload, side: int, dtype: torch.dtype, rounds: int
+    workload: Workload, side: int, dtype: torch.dtype, rounds: int, device: torch.device
 ) -> Iterator[Result]:
-    sizes = (side,) * len(workload.quick[0])
-    case, wide = (make_case(workload, sizes, one, CPU) for one in (dtype, torch.float32))
+    sizes, on_cpu = (side,) * len(workload.quick[0]), device.type == "cpu"
+    case, wide = (make_case(workload, sizes, one, device) for one in (dtype, torch.float32))
     beside = {FLOAT32: (wide, workload.native)} if dtype != torch.float32 else {}
-    for calls in (1, WARM_CALLS) if case.forward.bytes <= WARM else (1,):
-        yield from compare(
+    has_bits = True
+    if not on_cpu and side <= MOST_COMPARED:
+        *operands, _ = case.inputs(0)
+        found, expected = (
+            workload.ours(*(t.to(one) for t in operands)).cpu() for one in (device, CPU)
+        )
+        has_bits = torch.equal(found, expected)
+    for calls in (1, WARM_CALLS) if on_cpu and case.forward.bytes <= WARM else (1,):
+        for result in compare(
             case,
             {OWN: workload.native, EXACT: workload.ours},
             reference=OWN,
             beside=beside,
             rivals=[*beside],
             rounds=rounds,
-            seconds=SECONDS_OF_PRODUCTS["cpu"],
+            seconds=SECONDS_OF_PRODUCTS[device.type],
             calls=calls,
-        )
+        ):
+            is_wrong = result.contestant == EXACT and not has_bits
+            yield replace(result, ok=False, reason="not a CPU's bits") if is_wrong else result
 
 
 class Clock:
@@ -258,13 +273,20 @@ def text_of(sizes: Sequence[int]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     command = Command("exact")
     command.choose("--parts", PARTS)
+    command.parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the products on a GPU"
+    )
     options = command.parse(arguments)
-    table = Table(command.csv(options), CPU)
+    device = torch.device(options.device)
+    on_cpu = device.type == "cpu"
+    if not on_cpu and options.parts != ["products"]:
+        raise ConfigError("--device is cuda, which times products alone; add --parts products")
+    table = Table(command.csv(options), device)
     every = torch.get_num_threads()
-    for threads in [every] if options.quick else sorted({1, every}):
+    for threads in sorted({1, every}) if on_cpu and not options.quick else [every]:
         torch.set_num_threads(threads)
         for part in options.parts:
-            for results in measure(part, options.quick):
+            for results in measure(part, options.quick, device):
                 table.add(result.plus(part=part) for result in results)
     torch.set_num_threads(every)
     for part in options.parts:
@@ -277,12 +299,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return table.status
 
 
-def measure(part: str, quick: bool) -> Iterator[Iterator[Result]]:
+def measure(part: str, quick: bool, device: torch.device = CPU) -> Iterator[Iterator[Result]]:
     """The results of a part, with the present number of threads."""
     rounds, models = (2, QUICK_MODELS) if quick else (ROUNDS, MODELS)
     if part == "products":
-        for side in QUICK_SIDES if quick else SIDES:
-            yield time_products(side, rounds)
+        for side in QUICK_SIDES if quick else SIDES if device.type == "cpu" else GPU_SIDES:
+            yield time_products(side, rounds, device)
     elif part == "lesson":
         yield time_lesson(*models[0], rounds)
     else:

@@ -6,14 +6,17 @@
 #   STAGE: of `stages` below
 #   bash benchmarks/validate_gpu.sh --wheels DIR
 #
-# Without a stage all run in turn; none needs the files of another. What matters most comes first: values,
-# the published hash, calls, the rule and the model of times, Muon, graphs, and Nsight's counts take at most
-# eight minutes, the compilation before them included. It fills Triton's cache on all cores but one. Later
-# stages may take nine minutes each, so that Ctrl-C ends the script wherever there is no more time. A stage
-# that reaches its limit is interrupted, and what it has measured is kept. On an H200 with 16 cores the values
-# took under 150 s.
+# Without a stage all but nccl run in turn; none needs the files of another. What matters most comes first: values,
+# by Python and by C++, the published hash, calls by both, the rule and the model of times, Muon, graphs, what a
+# capture forbids, Nsight's counts, kernels of CUDA C++ and of numba.cuda, and exact products take at most eight
+# minutes, the compilation before them included. It fills Triton's cache on all cores but one, and C++ is compiled
+# beside it and the values. Later stages may take nine minutes each, so that Ctrl-C ends the script wherever there
+# is no more time. A stage that reaches its limit is interrupted, and what it has measured is kept. On an H200 with
+# 16 cores the values took under 150 s.
 #
-# OUTDIR gets validate.log, {values,cuda_cpp,huge}.xml, and what the benchmarks write into a folder of the stage's
+# The stage nccl is for a machine with two GPUs or more. It runs if it is named, and takes at most eight minutes.
+#
+# OUTDIR gets validate.log, {values,by_cpp,cuda_cpp,exact,huge}.xml, and what the benchmarks write into a folder of the stage's
 # name; validate.tar.gz has all of it after each stage. The log, the XML and the CSV name the commit, which is
 # $TORCHPAR_COMMIT where the checkout has no .git, the versions and the clocks. PYTHONPATH is kept. No setting
 # of the GPU is touched.
@@ -24,13 +27,14 @@
 set -uo pipefail
 unset -v CDPATH # with it `cd` prints
 
-stages=(compile values verify calls rule muon graphs captures counters
-    cuda_cpp host ladder matmul_t linear_sigmoid operators autotune autotune_float32 max_autotune huge)
-# The most seconds that a stage may take: the first nine make eight minutes.
-declare -A limits=([compile]=30 [values]=95 [verify]=30 [calls]=40 [rule]=70 [muon]=30 [graphs]=85 [captures]=40
-    [counters]=60 [cuda_cpp]=60 [host]=160 [ladder]=50 [matmul_t]=60)
+stages=(compile values by_cpp verify host rule muon graphs captures counters cuda_cpp exact
+    compiled_steps ladder matmul_t linear_sigmoid operators autotune autotune_float32 max_autotune huge)
+every="${stages[*]} nccl"
+# The most seconds that a stage may take: the first twelve make eight minutes.
+declare -A limits=([compile]=30 [values]=85 [by_cpp]=30 [verify]=25 [host]=40 [rule]=55 [muon]=25 [graphs]=60
+    [captures]=35 [counters]=50 [cuda_cpp]=25 [exact]=20 [compiled_steps]=60 [ladder]=50 [matmul_t]=60 [nccl]=480)
 known() { # whether each argument is a stage
-    for one in "$@"; do [[ $one != *" "* && " ${stages[*]} " == *" $one "* ]] || return; done
+    for one in "$@"; do [[ $one != *" "* && " $every " == *" $one "* ]] || return; done
 }
 if ! case $#,${1:-} in
     2,--wheels) true ;;
@@ -38,14 +42,14 @@ if ! case $#,${1:-} in
     *,?*) known "${@:2}" ;;
     *) false ;;
 esac; then
-    echo "usage: bash benchmarks/validate_gpu.sh OUTDIR [STAGE ...] | --wheels DIR; STAGE: ${stages[*]}" >&2
+    echo "usage: bash benchmarks/validate_gpu.sh OUTDIR [STAGE ...] | --wheels DIR; STAGE: $every" >&2
     exit 2
 fi
 
 if [[ $1 == --wheels ]]; then
     python3 -m pip download --quiet --dest "$2" --only-binary :all: --implementation cp \
         --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
-        pytest pytest-xdist expecttest rich tyro numba matplotlib pandas || exit 1
+        pytest pytest-xdist expecttest rich tyro numba 'numba-cuda[cu13]' matplotlib pandas || exit 1
     du -ch "$2"/*.whl | tail -n 1
     echo "python3 -m pip install --no-index --no-deps --target SITE '$2'/*.whl && export PYTHONPATH=SITE"
     exit
@@ -80,11 +84,12 @@ needs() { # import the modules that a stage needs
 }
 
 limited() { # a command, interrupted at the limit of the stage; pytest still writes what it has
-    timeout -s INT -k 20 "${limits[$stage]:-540}" "$@" &
+    local left=$((start + ${limits[$stage]:-540} - SECONDS))
+    timeout -s INT -k 20 "$((left > 0 ? left : 1))" "$@" &
     wait $!
 }
-# `timeout` leads a process group of its own, which a terminal's Ctrl-C does not reach.
-trap 'trap "" INT TERM; kill -s INT $(jobs -p) 2>/dev/null; wait; exit 130' INT TERM
+# `timeout` leads a process group of its own, which a terminal's Ctrl-C does not reach. A job ignores SIGINT.
+trap 'trap "" INT TERM; kill ${builder:-} 2>/dev/null; kill -s INT $(jobs -p) 2>/dev/null; wait; exit 130' INT TERM
 
 run_tests() { # FILE.xml, then arguments of pytest
     local report=$1
@@ -104,19 +109,42 @@ tune() { # arguments of the benchmark; without matplotlib and pandas it draws no
     needs rich triton && limited python3 -m benchmarks run autotune --output "$outdir/$stage" "$@"
 }
 
+time_steps() { # ways, each in a process of its own: on an H100 all in one process crashed
+    limited bash -c '
+        ends=0
+        for way in "${@:1}"; do
+            mkdir -p "$0/$way"
+            python3 -X faulthandler -m benchmarks run train --device cuda --ways "$way" --output "$0/$way" || ends=1
+        done
+        exit "$ends"' "$outdir/$stage" "$@"
+}
+
 run_stage() {
     case $1 in
-        compile) # the configurations that the benchmarks launch
+        compile) # the configurations that the benchmarks launch; and C++, beside this and the next stage
+            python3 -m torchpar build &
+            builder=$!
             # It ends after 18 s, and has until the limit for its start and end on a slow CPU.
             needs triton && limited python3 -m benchmarks.compile_kernels "$capability" 18
             ;;
-        values) # on the GPU: its own kernels first, then what runs on every device
-            needs execnet xdist && run_tests values.xml -n "$workers" --dist worksteal -k "cuda or another_stream" \
+        values) # on the GPU, by Python: its own kernels first, then what runs on every device
+            needs execnet xdist && run_tests values.xml -p unplayed -n "$workers" --dist worksteal -k "cuda or another_stream" \
                 tests/kernels/test_kernels_cuda.py tests/ops/test_operators_{values,errors,autograd,compile}.py tests/ops/test_our_operators.py \
                 tests/ops/test_symmetric_*.py tests/optim/test_launches.py tests/test_nn.py tests/training/test_{graphed,training}.py tests/benchmarks/test_compare.py
             ;;
-        cuda_cpp) # nogpu's launches by the driver: the corpus of CUDA C++; under a minute
-            run_tests cuda_cpp.xml -k on_a_gpu nogpu/tests/test_on_gpu.py
+        by_cpp) # the operators' values by C++, which waits for its compilation
+            needs execnet xdist && limited python3 -m torchpar build &&
+                run_tests by_cpp.xml -p played -n "$workers" --dist worksteal -k cuda \
+                    tests/ops/test_operators_{values,autograd}.py tests/ops/test_our_operators.py
+            ;;
+        cuda_cpp) # kernels of CUDA C++, which nogpu launches by the driver, and of numba.cuda
+            needs execnet xdist && run_tests cuda_cpp.xml -n "$workers" -k on_a_gpu \
+                nogpu/tests/test_{on_gpu,numba_programs}.py || return
+            needs numba_cuda 2>/dev/null || echo "numba-cuda is not installed, so that its kernels were not tried"
+            ;;
+        exact) # exact products, in bfloat16 and float16, too: the CPU's bits, and times beside torch.mm
+            needs rich triton && run_tests exact.xml -k cuda tests/ops/test_exact_matmul.py tests/exact/test_exact_narrow.py &&
+                limited python3 -m benchmarks run exact --parts products --device cuda --output "$outdir/$1"
             ;;
         huge) # one after the other: a test takes up to 32 GiB
             run_tests huge.xml tests/ops/test_operators_huge.py
@@ -127,13 +155,10 @@ run_stage() {
         matmul_t) # beside torch.mm alone
             measure_operators matmul_t --modes forward
             ;;
-        calls) # what the host takes for a call, beside ATen's
-            needs rich triton && limited python3 -m benchmarks run host --device cuda --output "$outdir/$1"
-            ;;
-        host) # both ways of a call, beside ATen's; under three minutes with the compilation of the C++
+        host) # what the host takes for a call by Python and by C++, beside ATen's
             needs rich triton && limited bash -c '
                 python3 -m torchpar build || echo "the calls by C++ are left out: it was not built"
-                python3 -m benchmarks run host --device cuda --output "$0"' "$outdir/$1"
+                python3 -m benchmarks run host --device cuda --rounds 15 --output "$0"' "$outdir/$1"
             ;;
         rule) # all configurations beside the library, what the rule chose, and the model's times
             tune --operators matmul_t linear_sigmoid --configurations
@@ -153,19 +178,19 @@ run_stage() {
         muon) # beside torch.optim.Muon; under 20 s on an H200
             needs rich triton && limited python3 -m benchmarks run muon --quick --output "$outdir/$1"
             ;;
-        graphs) # a step as one launch: the lessons, the speedrun's records, and PyTorch's own means
+        graphs) # a step as one launch: the lessons, the speedrun's records, and two ways to capture
             needs rich triton tyro && mkdir -p "$outdir/$1" && limited bash -e -c '
                 python3 examples/train_ddp.py --metrics "$0/train_ddp.jsonl"
                 python3 examples/train_ddp.py --graph --metrics "$0/train_ddp_graph.jsonl"
                 python3 examples/train_fast.py --metrics "$0/train_fast.jsonl"
-                python3 -m benchmarks run speedrun --recipe gpu --seeds 5 --output "$0"
-                ends=0
-                for way in make_graphed_callables torchpar.training.graphed torch.compile \
-                    "torch.compile, reduce-overhead"; do # apart: on an H100 all in one process crashed
-                    mkdir -p "$0/$way"
-                    python3 -X faulthandler -m benchmarks run train --device cuda --ways "$way" --output "$0/$way" || ends=1
-                done
-                exit "$ends"' "$outdir/$1"
+                python3 -m benchmarks run speedrun --recipe gpu --seeds 3 --output "$0"' "$outdir/$1" &&
+                time_steps torchpar.training.graphed make_graphed_callables
+            ;;
+        compiled_steps) # the same steps by PyTorch's compiler
+            needs rich triton && time_steps torch.compile "torch.compile, reduce-overhead"
+            ;;
+        nccl) # ranks that have a GPU each, beside the same ranks on CPUs; $PART is the only program
+            needs rich triton tyro && limited python3 tests/ranks_on_gpus.py "$outdir/$1" ${PART:+--parts "$PART"}
             ;;
         linear_sigmoid) # beside addmm alone
             measure_operators linear_sigmoid --modes forward backward
@@ -213,6 +238,8 @@ for stage in "${stages[@]}"; do
     # The shell opens the archive before tar reads its folder, which would otherwise change meanwhile.
     tar -C "$outdir" --exclude validate.tar.gz -cz . >"$outdir/validate.tar.gz"
 done
+
+wait # for the C++, if no stage has
 
 if ((${#failed[@]})); then
     echo "failed: ${failed[*]}"

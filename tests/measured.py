@@ -7,20 +7,30 @@
     python tests/measured.py emulated
 
 count them anew; `benchmarks/validate_gpu.sh OUTDIR counters` does both. The second command prints a
-line of JSON for each launch.
+line of JSON for each launch, with the estimates of its time. No GPU has counted `OTHERS` yet: the
+kernels of CUDA C++, and those of numba.cuda, which are left out where numba-cuda is not installed.
 """
 
 import json
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 import torchpar
-from nogpu import Launch, emulate
+from nogpu import Launch, cuda_is_cpu, emulate
+from nogpu.cuda import load
+from nogpu.numba.numba_stand_in import has_numba_cuda
 from torchpar.kernels import linear_sigmoid, matmul_t
 from torchpar.kernels.rule import Tiles
 
@@ -135,10 +145,66 @@ CALLS: dict[str, Callable[[], object]] = {
     "exact": lambda: torchpar.exact_matmul(normal(256, 256), normal(256, 256)),
 }
 
+CORPUS = Path(__file__).parents[1] / "nogpu" / "tests" / "cuda_programs"
+load_once = cache(load)  # a module of a GPU, which is compiled and loaded once
+
+
+def of_cpp(file: str, kernel: str, *size: object) -> Callable[[], object]:
+    """The product of two matrices of 96 × 96 by a kernel of CUDA C++."""
+
+    def call() -> None:
+        launch: Any = load_once(CORPUS / f"{file}.cu")[kernel][size]
+        launch(normal(96, 96), normal(96, 96), zeros(96, 96), 96)
+
+    return call
+
+
+def of_numba(name: str, *size: object) -> Callable[[], object]:
+    """A kernel of the course, by numba.cuda."""
+
+    def call() -> None:
+        from numba import cuda
+
+        course = course_of_numba()
+        shape = (64, 128)
+        if name == "max_kernel":
+            operands = [np.arange(64 * 128, dtype=np.float32).reshape(shape)] * 2
+            out = cuda.device_array(shape, np.float32)
+        else:
+            operands = [np.ones((48, 32), np.float32)]
+            out = cuda.device_array((48, 48), np.float32)
+        getattr(course, name)[size](*map(cuda.to_device, operands), out)
+
+    return call
+
+
+@cache
+def course_of_numba() -> Any:
+    # numba-cuda takes the place of numba.cuda by a .pth, which is read in site-packages alone.
+    if find_spec("_numba_cuda_redirector"):
+        import_module("_numba_cuda_redirector")
+    sys.path.append(str(Path(__file__).parents[1] / "examples"))
+    return import_module("course_kernels_numba")
+
+
+OTHERS: dict[str, Callable[[], object]] = {
+    "cuda_cpp product_naive": of_cpp("product_naive", "product", (6, 6), (16, 16)),
+    "cuda_cpp product_tiled": of_cpp("product_tiled", "product<float, 16>", (6, 6), (16, 16)),
+}
+if has_numba_cuda():
+    OTHERS |= {
+        "numba maximum": of_numba("max_kernel", 64, 128),
+        "numba matmul_t": of_numba("matmul_kernel", 1, 1024),
+    }
+EVERY = CALLS | OTHERS
+
 
 def launches(case: str) -> list[Launch]:
-    with emulate("sm_90") as gpu:
-        CALLS[case]()
+    with ExitStack() as stack:
+        gpu = stack.enter_context(emulate("sm_90"))
+        if case.startswith("numba"):
+            stack.enter_context(cuda_is_cpu(gpu))
+        EVERY[case]()
     return gpu.launches
 
 
@@ -181,21 +247,25 @@ def run_on_gpu(cases: Iterable[str]) -> None:
     global device
     device = "cuda"
     for case in cases:
-        CALLS[case]()
+        EVERY[case]()
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
     for case in cases:
         with torch.cuda.nvtx.range(case):
-            CALLS[case]()
+            EVERY[case]()
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
 
 
 if __name__ == "__main__":
     mode, *chosen = sys.argv[1:]
+    if not has_numba_cuda():
+        print("numba-cuda is not installed, so that its kernels are not counted", file=sys.stderr)
     if mode == "real":
-        run_on_gpu(chosen or CALLS)
+        run_on_gpu(chosen or EVERY)
     else:
-        for case in chosen or CALLS:
+        for case in chosen or EVERY:
             for launch in launches(case):
-                print(json.dumps({"case": case, "kernel": launch.kernel} | counted(launch)))
+                row = {"case": case, "kernel": launch.kernel} | counted(launch)
+                times = {gpu: round(one.microseconds, 2) for gpu, one in launch.time.items()}
+                print(json.dumps(row | {"estimates_us": times}), flush=True)

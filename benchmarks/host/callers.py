@@ -59,7 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cpu: without a GPU"
     )
+    command.parser.add_argument(
+        "--rounds", type=int, metavar="N", help=f"of turns, by default {ROUNDS} or more"
+    )
     options = command.parse(arguments)
+    if options.rounds is not None and options.rounds < 1:
+        raise ConfigError(f"--rounds is {options.rounds}, expected at least 1")
     device = torch.device(options.device)
     stub = None
     if device.type == "cpu":
@@ -77,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     rounds = 2 if options.quick else ROUNDS
     small_rounds = rounds if options.quick or device.type == "cuda" else SMALL_ROUNDS
+    if options.rounds:
+        rounds = small_rounds = options.rounds
     table = Table(command.csv(options), device)
     with ExitStack() as stack:
         caller = stack.enter_context(calls_of(HERE, device, stub))

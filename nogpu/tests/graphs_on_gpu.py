@@ -8,17 +8,22 @@ if a program that the emulator refuses is accepted, or one that it accepts is re
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
 import test_graphs
 import test_graphs_host
+import test_graphs_reads
+import test_graphs_streams
+import test_graphs_values
 import torch
 from torch.utils._pytree import tree_leaves
 
 SECONDS = 40  # of a program, compilation included
 AT_A_TIME = 12
+# Kinds that the emulator names, and of which a GPU says nothing.
+SILENT = ("wrong", "beside", "unordered")
 
 
 def run(kind: str, case: str) -> str:
@@ -35,13 +40,46 @@ def run(kind: str, case: str) -> str:
             test_graphs_host.captured(case)
         elif kind == "kept":
             list(test_graphs_host.kept(case))
+        elif kind == "reads":
+            read_back(test_graphs_reads.PAIRS[case][0])
+        elif kind == "captured":
+            for name, function in dict(CAPTURED)[case].items():  # noqa: B007 (an error names it)
+                test_graphs_reads.check_captured(function)
+        elif kind == "refused":
+            refused(test_graphs_values.REFUSED[case][0])
         else:
-            table = test_graphs.FORBIDDEN if kind == "forbidden" else test_graphs.WRONG
-            table[case][0]()
+            TABLES[kind][case][0]()
         torch.cuda.synchronize()
     except Exception as error:
-        return f"{type(error).__name__}: {error}".partition("\n")[0]
+        of = f"{name}: " if kind == "captured" else ""
+        return f"{of}{type(error).__name__}: {error}".partition("\n")[0]
     return "ran"
+
+
+TABLES = {
+    "forbidden": test_graphs.FORBIDDEN,
+    "wrong": test_graphs.WRONG,
+    "beside": test_graphs_streams.FORGOTTEN,
+    "unordered": test_graphs_streams.RACES,
+}
+# What replays compute as the functions do: their captures spoil nothing, and share a process.
+CAPTURED = [
+    ("operators", test_graphs_reads.CAPTURED),
+    ("pairs", {name: other for name, (_, other) in test_graphs_reads.PAIRS.items()}),
+]
+
+
+def read_back(reads: Callable[[torch.Tensor], object]) -> None:
+    x = test_graphs_reads.values()
+    reads(x)  # so that a capture has nothing to load
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        reads(x)
+
+
+def refused(function: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
+    x, i = torch.ones(4, device="cuda"), torch.full((4,), 99, device="cuda")
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        function(x, i)
 
 
 def programs() -> list[tuple[str, str]]:
@@ -51,6 +89,11 @@ def programs() -> list[tuple[str, str]]:
         *[("wrong", case) for case in test_graphs.WRONG],
         *[("copied", case) for case in test_graphs_host.REFUSED],
         *[("kept", case) for case in test_graphs_host.KEPT],
+        *[("reads", case) for case in test_graphs_reads.PAIRS],
+        *[("captured", case) for case, _ in CAPTURED],
+        *[("refused", case) for case in test_graphs_values.REFUSED],
+        *[("beside", case) for case in test_graphs_streams.FORGOTTEN],
+        *[("unordered", case) for case in test_graphs_streams.RACES],
         *[("right", program.__name__) for program in test_graphs.RIGHT],
     ]
 
@@ -83,7 +126,8 @@ def main() -> int:
     cases = programs()
     others = 0
     for (kind, case), happened in zip(cases, in_processes(cases), strict=True):
-        agrees = kind == "wrong" or (happened == "ran") == (kind in ("right", "kept"))
+        is_captured = kind in ("right", "kept", "captured")
+        agrees = kind in SILENT or (happened == "ran") == is_captured
         others += not agrees
         print(f"{'' if agrees else 'OTHERWISE '}{kind}, {case}: {happened}")
     print(f"{len(cases)} programs, {others} of them otherwise than emulated")

@@ -3,11 +3,15 @@
 
 import json
 import re
+import runpy
 from contextlib import suppress
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nogpu import command, cuda_is_cpu, emulate
 from nogpu.numba.numba_kernels import LaunchError
@@ -16,6 +20,9 @@ from nogpu.numba.numba_stand_in import _changes, has_numba_cuda
 if not has_numba_cuda():
     reason = "numba-cuda is not installed: pip install 'numba-cuda[cu13]'"
     pytest.skip(reason, allow_module_level=True)
+# numba-cuda takes the place of numba.cuda by a .pth, which is read in site-packages alone.
+if find_spec("_numba_cuda_redirector"):
+    import_module("_numba_cuda_redirector")
 
 FOLDER = Path(__file__).with_name("numba_programs")
 PROGRAMS = sorted(FOLDER.glob("*.py"))
@@ -50,6 +57,17 @@ def test_program_of_numba(program, tmp_path, capsys):
         return
     assert {(one["name"], one["source"]["line"] in lines) for one in faults} == {(name, True)}, out
     assert status == int(any(one["kind"] == "error" for one in faults)), out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize(
+    "program",
+    [one for one in PROGRAMS if COMMENT.search(one.read_text("utf-8"))[1] == "Right"],
+    ids=lambda program: program.stem,
+)
+def test_right_program_of_numba_on_a_gpu(program):
+    """A program checks its values itself."""
+    runpy.run_path(str(program), run_name="__main__")
 
 
 def test_half_of_the_programs_are_wrong():

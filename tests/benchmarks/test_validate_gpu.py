@@ -5,11 +5,13 @@ Each stage runs to where it first reaches for the GPU; of tests, all are collect
 is the one that runs this, and so are the versions.
 """
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -17,16 +19,17 @@ from commands import ROOT, import_path
 
 SCRIPT = ROOT / "benchmarks" / "validate_gpu.sh"
 # Each stage, and how many tests it collects at least.
-FIRST = ("verify", "calls", "rule", "muon", "graphs", "captures", "counters")
-THEN = ("host", "ladder", "matmul_t", "linear_sigmoid", "operators")
+FIRST = ("verify", "host", "rule", "muon", "graphs", "captures", "counters")
+THEN = ("compiled_steps", "ladder", "matmul_t", "linear_sigmoid", "operators")
 LATER = ("autotune", "autotune_float32", "max_autotune")
 STAGES = {
-    **{"compile": 0, "values": 500},
+    **{"compile": 0, "values": 500, "by_cpp": 200},
     **dict.fromkeys(FIRST, 0),
-    "cuda_cpp": 10,
+    **{"cuda_cpp": 10, "exact": 10},
     **dict.fromkeys(THEN + LATER, 0),
     "huge": 4,
 }
+IN_EIGHT_MINUTES = [*STAGES][: [*STAGES].index("compiled_steps")]
 
 
 def validate(*arguments: str, cwd: Path, gpu: bool = True, **environment: str) -> tuple[int, str]:
@@ -54,8 +57,40 @@ def validate(*arguments: str, cwd: Path, gpu: bool = True, **environment: str) -
 def test_a_wrong_usage_is_refused(tmp_path, arguments):
     status, printed = validate(*shlex.split(arguments), cwd=tmp_path)
     assert status == 2
-    expected = f"OUTDIR [STAGE ...] | --wheels DIR; STAGE: {' '.join(STAGES)}"
+    expected = f"OUTDIR [STAGE ...] | --wheels DIR; STAGE: {' '.join(STAGES)} nccl"
     assert printed == f"usage: bash benchmarks/validate_gpu.sh {expected}\n"
+
+
+def test_the_first_stages_take_eight_minutes_at_most():
+    (given,) = re.findall(r"declare -A limits=\(([^)]*)\)", SCRIPT.read_text())
+    limits = {name: int(seconds) for name, seconds in re.findall(r"\[(\w+)\]=(\d+)", given)}
+    assert sum(limits[name] for name in IN_EIGHT_MINUTES) <= 480
+    assert limits["nccl"] <= 480
+
+
+@pytest.mark.slow
+def test_ranks_by_nccl_need_two_gpus(tmp_path):
+    status, printed = validate("out", "nccl", cwd=tmp_path)
+    first, last = printed.splitlines()
+    assert (status, last) == (1, "failed: nccl (status 2)")
+    assert first.endswith("ranks_on_gpus.py: PyTorch finds 1 GPU, expected 2 or more")
+
+
+@pytest.mark.slow
+def test_ranks_by_nccl_come_to_their_gpus(tmp_path):
+    pytest.importorskip("tyro", reason="the lessons need tyro")
+    given = {"REHEARSAL_GPUS": "2", "PART": "Muon's exchanges"}
+    status, printed = validate("out", "nccl", cwd=tmp_path, **given)
+    out = tmp_path / "out"
+    row = json.loads((out / "nccl" / "ranks.jsonl").read_text())
+    assert row["reason"] == "0 hashes on the GPUs, and 3 on the CPUs", row
+    (log,) = (out / "nccl" / "logs").glob("*.gpus.txt")
+    assert log.read_text().count("the rehearsal ends at the GPU") == 2
+    first, last = printed.splitlines()
+    assert first.endswith("1 parts are wrong")
+    assert (status, last) == (1, "failed: nccl (status 1)")
+    with tarfile.open(out / "validate.tar.gz") as archive:
+        assert {"./validate.log", "./nccl/ranks.jsonl"} <= {*archive.getnames()}
 
 
 @pytest.mark.slow
@@ -94,14 +129,15 @@ def test_a_stage_needs_nothing_of_another(tmp_path, stage):
     environment = {
         "CASE": "strided33",
         "REHEARSAL_BLOCKED": "nothing" if stage == "graphs" else "tyro",
-        # The stage's limit is for a GPU's machine, which compiles the C++ sooner.
-        "CXX": "no-compiler",
     }
+    if stage != "by_cpp":
+        # The stage's limit is for a GPU's machine, which compiles the C++ sooner.
+        environment["CXX"] = "no-compiler"
     status, printed = validate("o u t", stage, cwd=folder, **environment)
     out = folder / "o u t"
     log = (out / "validate.log").read_text()
     # What comes to the GPU in a process of its own is missed.
-    in_a_rank = {"verify": 2, "calls": 2, "host": 2, "graphs": 1, "captures": 1}.get(stage, 0)
+    in_a_rank = {"verify": 2, "host": 2, "graphs": 1, "captures": 1}.get(stage, 0)
     assert status == bool(in_a_rank), log
     lines = printed.splitlines()
     assert len(lines) == 2, printed
@@ -109,7 +145,7 @@ def test_a_stage_needs_nothing_of_another(tmp_path, stage):
     assert last == (f"failed: {stage} (status {in_a_rank})" if in_a_rank else f"passed: {stage}")
     if stage == "graphs":  # the lessons come to the GPU, and then a rank of the speedrun does
         assert log.count("the rehearsal ends at the GPU") == 4, log
-    elif stage in ("calls", "host"):
+    elif stage == "host":
         assert "the process that makes the calls has ended" in first
         assert "the rehearsal ends at the GPU" in log
     elif stage == "captures":

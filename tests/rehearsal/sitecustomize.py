@@ -3,7 +3,7 @@
 PYTHONPATH.
 
 The process ends where it first reaches for the GPU. The module $REHEARSAL_BLOCKED cannot be
-imported.
+imported. $REHEARSAL_GPUS is the number of GPUs, by default one.
 """
 
 import os
@@ -37,7 +37,7 @@ def pretend_gpu() -> None:
     )
     for function, value in {
         "is_available": True,
-        "device_count": 1,
+        "device_count": int(os.environ.get("REHEARSAL_GPUS", "1")),
         "current_device": 0,
         "get_device_name": properties.name,
         "get_device_capability": (9, 0),
