@@ -34,6 +34,10 @@ from nogpu.numba.numba_stand_in import has_numba_cuda
 from torchpar.kernels import linear_sigmoid, matmul_t
 from torchpar.kernels.rule import Tiles
 
+# numba-cuda takes the place of numba.cuda by a .pth, which is read in site-packages alone.
+if find_spec("_numba_cuda_redirector"):
+    import_module("_numba_cuda_redirector")
+
 
 @triton.jit
 def transpose_rows(x, out, n, BLOCK: tl.constexpr):
@@ -180,9 +184,6 @@ def of_numba(name: str, *size: object) -> Callable[[], object]:
 
 @cache
 def course_of_numba() -> Any:
-    # numba-cuda takes the place of numba.cuda by a .pth, which is read in site-packages alone.
-    if find_spec("_numba_cuda_redirector"):
-        import_module("_numba_cuda_redirector")
     sys.path.append(str(Path(__file__).parents[1] / "examples"))
     return import_module("course_kernels_numba")
 

@@ -52,6 +52,7 @@ SELF = str(Path(__file__).resolve())
 # which rounds once. An update of Muon is rounded to bfloat16.
 TOLERANCES = {"float32": 1024 * 2**-24 * math.log(10), "bfloat16": 2**-8 * math.log(10)}
 HASH = re.compile(r"SHA-256 of the weights[^:\n]*: ([0-9a-f]{64})$", re.MULTILINE)
+BACKEND = re.compile(r"^(\w+) connects the ranks on ", re.MULTILINE)
 SECONDS = 100  # of a run
 ALL_SECONDS = 445  # after these no part begins
 BOUND = 40  # seconds of a rank after the end of another, whose --timeout is 10
@@ -124,6 +125,8 @@ def run(part: Part, device: str, log: Path) -> dict[str, Any]:
         why = f"status {status}" if status is not None else f"no end within {SECONDS} s"
         last = next((line for line in reversed(text.splitlines()) if "rror" in line), "")
         return found | {"reason": f"{why}: {last.strip()[:300]}"}
+    if connected := BACKEND.search(text):
+        found["backend"] = connected[1]
     if hashes := HASH.findall(text):
         found["hashes"] = hashes
     if metrics.exists():
@@ -194,13 +197,15 @@ def ended(process: "subprocess.Popen[bytes]", seconds: float, grace: float) -> i
                 process.kill()
 
 
-def judged(part: Part, gpus: dict[str, Any], cpus: dict[str, Any]) -> str:
+def judged(part: Part, gpus: dict[str, Any], cpus: dict[str, Any], device: str = "cuda") -> str:
     """Return what is wrong with a part, or ""."""
     for where, found in (("on the GPUs", gpus), ("on the CPUs", cpus)):
         if "reason" in found:
             return f"{where}: {found['reason']}"
     if part.judge == "killed":
         return ""
+    if device == "cuda" and gpus.get("backend", "nccl") != "nccl":
+        return f"{gpus['backend']} connected the ranks on the GPUs, expected nccl"
     what = "hashes" if part.judge == "bits" else "losses"
     ours, expected = gpus.get(what, []), cpus.get(what, [])
     if not ours or len(ours) != len(expected):
@@ -210,7 +215,9 @@ def judged(part: Part, gpus: dict[str, Any], cpus: dict[str, Any]) -> str:
     off = max(abs(one - other) for one, other in zip(ours, expected, strict=True))
     tolerance = TOLERANCES[part.judge]
     # NaN is not within it.
-    return "" if off <= tolerance else f"losses differ by {off:.2g}, expected at most {tolerance:.2g}"
+    return (
+        "" if off <= tolerance else f"losses differ by {off:.2g}, expected at most {tolerance:.2g}"
+    )
 
 
 # Muon's exchanges: matrices of which each rank has a part, and others
@@ -229,9 +236,7 @@ def exchange(device: str) -> None:
                 named = [(str(n), t) for n, t in enumerate(found)]
                 print(f"SHA-256 of the weights, {how}: {sha256_of(named)}")
             begun = matrices()
-            for ours, whole, first in zip(
-                steps(world, how), steps(world, ""), begun, strict=True
-            ):
+            for ours, whole, first in zip(steps(world, how), steps(world, ""), begun, strict=True):
                 # Matrices of a batch round in another way than one alone.
                 off, way = (ours - whole).norm(), (whole - first.weight.detach()).norm()
                 if not off <= 0.03 * way:
@@ -256,9 +261,7 @@ def steps(world: World, how: str, is_exact: bool = False) -> list[torch.Tensor]:
         for p in model.parameters():
             p.grad = torch.randn(p.shape, generator=generator).to(world.device)
             if isinstance(p, DTensor):
-                p.grad = distribute_tensor(
-                    p.grad, p.device_mesh, p.placements, src_data_rank=None
-                )
+                p.grad = distribute_tensor(p.grad, p.device_mesh, p.placements, src_data_rank=None)
         with exact.mode() if is_exact else nullcontext():
             optimizer.step()
     whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
@@ -298,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     for side, device in devices.items()
                 }
                 sides = {side: call.result() for side, call in calls.items()}
-                reason = judged(part, **sides)
+                reason = judged(part, **sides, device=options.device)
             wrong += bool(reason)
             row = {"part": part.name, "ranks": part.ranks, "device": options.device}
             row |= {"judge": part.judge, **sides, "ok": not reason, "reason": reason}

@@ -21,7 +21,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 SECONDS = 40  # of a program, compilation included
-AT_A_TIME = 12
+AT_A_TIME = 14
 # Kinds that the emulator names, and of which a GPU says nothing.
 SILENT = ("wrong", "beside", "unordered")
 
@@ -83,17 +83,18 @@ def refused(function: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
 
 
 def programs() -> list[tuple[str, str]]:
+    """Return the kinds and names of the programs; first those that no GPU has run."""
     return [
-        *[("forbidden", case) for case in test_graphs.FORBIDDEN],
-        *[("misuse", case) for case in test_graphs.MISUSES],
-        *[("wrong", case) for case in test_graphs.WRONG],
+        *[("captured", case) for case, _ in CAPTURED],
+        *[("reads", case) for case in test_graphs_reads.PAIRS],
         *[("copied", case) for case in test_graphs_host.REFUSED],
         *[("kept", case) for case in test_graphs_host.KEPT],
-        *[("reads", case) for case in test_graphs_reads.PAIRS],
-        *[("captured", case) for case, _ in CAPTURED],
         *[("refused", case) for case in test_graphs_values.REFUSED],
         *[("beside", case) for case in test_graphs_streams.FORGOTTEN],
         *[("unordered", case) for case in test_graphs_streams.RACES],
+        *[("forbidden", case) for case in test_graphs.FORBIDDEN],
+        *[("misuse", case) for case in test_graphs.MISUSES],
+        *[("wrong", case) for case in test_graphs.WRONG],
         *[("right", program.__name__) for program in test_graphs.RIGHT],
     ]
 
