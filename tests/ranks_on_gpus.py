@@ -210,14 +210,18 @@ def judged(part: Part, gpus: dict[str, Any], cpus: dict[str, Any], device: str =
     ours, expected = gpus.get(what, []), cpus.get(what, [])
     if not ours or len(ours) != len(expected):
         return f"{len(ours)} {what} on the GPUs, and {len(expected)} on the CPUs"
-    if part.judge == "bits":
-        return "" if ours == expected else "the hashes differ"
-    off = max(abs(one - other) for one, other in zip(ours, expected, strict=True))
-    tolerance = TOLERANCES[part.judge]
-    # NaN is not within it.
-    return (
-        "" if off <= tolerance else f"losses differ by {off:.2g}, expected at most {tolerance:.2g}"
-    )
+    return "" if ours == expected else difference(part.judge, ours, expected)
+
+
+def difference(kind: str, ours: list[Any], expected: list[Any]) -> str:
+    """Return what differs by more than it may, or ""."""
+    if kind == "bits":
+        return "the hashes differ"
+    distances = [abs(one - other) for one, other in zip(ours, expected, strict=True)]
+    most = TOLERANCES[kind]
+    if all(distance <= most for distance in distances):  # which NaN is not
+        return ""
+    return f"losses differ by {max(distances):.2g}, expected at most {most:.2g}"
 
 
 # Muon's exchanges: matrices of which each rank has a part, and others

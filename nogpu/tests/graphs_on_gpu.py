@@ -29,39 +29,13 @@ SILENT = ("wrong", "beside", "unordered")
 def run(kind: str, case: str) -> str:
     """Run a program on a GPU: "ran", or its error's first line."""
     try:
-        if kind == "right":
-            program = next(one for one in test_graphs.RIGHT if one.__name__ == case)
-            found, expected = (tree_leaves(program(is_graphed)) for is_graphed in (True, False))
-            for one, other in zip(found, expected, strict=True):
-                torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other))
-        elif kind == "misuse":
-            test_graphs.MISUSES[case][0](torch.cuda.CUDAGraph())
-        elif kind == "copied":
-            test_graphs_host.captured(case)
-        elif kind == "kept":
-            list(test_graphs_host.kept(case))
-        elif kind == "reads":
-            read_back(test_graphs_reads.PAIRS[case][0])
-        elif kind == "captured":
-            for name, function in dict(CAPTURED)[case].items():  # noqa: B007 (an error names it)
-                test_graphs_reads.check_captured(function)
-        elif kind == "refused":
-            refused(test_graphs_values.REFUSED[case][0])
-        else:
-            TABLES[kind][case][0]()
+        CALLS[kind](case)
         torch.cuda.synchronize()
     except Exception as error:
-        of = f"{name}: " if kind == "captured" else ""
-        return f"{of}{type(error).__name__}: {error}".partition("\n")[0]
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
     return "ran"
 
 
-TABLES = {
-    "forbidden": test_graphs.FORBIDDEN,
-    "wrong": test_graphs.WRONG,
-    "beside": test_graphs_streams.FORGOTTEN,
-    "unordered": test_graphs_streams.RACES,
-}
 # What replays compute as the functions do: their captures spoil nothing, and share a process.
 CAPTURED = [
     ("operators", test_graphs_reads.CAPTURED),
@@ -69,17 +43,47 @@ CAPTURED = [
 ]
 
 
-def read_back(reads: Callable[[torch.Tensor], object]) -> None:
-    x = test_graphs_reads.values()
+def right(case: str) -> None:
+    program = next(one for one in test_graphs.RIGHT if one.__name__ == case)
+    found, expected = (tree_leaves(program(is_graphed)) for is_graphed in (True, False))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other))
+
+
+def captured(case: str) -> None:
+    for name, function in dict(CAPTURED)[case].items():
+        try:
+            test_graphs_reads.check_captured(function)
+        except Exception as error:
+            raise RuntimeError(f"{name}: {error!r}") from error
+
+
+def read_back(case: str) -> None:
+    (reads, _), x = test_graphs_reads.PAIRS[case], test_graphs_reads.values()
     reads(x)  # so that a capture has nothing to load
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         reads(x)
 
 
-def refused(function: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
+def refused(case: str) -> None:
     x, i = torch.ones(4, device="cuda"), torch.full((4,), 99, device="cuda")
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        function(x, i)
+        test_graphs_values.REFUSED[case][0](x, i)
+
+
+CALLS: dict[str, Callable[[str], object]] = {
+    "right": right,
+    "captured": captured,
+    "reads": read_back,
+    "refused": refused,
+    "copied": test_graphs_host.captured,
+    "kept": lambda case: list(test_graphs_host.kept(case)),
+    "misuse": lambda case: test_graphs.MISUSES[case][0](torch.cuda.CUDAGraph()),
+    "forbidden": lambda case: test_graphs.FORBIDDEN[case][0](),
+    "wrong": lambda case: test_graphs.WRONG[case][0](),
+    "beside": lambda case: test_graphs_streams.FORGOTTEN[case][0](),
+    "unordered": lambda case: test_graphs_streams.RACES[case][0](),
+}
 
 
 def programs() -> list[tuple[str, str]]:
