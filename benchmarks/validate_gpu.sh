@@ -16,8 +16,8 @@
 #
 # The stage nccl is for a machine with two GPUs or more. It runs if it is named, and takes at most eight minutes.
 #
-# OUTDIR gets validate.log, {values,by_cpp,cuda_cpp,exact,huge}.xml, and what the benchmarks write into a folder of the stage's
-# name; validate.tar.gz has all of it after each stage. The log, the XML and the CSV name the commit, which is
+# OUTDIR gets validate.log, {values,by_cpp,cuda_cpp,exact,huge}.xml, and what the benchmarks write into a folder of the
+# stage's name; validate.tar.gz has all of it after each stage. The log, the XML and the CSV name the commit, which is
 # $TORCHPAR_COMMIT where the checkout has no .git, the versions and the clocks. PYTHONPATH is kept. No setting
 # of the GPU is touched.
 # The status is 0 if all stages passed, 1 if one failed, 2 if there is nothing to run on.
@@ -84,9 +84,15 @@ needs() { # import the modules that a stage needs
 }
 
 limited() { # a command, interrupted at the limit of the stage; pytest still writes what it has
-    local left=$((start + ${limits[$stage]:-540} - SECONDS))
+    local left=$((began + ${limits[$stage]:-540} - SECONDS))
     timeout -s INT -k 20 "$((left > 0 ? left : 1))" "$@" &
     wait $!
+}
+build_cpp() { # before the limit of a stage begins: where all stages run in turn, it is there already
+    python3 -m torchpar build
+    local status=$?
+    began=$SECONDS
+    return "$status"
 }
 # `timeout` leads a process group of its own, which a terminal's Ctrl-C does not reach. A job ignores SIGINT.
 trap 'trap "" INT TERM; kill ${builder:-} 2>/dev/null; kill -s INT $(jobs -p) 2>/dev/null; wait; exit 130' INT TERM
@@ -133,8 +139,7 @@ run_stage() {
                 tests/ops/test_symmetric_*.py tests/optim/test_launches.py tests/test_nn.py tests/training/test_{graphed,training}.py tests/benchmarks/test_compare.py
             ;;
         by_cpp) # the operators' values by C++, which waits for its compilation
-            needs execnet xdist && limited python3 -m torchpar build &&
-                run_tests by_cpp.xml -p played -n "$workers" --dist worksteal -k cuda \
+            needs execnet xdist && build_cpp && run_tests by_cpp.xml -p played -n "$workers" --dist worksteal -k cuda \
                     tests/ops/test_operators_{values,autograd}.py tests/ops/test_our_operators.py
             ;;
         cuda_cpp) # kernels of CUDA C++, which nogpu launches by the driver, and of numba.cuda
@@ -156,9 +161,8 @@ run_stage() {
             measure_operators matmul_t --modes forward
             ;;
         host) # what the host takes for a call by Python and by C++, beside ATen's
-            needs rich triton && limited bash -c '
-                python3 -m torchpar build || echo "the calls by C++ are left out: it was not built"
-                python3 -m benchmarks run host --device cuda --rounds 15 --output "$0"' "$outdir/$1"
+            build_cpp || echo "the calls by C++ are left out: it was not built"
+            needs rich triton && limited python3 -m benchmarks run host --device cuda --rounds 15 --output "$outdir/$1"
             ;;
         rule) # all configurations beside the library, what the rule chose, and the model's times
             tune --operators matmul_t linear_sigmoid --configurations
@@ -224,7 +228,7 @@ capability=$(python3 -c 'import torch; print("%d%d" % torch.cuda.get_device_capa
 log=$outdir/validate.log
 failed=()
 for stage in "${stages[@]}"; do
-    start=$SECONDS
+    start=$SECONDS began=$SECONDS
     {
         echo "== $stage, $origin"
         nvidia-smi --query-gpu=driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv
