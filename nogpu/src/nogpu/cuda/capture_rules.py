@@ -21,7 +21,7 @@ from nogpu.cuda.host_copies import MAKING, MAKING_SPARSE, PUT, UPDATE_AFTER
 from nogpu.cuda.reading_operators import DEPENDENT, NUMBER
 from nogpu.cuda.types import Function, Keywords, Operator
 from nogpu.libraries import instead_of_optimizer
-from nogpu.record.source import calls_under_way
+from nogpu.record.source import calls_under_way, variables_of
 
 # Functions in Python that read a tensor's values, by their names.
 READING_FUNCTIONS = {
@@ -174,7 +174,7 @@ def _instead_of_callers(what: str) -> str:
         place = frame.f_globals.get("__name__", ""), frame.f_code.co_name
         if place in INSTEAD_WITHIN:
             return INSTEAD_WITHIN[place]
-        optimizer = frame.f_locals.get("self")
+        optimizer = variables_of(frame).get("self")
         if what == NUMBER and isinstance(optimizer, Optimizer):
             return _instead_of_optimizer(optimizer)
     return ""

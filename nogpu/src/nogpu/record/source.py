@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
+from inspect import CO_OPTIMIZED
 from pathlib import Path
 from types import FrameType
 
@@ -30,11 +31,28 @@ def program_line() -> tuple[str, int] | None:
 def name_in_program(value: object) -> str:
     """Return the variable of a value where the program is executed; "" if it has none there."""
     frame = _program_frame()
-    for names in () if frame is None else (frame.f_locals, frame.f_globals):
+    for names in () if frame is None else (variables_of(frame), frame.f_globals):
         for name, one in list(names.items()):  # another thread may change them
             if one is value:
                 return name
     return ""
+
+
+HOLDERS = 3  # of a frame's dictionary: the frame, a name, and the call of getrefcount
+
+
+def variables_of(frame: FrameType) -> dict[str, object]:
+    """Return the variables of a function, and let its frame keep none of them alive.
+
+    Before Python 3.13 a frame keeps the dictionary of ``f_locals``, and with it each tensor that
+    the function has replaced since then.
+    """
+    held = frame.f_locals
+    found = dict(held)
+    is_of_function = frame.f_code.co_flags & CO_OPTIMIZED and isinstance(held, dict)
+    if is_of_function and sys.getrefcount(held) <= HOLDERS:  # or the program has it, by locals()
+        held.clear()
+    return found
 
 
 def calls_under_way() -> Iterator[FrameType]:
