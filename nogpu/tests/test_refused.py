@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nogpu import check_kernel, emulate
@@ -282,3 +283,18 @@ def test_a_kernel_alone_has_an_allocator_and_shows_what_is_refused():
     x = torch.arange(128, dtype=torch.int32)
     table = check(assembly_kernel, x, torch.empty_like(x), N=128, CODE=ASSEMBLY["operands"][0])
     assert "refused by ptxas" in table["execution"].detail
+
+
+@triton.jit
+def double_kernel(x, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, 2 * tl.load(x + i))
+
+
+def test_more_threads_than_a_block_may_have():
+    x, out = torch.ones(2048), torch.zeros(2048)
+    with emulate():
+        double_kernel[(1,)](x, out, 2048, num_warps=32)
+        assert out.sum() == 4096
+        with pytest.raises(OutOfResources, match="threads, Required: 2048, Hardware limit: 1024"):
+            double_kernel[(1,)](x, out, 2048, num_warps=64)

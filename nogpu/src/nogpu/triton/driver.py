@@ -339,7 +339,7 @@ class Utils:
             Module(text),
             Asked(text, arch, lambda used: used.registers),
             Asked(text, arch, lambda used: used.stack_bytes // 4),
-            int(threads[1]) if threads else MOST_THREADS,
+            min(int(threads[1]), MOST_THREADS) if threads else MOST_THREADS,
         )
 
     def unload_module(self, module: int) -> None: ...
