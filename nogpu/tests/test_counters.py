@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The counters of a launch are those that a profiler would have, for kernels that one can count."""
 
+import re
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from nogpu import emulate
 from nogpu.machine.counters import Access, summarize
 from nogpu.machine.gpu_state import SCHEDULES
 from nogpu.record.resources import Resources
-from nogpu.record.source import moved
+from nogpu.record.source import moved, shown_path
 
 slow = pytest.mark.slow
 ARCHITECTURES = ["sm_90", *(pytest.param(arch, marks=slow) for arch in ("sm_80", "sm_100"))]
@@ -224,6 +226,18 @@ def test_limits_of_a_launch(limits, message):
         strided_kernel[(1,)](torch.ones(32), torch.empty(32), 1, 32, num_warps=1)
     with pytest.raises(AssertionError, match=message):
         gpu.assert_counters(**limits)
+
+
+def test_limit_names_the_line_from_the_folder_of_the_start_on():
+    with emulate() as gpu:
+        strided_kernel[(1,)](torch.ones(1024), torch.empty(1024), 8, 32, num_warps=1)
+    with pytest.raises(AssertionError) as caught:
+        gpu.assert_counters(max_sector_ratio=1)
+    said = str(caught.value)
+    assert re.match(rf"strided_kernel: {re.escape(shown_path(__file__))}:\d+: a load takes", said)
+    # pytest shows the line of the test, and not those of nogpu
+    hidden = caught.traceback.filter(caught)
+    assert {Path(one.path).name for one in hidden} == {"test_counters.py"}
 
 
 def test_limits_that_hold_nothing_are_refused():

@@ -87,6 +87,7 @@ def check_kernel(
             that returns something else; neither ``reference`` nor ``equals``; ``equals`` that is no
             kernel and no function, or with a Triton that has no FpSan.
     """
+    __tracebackhide__ = True  # pytest then shows the line of the test alone
     if arch not in tuple(ARCHITECTURES):
         raise ValueError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")
     if not (callable(grid) or isinstance(grid, tuple | list)):
@@ -241,6 +242,7 @@ def _expected(
     dtype: torch.dtype | None = None,
 ) -> Mapping[str, Tensor]:
     """What the reference returns for copies of the arguments, whose tensors have ``dtype``."""
+    __tracebackhide__ = True
     given = [
         (a.clone() if dtype is None else _cast(a, dtype)) if isinstance(a, Tensor) else a
         for a in arguments

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nogpu.machine.parse import Source
 from nogpu.record.launch import Launch
-from nogpu.record.source import line_of
+from nogpu.record.source import line_of, shown_path
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Limits:
 def _over(source: Source, text: str, value: float, limit: float | None) -> Iterator[str]:
     if limit is None or value <= limit:
         return
-    where = f"{source[0]}:{source[1]}: " if source is not None else ""
+    where = f"{shown_path(source[0])}:{source[1]}: " if source is not None else ""
     code = f"\n    {line_of(*source)}" if source is not None else ""
     yield f"{where}{text}, expected at most {limit:.4g}{code}"
 

@@ -168,6 +168,7 @@ class Emulator(gpu.Gpu):
                 there is no launch.
             TypeError: a limit is not known, or there is none.
         """
+        __tracebackhide__ = True  # pytest then shows the line of the test alone
         known = [one.name for one in fields(Limits)]
         given = {key: limit for key, limit in limits.items() if limit is not None}
         if not given or not set(given) <= set(known):
