@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from nogpu.console import in_columns
+from nogpu.console import in_columns, plural
 from nogpu.machine.counters import Counters, summarize
 from nogpu.machine.instruction_counts import Counts
 from nogpu.machine.kinds import KINDS
@@ -138,7 +138,7 @@ class Launch:
         name = f"{self.kernel}[{shown_grid(self.grid)}]"
         clusters = f"clusters of {self.ctas} CTAs, " if self.ctas > 1 else ""
         text = (
-            f"{name} for {self.arch}: {clusters}{self.warps} warps, "
+            f"{name} for {self.arch}: {clusters}{plural(self.warps, 'warp')}, "
             f"{self.shared:,} bytes of shared memory, {self.instructions:,} instructions of warps, "
             f"{self.seconds:.2f} s"
         )
@@ -146,8 +146,8 @@ class Launch:
 
     def counted(self) -> str:
         """Return the launch's counters as text."""
-        tables = in_columns(access_rows(self)), in_columns(work_rows(self))
-        return "\n".join([*counted(self), *tables])
+        tables = access_rows(self), work_rows(self)
+        return "\n".join([*counted(self), *(in_columns(rows) for rows in tables if len(rows) > 1)])
 
 
 def shown_grid(grid: tuple[int, int, int]) -> str:
@@ -163,7 +163,8 @@ def counted(launch: Launch) -> list[str]:
         each = launch.programs_of_multiprocessor
         what = "CTAs" if launch.ctas > 1 else "programs"
         lines.append(f"{launch.resources}; {what} on a multiprocessor at once: {each}")
-    lines += map(str, launch.bounds[: len(GPU_OF[launch.arch])])
+    mine = launch.bounds[: len(GPU_OF[launch.arch])]
+    lines += [str(one) for one in mine if one.least]  # not of a kernel that only prints
     of_tensor, others = sum(total.tensor_flops.values()), sum(total.flops.values())
     if of_tensor or others:
         share = of_tensor / (of_tensor + others)
@@ -247,7 +248,7 @@ def work_rows(launch: Launch) -> list[list[str]]:
 
 
 def _place(source: Source) -> str:
-    return f"{Path(source[0]).name}:{source[1]}" if source is not None else ""
+    return f"{Path(source[0]).name}:{source[1]}" if source is not None else "no line"
 
 
 @dataclass
