@@ -197,7 +197,20 @@ def test_declarations():
         ("", "int"),
     ]
     assert (first.template, second.name, second.parameters) == ("typename T, int N = 3", "g", [])
-    assert shared_arrays(source) == {"a": (4, (4, 3)), "b": (4, ())}
+    sizes = (("a", 48), ("b", 4), ("d", 12))
+    assert shared_arrays(source, sizes) == {"a": (4, (4, 3)), "b": (4, ())}
+
+
+def test_arrays_in_shared_memory_are_those_of_the_kernel_by_their_bytes():
+    source = """
+    #define TILE 32
+    constexpr int ROWS = 4;
+    __global__ void f() { __shared__ float s[TILE][TILE + 1]; __shared__ int t[8]; }
+    __global__ void g() { __shared__ double s[2 * ROWS]; __shared__ double t[4]; }
+    """
+    assert shared_arrays(source, (("s", 4224), ("t", 32))) == {"s": (4, (32, 33))}
+    assert shared_arrays(source, (("s", 64),)) == {"s": (8, (8,))}
+    assert shared_arrays(source, (("s", 65),)) == {}
 
 
 def test_a_file_says_how_it_is_launched(tmp_path):
@@ -595,7 +608,9 @@ def test_dynamic_shared_memory_has_the_bytes_of_the_launch():
     assert not any("extern" in one for one in said)
     wide = source.replace("buffer[threadIdx.x] =", "*(double*)(buffer + 1) =")
     (message,) = messages(wide, (1, 1, 128), np.zeros(32, np.float32))
-    assert message == "an address in shared memory is not a multiple of 8"
+    assert message == (
+        "thread (0, 0, 0) stores byte 4 of shared memory, whose address is not a multiple of 8"
+    )
 
 
 def test_one_thread_that_has_ended_is_no_plural():

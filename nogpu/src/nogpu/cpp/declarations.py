@@ -7,13 +7,16 @@ of another type than its pointer's be refused. Limitation: macros are not expand
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 ATTRIBUTE = re.compile(r"__launch_bounds__\s*\([^)]*\)|__attribute__\s*\(\([^)]*\)\)")
 QUALIFIERS = ("const", "volatile", "__restrict__", "__restrict", "struct", "__grid_constant__")
+SPACES = ("static", "extern", "__constant__", "__device__")  # before the type of a variable
 # Types of NumPy, by those of C++
 DTYPES = {
     "float": "float32",
@@ -207,25 +210,68 @@ def _fields(inside: str) -> Structure | None:
     return Structure(found)
 
 
-@lru_cache(64)
-def shared_arrays(source: str) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Return the bytes of an element and the sizes of each array in shared memory, by name.
+Sizes = tuple[int, ...]
 
-    Arrays whose sizes are not numbers are omitted, and so are names that are declared twice.
+
+@lru_cache(64)
+def shared_arrays(
+    source: str, bytes_of: tuple[tuple[str, int], ...]
+) -> dict[str, tuple[int, Sizes]]:
+    """Return the bytes of an element and the sizes of a kernel's arrays in shared memory, by name.
+
+    Arrays are omitted whose sizes are not known, or do not make the array's bytes. So are those of
+    which several declarations do.
+
+    Args:
+        bytes_of: the names and the bytes of the kernel's arrays.
     """
-    found: dict[str, tuple[int, tuple[int, ...]]] = {}
-    several = set()
-    for match in re.finditer(r"\b__shared__\s+([^;=]*);", COMMENT.sub("", source)):
+    found: dict[str, set[tuple[int, Sizes]]] = {}
+    for name, kind, given in _variables(source, r"\b__shared__\s+([^;=]*);"):
+        sizes = [_size(one, source) for one in given]
+        if None not in sizes:
+            one = _bytes(DTYPES[kind]), tuple(size or 0 for size in sizes)
+            if one[0] * math.prod(one[1]) == dict(bytes_of).get(name):
+                found.setdefault(name, set()).add(one)
+    return {name: kinds.pop() for name, kinds in found.items() if len(kinds) == 1}
+
+
+def _size(text: str, source: str) -> int | None:
+    """Return a sum of products of numbers, and of names that the source gives one number each."""
+
+    def number_of(name: re.Match[str]) -> str:
+        word = re.escape(name[0])
+        given = re.findall(rf"#\s*define\s+{word}\s+\(?(\d+)\)?\s*$", source, re.MULTILINE)
+        given += re.findall(rf"\b(?:const|constexpr)\s+\w+\s+{word}\s*=\s*(\d+)\s*;", source)
+        return given[0] if len(set(given)) == 1 else name[0]
+
+    text = re.sub(r"[A-Za-z_]\w*", number_of, text)
+    if re.fullmatch(r"\s*\d+(?:\s*[+*]\s*\d+)*\s*", text) is None:
+        return None
+    return sum(math.prod(int(n) for n in one.split("*")) for one in text.split("+"))
+
+
+@lru_cache(64)
+def variable_types(source: str) -> dict[str, str]:
+    """Return the types, in NumPy, of the variables in constant and global memory, by name.
+
+    Those whose elements are no numbers are omitted.
+    """
+    pattern = r"\b__(?:constant|device)__\s+([^;={}()]*)(?=[;={])"
+    return {name: DTYPES[kind] for name, kind, _ in _variables(source, pattern)}
+
+
+def _variables(source: str, pattern: str) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield the name, the type in C++ and the sizes of each variable whose elements are numbers.
+
+    Args:
+        pattern: of a declaration, whose group has the type, the names and the sizes.
+    """
+    for match in re.finditer(pattern, COMMENT.sub("", source)):
         words = re.match(r"((?:[A-Za-z_]\w*\s+)+)(.*)$", " ".join(match[1].split()))
         if words is None:
             continue
-        kind = " ".join(one for one in words[1].split() if one not in QUALIFIERS)
+        kind = " ".join(one for one in words[1].split() if one not in (*QUALIFIERS, *SPACES))
         for one in re.split(r",(?![^\[]*\])", words[2]):
             name = re.match(r"\s*(\w+)\s*((?:\[[^\]]*\]\s*)*)$", one)
-            if name is None or kind not in DTYPES:
-                continue
-            sizes = re.findall(r"\[\s*([^\]]*?)\s*\]", name[2])
-            several |= {name[1]} & set(found)
-            if all(size.isdecimal() for size in sizes):
-                found[name[1]] = _bytes(DTYPES[kind]), tuple(int(size) for size in sizes)
-    return {name: one for name, one in found.items() if name not in several}
+            if name is not None and kind in DTYPES:
+                yield name[1], kind, re.findall(r"\[\s*([^\]]*?)\s*\]", name[2])

@@ -8,7 +8,9 @@ with nogpu.emulate("sm_90") as gpu:
 
 from __future__ import annotations
 
+import hashlib
 import linecache
+import math
 import numbers
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,9 +34,17 @@ from nogpu.cpp.declarations import (
     declarations,
     shared_arrays,
     structures,
+    variable_types,
 )
 from nogpu.cpp.nvrtc import compiled
-from nogpu.machine.parse import Kernel, Parameter, entries, parse
+from nogpu.machine.parse import (
+    Kernel,
+    Parameter,
+    entries,
+    parse,
+    source_name,
+    variable_sizes,
+)
 from nogpu.machine.registers import Values
 from nogpu.record.faults import Fault
 from nogpu.record.launch import Launch
@@ -65,6 +75,7 @@ class Module:
         self.source, self.path, self.options = source, path, tuple(options)
         self._variables: dict[str, dict[str, Tensor]] = {}
         self._loaded: dict[tuple[str, int], on_gpu.LoadedModule] = {}
+        self._contents: dict[str, bytes] = {}  # of variables, by their names in PTX
         self.ptx(DEFAULT_ARCH)
 
     def ptx(self, arch: str, names: tuple[str, ...] = ()) -> str:
@@ -114,7 +125,56 @@ class Module:
         """Return a PTX of the module on a GPU."""
         if (text, device) not in self._loaded:
             self._loaded[text, device] = on_gpu.LoadedModule(text, device)
+            for name, content in self._contents.items():
+                self._loaded[text, device].write(name, content)
         return self._loaded[text, device]
+
+    def constants(self, arch: str) -> dict[str, tuple[str, int]]:
+        """Return the type in NumPy and the bytes of variables in constant memory, by name.
+
+        Those with an initial value are omitted, and those whose elements are no numbers of NumPy.
+        """
+        types, found = variable_types(self.source), {}
+        for one, size in variable_sizes(self.ptx(arch), "const").items():
+            dtype = types.get(name := source_name(one), "")
+            if dtype and dtype != "bfloat16":
+                found[name] = dtype, size
+        return found
+
+    def copy_to(self, name: str, value: Any) -> None:
+        """Copy an array or a number to a variable of the source, as cudaMemcpyToSymbol does.
+
+        Args:
+            name: of a variable with __constant__ or __device__.
+
+        Raises:
+            KeyError: the source has no such variable, or no kernel uses it.
+            TypeError: the variable has another type.
+            ValueError: the variable has fewer bytes.
+        """
+        text = self.ptx(DEFAULT_ARCH)
+        known = {source_name(one): one for one in variable_sizes(text)}
+        if name not in known:
+            raise KeyError(
+                f"{Path(self.path).name} has no variable {name!r} that its kernels use; its "
+                f"variables: {', '.join(known) or 'none'}"
+            )
+        size, dtype = variable_sizes(text)[known[name]], variable_types(self.source).get(name, "")
+        content = _content(name, value, dtype)
+        if len(content) > size:
+            raise ValueError(f"{name} has {plural(size, 'byte')}, and got {len(content):,}")
+        before = self._contents.get(known[name], b"")
+        self._contents[known[name]] = content + before[len(content) :]
+        for held in self._variables.values():
+            if known[name] in held:
+                _write(held[known[name]], content)
+        for loaded in self._loaded.values():
+            loaded.write(known[name], content)
+
+    def shared_types(self, kernel: Kernel) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Return the bytes of an element, and the sizes, of a kernel's arrays in shared memory."""
+        sizes = tuple((source_name(name), size) for name, (_, size) in kernel.shared.items())
+        return shared_arrays(self.source, sizes)
 
     def variables(self, kernel: Kernel) -> dict[str, Tensor]:
         """Return the module's variables in global memory, which launches share."""
@@ -122,7 +182,34 @@ class Module:
         for name, content in kernel.constants.items():
             if name not in held:
                 held[name] = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8)
+                _write(held[name], self._contents.get(name, b""))
         return held
+
+
+def _write(variable: Tensor, content: bytes) -> None:
+    """Copy bytes to the beginning of a variable's memory."""
+    variable.numpy()[: len(content)] = np.frombuffer(content, np.uint8)
+
+
+def _content(name: str, value: Any, dtype: str) -> bytes:
+    """Return an array, or a number, as bytes of a variable whose elements are of ``dtype``.
+
+    Raises:
+        TypeError: it is of another type.
+    """
+    if isinstance(value, Tensor):
+        with _disable_current_modes():
+            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        got = str(value.dtype).removeprefix("torch.")
+    elif isinstance(value, numbers.Real) and dtype and dtype != "bfloat16":
+        raw, got = np.array(value, dtype).reshape(1), dtype
+    elif isinstance(value, (np.ndarray, np.generic)):
+        raw, got = np.asarray(value), str(value.dtype)
+    else:
+        raise TypeError(f"{name} is of {dtype or 'a structure'}, and got {_kind(value)}")
+    if dtype not in ("", got):
+        raise TypeError(f"{name} is of {dtype}, and got {_kind(value)}")
+    return bytes(raw.tobytes())
 
 
 class Size(NamedTuple):
@@ -207,7 +294,7 @@ class BoundKernel:
                 entry,
                 kernel,
                 module.variables(kernel),
-                shared_arrays(module.source),
+                module.shared_types(kernel),
             ),
             self.size,
             self._converted(kernel, arguments, "cpu"),
@@ -307,6 +394,12 @@ def check_size(name: str, kernel: Kernel, size: Size, most: int, giver: str) -> 
     shared = Shared(static, size.shared, most, giver)
     if fault := why_refused(name, size.grid, size.block, shared):
         raise ValueError(fault)
+    threads = math.prod(size.block)
+    if kernel.most_threads and threads > kernel.most_threads:
+        raise ValueError(
+            f"the block of {name} has {threads:,} threads, and __launch_bounds__ promises at most "
+            f"{kernel.most_threads:,}; launch smaller blocks, or raise the bound"
+        )
     return static
 
 
@@ -341,6 +434,12 @@ def launch_kernel(
         static_shared=static,
     )
 
+    # A graph keeps `execute`, and must not keep the arrays.
+    places = [
+        one._replace(value=0, owner=None) if isinstance(one.value, Tensor) else one
+        for one in arguments
+    ]
+
     def execute(values: Sequence[object]) -> None:
         def parameters() -> list[int]:
             emulator.variables = {
@@ -349,9 +448,9 @@ def launch_kernel(
             emulator.shared_types = kernel.shared_types
             bits = [
                 _placed(emulator, one.name, value) if isinstance(value, Tensor) else one.value
-                for one, value in zip(arguments, values, strict=True)
+                for one, value in zip(places, values, strict=True)
             ]
-            return packed(kernel.parsed, arguments, bits)  # type: ignore[arg-type]  # no tensors
+            return packed(kernel.parsed, places, bits)  # type: ignore[arg-type]  # no tensors
 
         before = len(emulator.faults)
         try:
@@ -648,7 +747,8 @@ def _structure(what: str, parameter: Parameter, declared: Declared | None, value
 def compile_source(source: str, path: str = "", options: Sequence[str] = ()) -> Module:
     """Return the kernels of CUDA C++; ``path`` is the file that messages name."""
     if not path:
-        path = f"cuda_source_{abs(hash(source)) % 10**6}.cu"
+        digest = hashlib.sha256(source.encode()).hexdigest()
+        path = str(Path.cwd() / f"cuda_source_{digest[:6]}.cu")  # as the PTX has it
         lines = source.splitlines(keepends=True)
         linecache.cache[path] = len(source), None, lines, path
     return Module(source, path, options)

@@ -81,6 +81,18 @@ HEADERS = {
 }
 
 
+# What an error of NVRTC means here, by a part of its text
+REASONS = {
+    'cannot open source file "nv/target"': (
+        "this header of CUDA needs libcu++, which nogpu does not have: in place of "
+        "cooperative_groups take __syncthreads(), __syncwarp() and shuffles"
+    ),
+    "device-side kernel launch": (
+        "nogpu executes no kernel that a kernel launches: launch it from Python"
+    ),
+}
+
+
 class CompileError(Exception):
     """NVRTC refuses a file; each line of the message has a file and a line."""
 
@@ -271,5 +283,8 @@ def _text(nvrtc: Any, program: Any, what: str) -> str:
 def _message(log: str, path: str) -> str:
     """Return NVRTC's errors, one in a line, each with its file and line."""
     found = re.findall(r"^(.+?)\((\d+)\): (?:catastrophic )?error: (.*)$", log, re.MULTILINE)
-    lines = [f"{Path(file).name}:{line}: {what}" for file, line, what in found]
+    lines = []
+    for file, line, what in found:
+        why = next((text for sign, text in REASONS.items() if sign in what), "")
+        lines.append(f"{Path(file).name}:{line}: {what}{why and f'; {why}'}")
     return "\n".join(lines or [log.strip() or f"NVRTC refuses {path}"])

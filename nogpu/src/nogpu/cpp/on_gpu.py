@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -35,7 +36,7 @@ class LoadedModule:
     """
 
     def __init__(self, text: str, device: int):
-        self.device = device
+        self.text, self.device = text, device
         with _current(device):
             self.module = _checked(driver().cuModuleLoadData(text.encode() + b"\0"))
 
@@ -69,6 +70,15 @@ class LoadedModule:
             at = ctypes.addressof(addresses)
             _checked(cuda.cuLaunchKernel(function, *grid, *block, shared, stream, at, 0))
 
+    def write(self, name: str, content: bytes) -> None:
+        """Copy bytes to a variable, if the module has it; the host waits for the copy."""
+        if not re.search(rf"(?<![\w$]){re.escape(name)}(?![\w$])", self.text):
+            return
+        cuda = driver()
+        with _current(self.device):
+            address, _ = _checked(cuda.cuModuleGetGlobal(self.module, name.encode()))
+            _checked(cuda.cuMemcpyHtoD(address, content, len(content)))
+
 
 @contextmanager
 def _current(device: int) -> Iterator[None]:
@@ -90,8 +100,8 @@ def _context(device: int) -> Any:
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:
-    """Return what a function of the driver returns behind its status."""
+    """Return what a function of the driver returns behind its status; of several values a list."""
     status, *found = answer
     if status.value:
         raise RuntimeError(f"the CUDA driver ends with {status.name}")
-    return found[0] if found else None
+    return found if len(found) > 1 else found[0] if found else None

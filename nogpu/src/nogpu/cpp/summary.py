@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from keyword import iskeyword
 from pathlib import Path
 
+import numpy as np
+
 from nogpu.console import in_columns
 from nogpu.cpp.declarations import Declaration, Declared, blank, structures
 from nogpu.cpp.launching import DEFAULT_ARCH, FLOATS, Module, compile_source
@@ -75,6 +77,7 @@ def _example(module: Module, path: str | Path, arch: str) -> list[str]:
         *(["import torch"] if needs_torch else []),
         "",
         f'kernels = nogpu.cuda.load("{Path(path).as_posix()}")',
+        *_constants(module, arch),
         *lines,
         "",
         f"Its sizes are examples: put in your own. Arrays have {ELEMENTS:,} elements, and integers "
@@ -89,6 +92,15 @@ def _example(module: Module, path: str | Path, arch: str) -> list[str]:
         lines.append(
             f"Code for the CPU is left out ({', '.join(left_out)}): the script takes its place."
         )
+    return lines
+
+
+def _constants(module: Module, arch: str) -> list[str]:
+    """Return calls that fill the variables in constant memory, as cudaMemcpyToSymbol does."""
+    lines = []
+    for name, (dtype, size) in module.constants(arch).items():
+        count = size // np.dtype(dtype).itemsize
+        lines.append(f'kernels.copy_to("{name}", np.zeros({count}, np.{dtype}))')
     return lines
 
 

@@ -13,7 +13,16 @@ import numpy as np
 
 from nogpu.machine.block import Warp
 from nogpu.machine.decode import Run, action, instruction
-from nogpu.machine.parse import UNKNOWN, Instruction, PtxError, Symbol, flat
+from nogpu.machine.parse import (
+    BY_POINTER,
+    FUNCTION,
+    UNKNOWN,
+    Instruction,
+    PtxError,
+    Symbol,
+    flat,
+    source_name,
+)
 from nogpu.machine.registers import DTYPES, reader, writer
 from nogpu.native.encoding import HINTS
 
@@ -49,10 +58,23 @@ def _call(i: Instruction) -> Run:
     if (allocator := next((one for one in ALLOCATORS if one in names), None)) is not None:
         return partial(_refuse_allocation, i=i, what=ALLOCATORS[allocator])
     known = [name for name in ("vprintf", "__assertfail") if name in names]
-    assert known
+    if not known:
+        return partial(_refuse_call, i=i)
     if known == ["vprintf"]:
         return lambda warp: _print(warp, i)
     return lambda warp: _fail(warp, i)
+
+
+def _refuse_call(warp: Warp, i: Instruction) -> None:
+    """Refuse a call that `parse.inline` has left: of a recursive function, or by a pointer."""
+    functions = {one[2] for one in FUNCTION.finditer(warp.block.gpu.kernel.text)}
+    names = [one.name for operand in i.operands for one in flat(operand) if isinstance(one, Symbol)]
+    called = next((source_name(one) for one in names if one in functions), "")
+    if called:
+        reason = f"the recursive function {called} is not executed here; write it as a loop"
+    else:
+        reason = f"the executor does not know {i.opcode}: {BY_POINTER}"
+    raise PtxError(i.line, reason, UNKNOWN)
 
 
 def _refuse_allocation(warp: Warp, i: Instruction, what: str) -> None:

@@ -154,7 +154,8 @@ class AddressSpace:
         """
         name = _name_of(place, address, width)
         if place is not None and name == MISALIGNED:
-            message = f"an address in {place.name} is not a multiple of {width}"
+            at = place.where(address - place.base)
+            message = f"{does}{at}, whose address is not a multiple of {width}"
             return PtxError(line, message, name)
         where = (
             self.outside(address, width, meant, overflow)
@@ -189,15 +190,15 @@ class AddressSpace:
         if near.index is not None:
             limit = max(NEAR_SIZES * near.size, NEAR_BYTES)
             if meant is None and wrapped is None and _distance(near, address) > limit:
-                return f"{at}, which is far from every tensor of the launch"
+                is_global = self.name == "global memory"
+                far = "is far from every tensor of the launch"
+                beside = f"is outside of each allocation of {self.name}{_beside(near, address)}"
+                return f"{at}, which {far if is_global else beside}"
             text = f"{near.where(address - near.base)}, which is outside of {near.name}"
             if overflow.bytes:
                 return f"{text}; {_meant_by(near, address + overflow.bytes, width)}"
             return text if wrapped is None else f"{text}; {_perhaps_meant_by(near, address)}"
-        text = f"{at}, which is outside of each allocation of {self.name}"
-        if address < near.start:
-            return f"{text}: {near.start - address} bytes before {near.name}"
-        return f"{text}: {address + width - near.base - near.size} bytes after {near.name}"
+        return f"{at}, which is outside of each allocation of {self.name}{_beside(near, address)}"
 
     def pieces(
         self,
@@ -345,6 +346,17 @@ class AddressSpace:
         width = values.shape[-1]
         for place, rows, at in self.parts(addresses, width):
             place.data.reshape(-1, width)[rows] = values[at]
+
+
+def _beside(near: Allocation, address: int) -> str:
+    """Say where an address lies that is outside of an array in shared or local memory."""
+    if address < near.start:
+        return f": {near.start - address} bytes before {near.name}"
+    offset = address - near.base
+    if address >= 2**32 and (short := 2**32 - offset % 2**32) <= near.size:
+        # An index without a sign has become smaller than 0.
+        return f"; an index of 32 bits has wrapped, {short} bytes before {near.name}"
+    return f": byte {offset} of {near.name}, which has {near.size:,} bytes"
 
 
 def _name_of(place: Allocation | None, address: int, width: int) -> str:

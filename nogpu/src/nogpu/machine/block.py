@@ -26,6 +26,7 @@ from nogpu.machine.parse import (
     PtxError,
     own_error,
     source_name,
+    why_no_operand,
 )
 from nogpu.machine.registers import (
     ALL,
@@ -220,7 +221,8 @@ class Warp:
         if what not in others:
             i = block.gpu.kernel.instructions[self.pc - 1]
             message = f"the executor does not know the operand {name} of {i.opcode}"
-            raise PtxError(i.line, message, "unknown instruction")
+            reason = why_no_operand(block.gpu.kernel, name)
+            raise PtxError(i.line, f"{message}{reason}", "unknown instruction")
         return np.full(32, others[what])
 
     def positions(self) -> tuple[Values, Values, Values]:

@@ -129,11 +129,16 @@ def prepare(i: Instruction) -> Run:
     return run
 
 
+OF_TEXTURES = ("tex", "tld4", "txq", "suld", "sust", "sured", "suq")
+
+
 def unknown(i: Instruction) -> Run:
     """An instruction that is not modeled is an error only where it is executed."""
 
     def run(warp: "Warp") -> None:
         message = f"the executor does not know {i.opcode}"
+        if i.parts[0] in OF_TEXTURES:
+            message += ": textures and surfaces are not executed here; pass the array itself"
         raise PtxError(i.line, message, "unknown instruction")
 
     return run

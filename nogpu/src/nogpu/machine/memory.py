@@ -513,6 +513,9 @@ def _agent(
         lanes = None
         if place is not None:
             lanes = place.lane_writes if other == "written" else place.lane_reads
+        if int(events.agents[number]) >= len(warp.block.warps):  # an asynchronous copy
+            waits = "__pipeline_wait_prior(0), or another wait for the copy, and __syncthreads"
+            return "race", who, by, f"{waits} between them"
         lane = MANY if lanes is None or place is None else int(lanes[offset // place.unit])
         if lane < MANY:
             who = warp.block.warps[int(events.agents[number])].thread(lane)

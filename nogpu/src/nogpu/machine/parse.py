@@ -174,6 +174,7 @@ class Kernel:
     definitions: dict[int, list[Instruction]] | None = None
     file: str = ""  # of the kernel's source
     controls_grids: bool = False  # by griddepcontrol
+    most_threads: int = 0  # of a block, by __launch_bounds__; 0: as many as a GPU takes
 
 
 def qualifiers(i: Instruction) -> tuple[list[str], str, bool]:
@@ -192,6 +193,10 @@ def qualifiers(i: Instruction) -> tuple[list[str], str, bool]:
 
 
 UNKNOWN = "unknown instruction"
+BY_POINTER = (
+    "pointers to functions, and virtual functions, are not executed here; choose the function by "
+    "a condition, or by a template's parameter"
+)
 
 
 class PtxError(Exception):
@@ -270,6 +275,7 @@ class Sources:
             "/triton/language/" in path
             or "/triton/experimental/" in path
             or "/site-packages/nvidia/" in path
+            or path.endswith("/__nv_nvrtc_builtin_header.h")
         )
 
     @property
@@ -409,8 +415,7 @@ def _take_variables(kernel: Kernel, text: str, used: str) -> None:
     for space, align, kind, name, sizes, given in VARIABLE.findall(text):
         if not re.search(rf"(?<![\w$]){re.escape(name)}(?![\w$])", used):
             continue
-        counts = [int(one or 0) for one in re.findall(r"\[(\d*)\]", sizes)]
-        size = max(int(re.sub(r"\D", "", kind) or 8) // 8, 1) * math.prod(counts)
+        size = _size(kind, sizes)
         if space == "shared":
             if name == "global_smem" or name in kernel.shared:
                 continue
@@ -429,15 +434,39 @@ def _take_variables(kernel: Kernel, text: str, used: str) -> None:
             continue  # the executor does not know the operand, if it is executed
 
 
+def variable_sizes(text: str, unset_in: str = "") -> dict[str, int]:
+    """Return the bytes of a module's variables in constant and global memory, by name.
+
+    ``unset_in``: only those of this space, "const" or "global", without an initial value.
+    """
+    return {
+        name: _size(kind, sizes)
+        for space, _, kind, name, sizes, given in VARIABLE.findall(text)
+        if (space == unset_in and not given if unset_in else space != "shared")
+    }
+
+
+def _size(kind: str, sizes: str) -> int:
+    counts = [int(one or 0) for one in re.findall(r"\[(\d*)\]", sizes)]
+    return max(int(re.sub(r"\D", "", kind) or 8) // 8, 1) * math.prod(counts)
+
+
 def source_name(name: str) -> str:
     """Return the name of a variable in CUDA C++, as far as its mangled name tells it."""
-    found = re.search(r"E(\d+)([A-Za-z_]\w*)$", name)
+    found = re.search(r"E(\d+)([A-Za-z_]\w*)$", name) or re.match(r"_ZL?(\d+)(\w+)$", name)
     while found is not None and name.startswith("_Z"):
         length = int(found[1])
         if len(found[2]) >= length:
             return found[2][:length]
         break
     return name
+
+
+def why_no_operand(kernel: Kernel, name: str) -> str:
+    """Say what a program does that takes the address of a function, or of a table of virtual ones;
+    "" if the symbol is neither."""
+    functions = {one[2] for one in FUNCTION.finditer(kernel.text)}
+    return f": {BY_POINTER}" if name.startswith("_ZTV") or name in functions else ""
 
 
 def entries(text: str) -> list[str]:
@@ -470,6 +499,8 @@ def parse(  # noqa: C901, PLR0912, PLR0915  # a case for each kind of statement
         Parameter(name, kind, int(re.sub(r"\D", "", kind) or 8) // 8 * int(count or 1))
         for _, kind, name, count in ANY_PARAMETER.findall(head[1])
     ]
+    if (most := re.search(r"\.maxntid\s+([\d, ]+)", head[0])) is not None:
+        kernel.most_threads = math.prod(int(one) for one in most[1].split(","))
     if block is not None:
         kernel.block, kernel.threads = block, -(-math.prod(block) // 32) * 32
     _take_variables(kernel, text, text[head.end() : _end_of_body(text, head.end())])
