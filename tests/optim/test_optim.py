@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -540,7 +541,7 @@ def test_a_chain_of_chains_saves_the_state_of_all_and_takes_a_new_rate():  # noq
     chain, first = train(1)
     assert len(chain.state_dict()["state"]) == len(first) == 8
     twin, weights = copy.deepcopy(chain), list[list[Tensor]]()
-    resumed, _ = train(0, copy.deepcopy(chain.state_dict()), first)
+    resumed, _ = train(0, chain.state_dict(), first)  # whose tensors the chain goes on to update
     for optimizer in (chain, twin, resumed):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for p in params:
@@ -617,7 +618,9 @@ def test_a_state_is_loaded_again_into_copies_and_from_pytorchs_muon() -> None:
     copies = copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))
     for optimizer in (mine, mine, *copies):
         optimizer.load_state_dict(theirs.state_dict())
+    momentum = theirs.state[p]["momentum_buffer"].clone()
     mine.step()
+    assert torch.equal(theirs.state[p]["momentum_buffer"], momentum)
     old = theirs.state_dict()
     del old["param_groups"][0]["adjust_lr_fn"]
     with pytest.raises(ConfigError, match="has no adjust_lr_fn"):
@@ -626,6 +629,34 @@ def test_a_state_is_loaded_again_into_copies_and_from_pytorchs_muon() -> None:
         lambda _, state: state["param_groups"][0].update(adjust_lr_fn=None)
     )
     mine.load_state_dict(old)
+
+
+def test_a_matrix_that_is_frozen_after_the_state_is_loaded_keeps_its_momentum() -> None:
+    """PyTorch loads no state of a matrix that is frozen before, as docs/muon.md says."""
+
+    def make() -> tuple[torch.nn.Module, Any]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+        return model, Muon.for_model(model, lr=0.1)
+
+    def step(model: torch.nn.Module, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        model(torch.eye(4)).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = make()
+    step(model, optimizer)
+    model[1].requires_grad_(False)
+    step(model, optimizer)
+    weights, state = get_state_dict(model, optimizer)
+    resumed, loaded = make()
+    set_state_dict(resumed, loaded, model_state_dict=weights, optim_state_dict=state)
+    resumed[1].requires_grad_(False)
+    for one, its in (model, optimizer), (resumed, loaded):
+        step(one, its)
+        one[1].requires_grad_()
+        step(one, its)
+    assert all(map(torch.equal, model.parameters(), resumed.parameters()))
 
 
 X = torch.randn(6, 4)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Several optimizers as one optimizer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from torchpar.errors import ConfigError
@@ -21,18 +22,32 @@ _CHANGED = (
 
 @contextmanager
 def loading(optimizer: Optimizer) -> Iterator[None]:
-    """Name the part that a state dict lacks, where the block fails to load it.
+    """Copy the tensors that the block loads, or name the part that a state dict lacks.
+
+    PyTorch takes tensors of the right dtype and device as they are. Two optimizers in one process,
+    of which one loads the state dict of the other, would then update the same tensors.
 
     Raises:
         ConfigError: in place of a KeyError of `torch.optim.Optimizer.load_state_dict`.
     """
     try:
         yield
+        for state in optimizer.state.values():
+            state.update({key: _copied(value) for key, value in state.items()})
     except KeyError as e:
         if e.args[0] not in ("param_groups", "params", "state"):
             raise
         name = type(optimizer).__name__
         raise ConfigError(f"{name}: the state dict has no {e.args[0]}; load one of a {name}") from e
+
+
+def _copied(value: Any) -> Any:
+    """``value`` with copies of the tensors in it."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: _copied(one) for key, one in value.items()}
+    return type(value)(map(_copied, value)) if isinstance(value, list | tuple) else value
 
 
 class ChainedOptimizer(Optimizer):
