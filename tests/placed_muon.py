@@ -3,6 +3,7 @@
 
 import copy
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -43,6 +44,8 @@ STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
 SPLIT = {"column layer": ColumnParallelLinear, "row layer": RowParallelLinear}
 # By `parallelize_module` over "tp", then by `fully_shard` over "dp".
 BOTH = "fully_shard over colwise"
+# Names of weights that hold several matrices, and the least multiple of the columns in their rows.
+FUSED = {"qkv": 3, "c_attn": 2, "gate_up_proj": 2}
 HOW = ("whole", *WEIGHTS, *STYLES, *SPLIT, "fully_shard")
 
 
@@ -54,6 +57,7 @@ class Layer(NamedTuple):
         mesh: "dp", "tp" or "all", the dimension of the mesh that it lies on; other ranks have
             copies.
         twin: the index of the layer whose weight it shares, or None.
+        name: one of `FUSED`, or "" for a number.
     """
 
     inputs: int
@@ -61,6 +65,7 @@ class Layer(NamedTuple):
     how: str
     mesh: str = "all"
     twin: int | None = None
+    name: str = ""
 
 
 class Program(NamedTuple):
@@ -128,8 +133,13 @@ class _Training:
         torch.manual_seed(program.seed)
         names = ("dp", "tp")[: len(program.mesh)]
         self.mesh = init_device_mesh("cpu", program.mesh, mesh_dim_names=names)
-        layers = [nn.Linear(*layer[:2], dtype=program.dtype) for layer in program.layers]
-        self.whole, self.model = nn.Sequential(*layers), nn.Sequential(*copy.deepcopy(layers))
+        self.whole = nn.Sequential(
+            OrderedDict(
+                (layer.name or str(i), nn.Linear(*layer[:2], dtype=program.dtype))
+                for i, layer in enumerate(program.layers)
+            )
+        )
+        self.model = copy.deepcopy(self.whole)
         for i, layer in enumerate(program.layers):
             self.place(i, layer)
         for model in self.whole, self.model:
@@ -142,17 +152,18 @@ class _Training:
 
     def place(self, i: int, layer: Layer) -> None:
         mesh = self.mesh if layer.mesh == "all" else self.mesh[layer.mesh]
+        name = layer.name or str(i)
         if layer.how in WEIGHTS:
             placements = WEIGHTS[layer.how][-mesh.ndim :]
             weight = self.model[i].weight.detach()
             placed = distribute_tensor(weight, mesh, placements, src_data_rank=None)
             self.model[i].weight = nn.Parameter(placed)
         elif layer.how in STYLES:
-            parallelize_module(self.model, mesh, {str(i): STYLES[layer.how]()})
+            parallelize_module(self.model, mesh, {name: STYLES[layer.how]()})
         elif layer.how in SPLIT:
             self.model[i] = SPLIT[layer.how].from_linear(self.model[i], mesh=mesh)
         elif layer.how == BOTH:
-            parallelize_module(self.model, self.mesh["tp"], {str(i): ColwiseParallel()})
+            parallelize_module(self.model, self.mesh["tp"], {name: ColwiseParallel()})
             fully_shard(self.model[i], mesh=self.mesh["dp"])
         elif layer.how == "fully_shard":
             fully_shard(self.model[i], mesh=mesh)

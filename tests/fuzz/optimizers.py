@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch._dynamo  # which an optimizer's first step would import
 from driver import Found, Refused, run
-from placed_muon import BOTH, HOW, REFUSED, SPLIT, STYLES, Layer, Program, meshes_of, train
+from placed_muon import BOTH, FUSED, HOW, REFUSED, SPLIT, STYLES, Layer, Program, meshes_of, train
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -294,9 +294,15 @@ def draw_layer(rng: random.Random, mesh: tuple[int, ...], layers: list[Layer]) -
     alone = [i for i in alone if not layers[i].how.startswith("fully_shard")]
     if alone and rng.random() < 0.1:
         twin = rng.choice(alone)
-        return layers[twin]._replace(twin=twin if layers[twin].twin is None else layers[twin].twin)
+        first = twin if layers[twin].twin is None else layers[twin].twin
+        return layers[twin]._replace(twin=first, name="")
     how = "whole" if rng.random() < 0.4 else rng.choice([*HOW, *[BOTH] * (len(mesh) > 1)])
-    return Layer(rng.choice(SIZES), rng.choice(SIZES), how, rng.choice(meshes_of(mesh, how)))
+    on, inputs, outputs = rng.choice(meshes_of(mesh, how)), rng.choice(SIZES), rng.choice(SIZES)
+    free = [name for name in FUSED if all(layer.name != name for layer in layers)]
+    if not free or rng.random() < 0.7:
+        return Layer(inputs, outputs, how, on)
+    name = rng.choice(free)
+    return Layer(inputs, FUSED[name] * inputs, how, on, name=name)
 
 
 def draw_program(rng: random.Random) -> Program:

@@ -3,6 +3,7 @@
 values."""
 
 import copy
+from collections import OrderedDict
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -123,6 +124,35 @@ PLACEMENTS: dict[str, Any] = {
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_step_sends_few_messages(ranks, placement):
     ranks(*PLACEMENTS[placement])
+
+
+def fused_weights() -> None:
+    """Weights of several matrices, split by rows or columns: updates as of whole weights."""
+    sizes = {"qkv": (8, 24), "c_attn": (8, 16), "gate_up_proj": (4, 10), "head": (8, 4)}
+    torch.manual_seed(0)
+    whole = torch.nn.Sequential(OrderedDict((name, Linear(*of)) for name, of in sizes.items()))
+    model = copy.deepcopy(whole)
+    with join_world("cpu") as world:
+        mesh = world.with_mesh(tp=world.world_size).mesh["tp"]
+        for name in list(sizes)[:-1]:
+            kind = RowParallelLinear if name == "c_attn" else ColumnParallelLinear
+            setattr(model, name, kind.from_linear(getattr(model, name), mesh=mesh))
+        both = [Muon.for_model(one, lr=0.1, ns="standard") for one in (whole, model)]
+    assert repr(both[0]) == repr(both[1])
+    for p, q in zip(whole.parameters(), model.parameters(), strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = part_of(q).narrow(p.grad).clone()
+    for optimizer in both:
+        optimizer.step()
+    matrices = [optimizer.param_groups[0]["params"] for optimizer in both]
+    assert len(matrices[0]) == len(sizes) - 1
+    for p, q in zip(*matrices, strict=True):
+        assert torch.equal(part_of(q).narrow(p), q)
+
+
+def test_a_split_layers_weight_is_seen_as_the_matrices_of_the_unsharded_one(ranks):
+    """Three ranks have 8 of 24 rows each, which are no three matrices."""
+    ranks(3, fused_weights)
 
 
 def refused(message: str) -> Any:

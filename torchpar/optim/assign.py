@@ -94,7 +94,7 @@ def chain(  # noqa: C901  # a line for each rule, in their order
     """Make both optimizers of `Muon.for_model`, which documents the arguments and the errors."""
     _check_types(model, others, overrides=overrides, views=views)
     uses = _uses_of(model)
-    assignments = {p: Assignment(of[0].name, p.shape, *_decide(of)) for p, of in uses.items()}
+    assignments = {p: Assignment(of[0].name, of[0].shape, *_decide(of)) for p, of in uses.items()}
 
     def change(pattern: str, **changes: Any) -> None:
         named = [p for p, of in uses.items() if any(fnmatchcase(use.name, pattern) for use in of)]
@@ -176,6 +176,11 @@ class _Use(NamedTuple):
     role: str
     place: str
     head: str
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the unsharded parameter: all ranks must decide alike."""
+        return torch.Size(part_of(self.p).whole)
 
     @property
     def groups(self) -> int:
@@ -265,16 +270,15 @@ _RULES: list[
 ] = [
     (lambda use: isinstance(use.layer, _EMBEDDINGS), "embedding", None),
     (lambda use: isinstance(use.layer, _NORMS), "normalization", None),
-    # All ranks must decide alike, and the shard of a rank may be a single row.
-    (lambda use: len(part_of(use.p).whole) < 2, "not a matrix", None),
-    (lambda use: sum(n != 1 for n in part_of(use.p).whole) < 2, "one row or column", None),
+    (lambda use: len(use.shape) < 2, "not a matrix", None),
+    (lambda use: sum(n != 1 for n in use.shape) < 2, "one row or column", None),
     (lambda use: use.head, "output head, {head}", None),
     (
         lambda use: isinstance(use.layer, _ConvTransposeNd),
         "transposed convolution; give a view",
         None,
     ),
-    (lambda use: use.groups > 1 == use.p.shape[1], "depthwise convolution", None),
+    (lambda use: use.groups > 1 == use.shape[1], "depthwise convolution", None),
     (lambda use: use.groups and use.role == "weight", "convolution", 1),
     (lambda use: use.is_stack and use.role != "gate_up_proj", "experts", 1),
     (lambda use: use.is_stack and use.layer.is_concatenated, "gate and up of experts", 2),
@@ -308,7 +312,7 @@ def _decide(uses: list[_Use]) -> tuple[Choice, str, View | None]:
             continue
         if parts is None:
             return "others", reason.format(head=use.head), None
-        shape = use.p.shape
+        shape = use.shape
         rows, columns = shape[:-3:-1] if use.is_transposed else shape[-2:]
         sizes = [rows // parts] * parts if isinstance(parts, int) else parts(use, rows, columns)
         if sum(sizes) != rows or (len(sizes) == 1 and parts != 1):
