@@ -31,6 +31,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
+from torchpar import exact
 from torchpar.errors import ConfigError
 from torchpar.library.sharding import local
 from torchpar.nn import MLP
@@ -376,6 +377,43 @@ def clip_sparse(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sparse_gradients_are_clipped_as_dense_ones(ranks, dtype):
     ranks(2, clip_sparse, dtype)
+
+
+def clip_exactly(way: str) -> list[str]:
+    """The bits of the norm, and of the whole clipped gradients, in the exact mode."""
+    with join_world("cpu") as world:
+        found = []
+        for largest in (1.0, math.inf, math.nan):
+            torch.manual_seed(0)
+            whole = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 3))
+            for p in whole.parameters():
+                p.grad = torch.randn(p.shape)
+            whole[0].weight.grad[0, 0] = largest
+            model = copy.deepcopy(whole)
+            if way == "sharded in part":
+                fully_shard(model[0], mesh=world.mesh["dp"])
+            for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+                p.grad = q.grad.clone()
+                if isinstance(p, DTensor):
+                    p.grad = distribute_tensor(p.grad, p.device_mesh, p.placements)
+            with exact.mode():
+                norm = clip_grad_norm_(model, 0.1, world)
+            expected = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.1)
+            assert_close(norm, expected, rtol=1e-6, atol=0, equal_nan=True)
+            gradients = [
+                p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+                for p in model.parameters()
+            ]
+            for g, q in zip(gradients, whole.parameters(), strict=True):
+                assert_close(g, q.grad, equal_nan=True)
+            found += [t.numpy().tobytes().hex() for t in (norm, *gradients)]
+        return found
+
+
+def test_an_exact_norm_has_the_same_bits_on_any_number_of_ranks(ranks):
+    cases = (1, "replicated"), (2, "replicated"), (2, "sharded in part"), (3, "sharded in part")
+    bits = [one for count, way in cases for one in ranks(count, clip_exactly, way)]
+    assert bits == bits[:1] * len(bits)
 
 
 def refused_dtensors() -> None:

@@ -7,6 +7,7 @@ from scaled import OPTIMIZERS, train_scaled
 from torch.optim import SGD
 
 from torchpar.errors import ConfigError
+from torchpar.library.sharding import local
 from torchpar.nn import MLP
 from torchpar.parallel import GradScaler, clip_grad_norm_, join_world, parallel_mlp
 
@@ -84,6 +85,41 @@ def sharded_too() -> None:
 def test_the_scaler_of_pytorch_is_refused_under_fully_shard(ranks):
     with pytest.raises(ConfigError, match=r"divided over ranks; take torchpar\.parallel\.Grad"):
         ranks(2, sharded_too)
+
+
+def partly_sharded() -> None:
+    """Beside parameters that are whole on each rank, as where only some layers are sharded."""
+    from torch.distributed.fsdp import fully_shard
+
+    with join_world("cpu", timeout=20) as world:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2))
+        fully_shard(model[0], mesh=world.mesh["dp"])
+        scaler = GradScaler(world, init_scale=4.0)
+        optimizer = SGD(model.parameters(), lr=0.1)
+        for step in range(2):
+            before = [local(p).detach().clone() for p in model.parameters()]
+            model(torch.ones(2, 4)).sum().backward()
+            gradients = [local(p.grad).clone() for p in model.parameters()]
+            optimizer.zero_grad()
+            scaler.scale(model(torch.ones(2, 4)).sum()).backward()
+            if step == 1 and world.rank == 1:
+                local(model[0].bias.grad)[0] = torch.inf
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            after = [local(p) for p in model.parameters()]
+            if step == 0:
+                expected = [p - 0.1 * g for p, g in zip(before, gradients, strict=True)]
+                torch.testing.assert_close(after, expected)
+            else:
+                assert all(map(torch.equal, after, before))
+                assert scaler.get_scale() == 2.0
+            optimizer.zero_grad()
+
+
+def test_a_model_that_is_sharded_in_part_is_scaled(ranks):
+    ranks(2, partly_sharded)
 
 
 def test_arguments_of_pytorchs_functions_are_refused():

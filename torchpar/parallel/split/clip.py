@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Gradient clipping for a model that is split over a mesh."""
 
+import math
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.errors import ConfigError, check_number
 from torchpar.library.sharding import is_dtensor, local
+from torchpar.ops._operator import is_exact
 from torchpar.parallel.launch.world import World, check_module, check_world
 from torchpar.parallel.split.layers import meshes_of_shards
 from torchpar.parallel.split.parts import part_of
@@ -26,6 +29,9 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float, world: World) -> Te
     `fully_shard` and `parallelize_module`, also in one model, and split layers in `fully_shard`. A
     gradient of partial sums is added up for its norm, which takes one all-reduce for each.
 
+    In `torchpar.exact.mode` the norm has the same bits on any number of ranks, because it adds
+    integers. There it costs one all-reduce more.
+
     Args:
         model: this rank's part of the model, with gradients that are averaged over the
             data-parallel ranks.
@@ -34,8 +40,9 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float, world: World) -> Te
             shards of them.
 
     Returns:
-        The norm before clipping, a float64 scalar, the same on every rank. A norm that is not
-        finite makes every gradient not finite, as with `torch.nn.utils.clip_grad_norm_`.
+        The norm before clipping, a float64 scalar, the same on every rank; float32 in
+        `torchpar.exact.mode`. As with `torch.nn.utils.clip_grad_norm_`, a NaN makes every gradient
+        NaN, and an infinity makes itself NaN and the finite gradients 0.
 
     Raises:
         ConfigError: ``model`` is no module, ``world`` no `World`, or ``max_norm`` no number from 0
@@ -54,20 +61,59 @@ def clip_grad_norm_(model: torch.nn.Module, max_norm: float, world: World) -> Te
         mesh and mesh.size() > 1 for mesh in meshes
     )
     stage = world.mesh.mesh[world.mesh.get_local_rank("pp")].flatten().tolist()
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    # Each rank adds its share of the copies, so that a NaN of any rank reaches all.
+    terms: list[tuple[Tensor, float]] = []
     for (name, p), layer in zip(named, layers, strict=True):
         if p.grad is None:
             continue
         whole = _with_whole_sums(p.grad)
-        elements = _elements(name, local(whole))
-        squares = torch.linalg.vector_norm(elements, dtype=torch.float64).square()
-        # Each rank adds its share of the copies, so that a NaN of any rank reaches all.
-        total += squares if is_replicated else squares * _share(name, whole, layer, stage, world)
-    norm = (total if is_replicated else world.sum(total)).sqrt()
+        share = 1.0 if is_replicated else _share(name, whole, layer, stage, world)
+        terms.append((_elements(name, local(whole)), share))
+    ranks = None if is_replicated else world
+    if is_exact():
+        norm = _exact_norm(terms, ranks, world.device)
+    else:
+        total = torch.zeros((), dtype=torch.float64, device=world.device)
+        for elements, share in terms:
+            total += torch.linalg.vector_norm(elements, dtype=torch.float64).square() * share
+        norm = (ranks.sum(total) if ranks else total).sqrt()
     # PyTorch reads only `grad`. It cannot multiply a DTensor by a plain norm.
     gradients = [SimpleNamespace(grad=local(p.grad)) for _, p in named if p.grad is not None]
-    torch.nn.utils.clip_grads_with_norm_(gradients, max_norm, norm)  # type: ignore[arg-type]
+    torch.nn.utils.clip_grads_with_norm_(
+        gradients,  # type: ignore[arg-type]
+        max_norm,
+        norm,
+        foreach=False if is_exact() else None,  # the mode has no operators on lists
+    )
     return norm
+
+
+def _exact_norm(
+    terms: list[tuple[Tensor, float]], world: World | None, device: torch.device
+) -> Tensor:
+    """The norm of elements, each with this rank's share of it, float32, by a sum of integers.
+
+    A share 1/k of one of W ranks is counted as W/k of W parts.
+    """
+    from torchpar.exact.dispatch import ordinary
+    from torchpar.exact.sums import SumOfSquares
+
+    with ordinary():
+        largest = torch.zeros((), dtype=torch.float64, device=device)
+        for elements, _ in terms:
+            if elements.numel():
+                # NaN counts as infinity here, since a maximum over ranks may lose a NaN.
+                top = elements.abs().amax().double().nan_to_num(math.inf, math.inf)
+                largest = torch.maximum(largest, top)
+        if world and world.world_size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        parts = world.world_size if world else 1
+        squares = SumOfSquares(largest)
+        for elements, share in terms:
+            squares.add(elements, round(parts * share))
+        if world:
+            world.sum(squares.words)
+        return squares.total(parts).sqrt().float()
 
 
 def _with_whole_sums(gradient: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ those of different steps, and an optimizer that exchanges messages would hang.
 """
 
 import sys
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 from weakref import WeakSet
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from torchpar.errors import ConfigError
+from torchpar.library.sharding import is_dtensor, local
 from torchpar.parallel.launch.agreement import check_same_on_all_ranks
 from torchpar.parallel.launch.world import World, check_world
 
@@ -32,8 +33,9 @@ class GradScaler(torch.amp.GradScaler):
         found_inf = max over all ranks
 
     This costs one all-reduce of one number for each optimizer and step. Take it for any model that
-    is divided over ranks: by `parallel_mlp`, by the parallel layers, or in a pipeline. In a
-    pipeline the last stage scales the loss, and all stages call `step` and `update`.
+    is divided over ranks: by `parallel_mlp`, by the parallel layers, by `fully_shard`, also of some
+    of its layers, or in a pipeline. In a pipeline the last stage scales the loss, and all stages
+    call `step` and `update`.
 
     Args:
         world: the ranks.
@@ -51,8 +53,13 @@ class GradScaler(torch.amp.GradScaler):
         if self._enabled:  # also on the stages of a pipeline that scale no loss
             self._lazy_init_scale_growth_tracker(world.device)
 
-    def _unscale_grads_(self, *args: Any, **options: Any) -> dict[torch.device, Tensor]:
-        found = super()._unscale_grads_(*args, **options)
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, *args: Any, **options: Any
+    ) -> dict[torch.device, Tensor]:
+        # PyTorch takes either DTensors or plain tensors: give it this rank's shards.
+        parameters = [_with_local_grad(p) for g in optimizer.param_groups for p in g["params"]]
+        shards: Any = SimpleNamespace(param_groups=[{"params": parameters}])
+        found = super()._unscale_grads_(shards, *args, **options)
         device = self._world.device
         shared = torch.zeros((), device=device)  # of a rank without gradients, too
         for one in found.values():
@@ -60,6 +67,16 @@ class GradScaler(torch.amp.GradScaler):
         if self._world.world_size > 1:
             dist.all_reduce(shared, dist.ReduceOp.MAX)
         return {device: shared}
+
+
+def _with_local_grad(p: Tensor) -> Tensor:
+    """``p``, or for a DTensor a plain tensor that has this rank's shard of the gradient."""
+    if p.grad is None or not is_dtensor(p.grad):
+        return p
+    gradient = local(p.grad)
+    holder = gradient.detach()
+    holder.grad = gradient
+    return holder
 
 
 def skip_together(module: torch.nn.Module) -> None:
