@@ -203,6 +203,14 @@ def sharding_of_parts(a: Any, b: Any) -> list[Any]:
     return [replicated, (part, [*part, *part])]
 
 
+BUFFERS: dict[object, Tensor] = {}
+
+
+def kernel_with_a_buffer(a: Tensor, b: Tensor) -> Tensor:
+    result = kernel(a, b)
+    return BUFFERS.setdefault((result.shape, result.dtype), result).copy_(result)
+
+
 GRADIENTS = "incoming gradients of any layout"
 MAXIMUM = {  # another operator, without rules of vmap and of sharding
     "kernel": torch.maximum,
@@ -276,6 +284,7 @@ FAULTS: dict[str, tuple[dict[str, Callable[..., Any]], str, str]] = {
     "channels_last": ({"kernel": kernel_in_channels_last}, "fake tensors", "channels last"),
     "squeezing_vmap": ({"batch": squeezing_batch}, "vmap over one operand", "a batch of 1"),
     "without_nan": ({"kernel": kernel_without_nan}, "NaN", "NaN at 0 of 30 places, expected at 6"),
+    "same_memory": ({"kernel": kernel_with_a_buffer}, "same bits twice", "return the same memory"),
     "one_call_in_ten": (
         {"kernel": kernel_that_differs_in_one_call_of_ten},
         "same bits twice",

@@ -690,6 +690,8 @@ A, B = normal(3, 3), normal(4, 3)
         (A + B[1:], A, ""),
         (torch.tensor(5.0), torch.tensor(1.3), ""),
         (torch.tensor([1 - 2j]), torch.tensor([1 + 2j]), "; conjugated"),
+        ((A + 1e-6).float().double(), A, "; float64 is computed in a lower precision"),
+        (A + 1e-6, A, ""),
     ],
 )
 def test_a_likely_cause_is_named(actual: Tensor, expected: Tensor, detail: str) -> None:
@@ -713,6 +715,26 @@ def test_the_numbers_of_a_wrong_jacobian_are_shown() -> None:
         r"expected (-?[\d.]+) by finite differences; a factor of 2",
         detail,
     ), detail
+
+
+def test_a_jacobian_of_float32_is_named_without_a_reference() -> None:
+    parts, rule, detail = faulty.FAULTS["values_of_float32"]
+    table = check_operator(faulty.make("of_float32", **parts), SAMPLES, rules=rule)
+    assert table[rule].detail.endswith(detail)
+    printed = str(table).splitlines()[2]  # a long detail is cut before its cause
+    assert "…" in printed
+    assert printed.endswith(f"; {detail}")
+
+
+def test_the_wrong_one_of_several_fake_results_is_named() -> None:
+    def values(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + 1, x.sum(0)
+
+    op = library.custom_op("torchpar_faulty::two_results", values, mutates_args=())
+    op.register_fake(lambda x: (torch.empty_like(x), x.new_empty(x.shape[1:], dtype=torch.float32)))
+    table = check_operator(op, [(normal(3, 4),)], reference=values, rules="fake tensors")
+    message = "[1] dtype torch.float32, expected torch.float64"
+    assert message in table["fake tensors"].detail
 
 
 LIST = Sample([[normal(3, 4), normal(2, 4, seed=1)]])

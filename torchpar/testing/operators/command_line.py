@@ -113,7 +113,9 @@ def main(arguments: Sequence[str]) -> int:
         help="for a row with one sample, after which the command names both and ends, on Linux; "
         f"default: {LIMIT:.0f}",
     )
-    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+    parser.add_argument(
+        "--json", action="store_true", help="print the table as JSON, whose details are not cut"
+    )
     flags = parser.parse_args(arguments)
     try:
         WATCHED.limit = flags.limit

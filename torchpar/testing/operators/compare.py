@@ -97,6 +97,14 @@ def near(actual: object, expected: object, rtol: float) -> bool:
     )
 
 
+def is_imprecise(t: Tensor) -> bool:
+    """Whether numbers of float64 are all numbers of float32, as after a computation in it."""
+    if t.dtype not in (torch.float64, torch.complex128):
+        return False
+    numbers = real(t.detach())
+    return bool(numbers.count_nonzero()) and torch.equal(numbers, numbers.float().double())
+
+
 def _is_like(actual: Tensor, native: Tensor) -> bool:
     return (actual.shape, actual.dtype, actual.device) == (
         native.shape,
@@ -180,6 +188,8 @@ def difference(actual: Tensor, expected: Tensor) -> str:  # noqa: PLR0911  # one
         return f"0, of {size:.1e}"
     is_conjugate = actual.is_complex() and near(actual.conj(), expected, ALIKE)
     cause = "conjugated" if is_conjugate else likely_cause(a, e)
+    if not cause and near(a, e, ALIKE) and is_imprecise(actual) and not is_imprecise(expected):
+        cause = "float64 is computed in a lower precision"
     off = math.inf if at_infinity else float((a - e).abs().max())
     where = farthest(actual, expected)
     return with_cause(f"off by {off:.1e}, of {size:.1e}: {where}", cause)
@@ -218,15 +228,18 @@ def likely_cause(a: Tensor, e: Tensor) -> str:
 
 def same_metadata(actual: Tensors, expected: Tensors) -> None:
     """Compare shape, dtype, device, and the strides that matter; fake tensors have no values."""
-    for a, e in _pairs(actual, expected):
-        if a.shape != e.shape:
-            raise OutcomeException("wrong", f"shape {tuple(a.shape)}, expected {tuple(e.shape)}")
-        for what in ("dtype", "device"):
-            if getattr(a, what) != getattr(e, what):
-                raise OutcomeException("wrong", difference(a, e))
+    pairs = list(_pairs(actual, expected))
+    for i, (a, e) in enumerate(pairs):
+        message = ""
         long = [dim for dim, size in enumerate(e.shape) if size != 1 and e.numel()]
-        if any(a.stride(dim) != e.stride(dim) for dim in long):
-            raise OutcomeException("wrong", f"strides {a.stride()}, expected {e.stride()}")
+        if a.shape != e.shape:
+            message = f"shape {tuple(a.shape)}, expected {tuple(e.shape)}"
+        elif a.dtype != e.dtype or a.device != e.device:
+            message = difference(a, e)
+        elif any(a.stride(dim) != e.stride(dim) for dim in long):
+            message = f"strides {a.stride()}, expected {e.stride()}"
+        if message:
+            raise OutcomeException("wrong", f"[{i}] {message}" if len(pairs) > 1 else message)
 
 
 def same_bits(actual: Tensors, expected: Tensors) -> None:

@@ -3,7 +3,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from textwrap import shorten
 
 from torchpar.console import in_columns
@@ -58,8 +57,7 @@ class OperatorTable:
 
     def __str__(self) -> str:
         table = [["rule", "outcome", "sample", "detail"]]
-        cut = partial(shorten, width=LONGEST, placeholder="…")
-        table += [[row.rule, row.outcome, str(row.sample), cut(row.detail)] for row in self.rows]
+        table += [[row.rule, row.outcome, str(row.sample), _cut(row.detail)] for row in self.rows]
         played = [self.played] if self.played else []
         return "\n".join([self.name, in_columns(table), *played, *self.notes])
 
@@ -77,3 +75,12 @@ class OperatorTable:
 
 def worst_of(rows: Sequence[RuleResult]) -> RuleResult:
     return max(rows, key=lambda row: (OUTCOMES.index(row.outcome), -row.sample))
+
+
+def _cut(detail: str) -> str:
+    """A message of one line, cut where it is long. A likely cause at its end stays."""
+    message, mark, cause = detail.rpartition("; ")
+    room = LONGEST - len(mark + cause)
+    if len(detail) > LONGEST and mark and room > LONGEST // 3:
+        return shorten(message, room, placeholder="…") + mark + " ".join(cause.split())
+    return shorten(detail, LONGEST, placeholder="…")

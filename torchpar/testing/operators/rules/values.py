@@ -59,13 +59,25 @@ CALLS = 45  # if one call in ten differs, all are alike with a chance of 0.9^44,
 FEWEST, LONGEST = 4, 2.0  # calls, and seconds after which a slow operator is called no more
 
 
+def _is_same_memory(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.layout == b.layout == torch.strided
+        and a.numel() > 0
+        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    )
+
+
 def same_bits_twice(case: Case) -> AttemptsAndRemark:
     done: list[int] = []
 
     def check(compute: Callable[[Function], Tensors]) -> None:
         first, start = compute(case.op), time.monotonic()
         for calls in range(2, CALLS + 1):
-            same_bits(compute(case.op), first)
+            again = compute(case.op)
+            same_bits(again, first)
+            if any(map(_is_same_memory, again, first)):
+                message = "two calls return the same memory; a result is new memory in each call"
+                raise OutcomeException("wrong", message)
             if calls >= FEWEST and time.monotonic() - start > LONGEST:
                 done.append(calls)
                 return
