@@ -453,7 +453,10 @@ def test_a_thread_that_does_not_end_is_stopped_and_named_and_the_status_stays(tm
     start = f"{thread}.start()"
     wrong = beginning(RIGHT, add_elementwise="return a" if at_top else f"{start}; return a")
     status, out, err = command(tmp_path, wrong + (start if at_top else ""), GRACE="0.5")
-    stopped = "the check is done, and is stopped: its thread T has not ended; join it, or start it"
+    stopped = (
+        "the check is done, but its process does not end, and is stopped: its thread T has not "
+        "ended; join it, or start it"
+    )
     assert (status, err) == (1, [f"{stopped} with daemon=True"])
     assert out[-1] == "The training is left out: add_elementwise not right."
     daemon = wrong.replace(start, f"{thread[:-1]}, daemon=True).start()")

@@ -726,6 +726,17 @@ def test_a_jacobian_of_float32_is_named_without_a_reference() -> None:
     assert printed.endswith(f"; {detail}")
 
 
+def test_an_operator_that_errs_without_elements_says_which_size_is_0() -> None:
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return faulty.kernel(a, b) if a.shape[1] else a.new_ones(len(a), len(b))
+
+    op = faulty.make("without_columns", kernel=kernel)
+    table = check_operator(op, SAMPLES, reference=faulty.kernel, rules="layouts and sizes")
+    size = SAMPLES[0][0].shape[1]
+    detail = table["layouts and sizes"].detail
+    assert detail.startswith(f"0 in place of every size of {size}: off by 1.0e+00"), detail
+
+
 def test_the_wrong_one_of_several_fake_results_is_named() -> None:
     def values(x: Tensor) -> tuple[Tensor, Tensor]:
         return x + 1, x.sum(0)

@@ -428,7 +428,7 @@ def outcome(child: Child) -> int | GivenUp:
     if not child.wait():
         if child.done:
             child.kill()
-            text = f"{child.what} is done, and is stopped"
+            text = f"{child.what} is done, but its process does not end, and is stopped"
             if child.done.threads:
                 text += f": its thread {child.done.threads} has not ended; join it, or start it "
                 text += "with daemon=True"

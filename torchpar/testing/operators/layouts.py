@@ -60,14 +60,19 @@ def layouts(tensors: Sequence[Tensor]) -> dict[str, Layout]:
     return {name: layout for name, layout in LAYOUTS.items() if unlike.get(name, True)}
 
 
+def _first(n: int, t: Tensor, dim: int) -> Tensor:
+    return t.narrow(dim, 0, min(t.shape[dim], n))
+
+
 def _other_operands(case: Case) -> Iterator[tuple[str, Tensors]]:
     yield "as given", case.operands
     for name, layout in layouts(case.operands).items():
         yield f"{name} operands", tuple(map(layout, case.operands))
         for i, t in enumerate(case.operands if len(case.operands) > 1 else ()):
             yield f"{name} operand {i}", (*case.operands[:i], layout(t), *case.operands[i + 1 :])
-    yield from case.resized(lambda t, dim: t.narrow(dim, 0, 0))
-    yield from case.resized(lambda t, dim: t.narrow(dim, 0, min(t.shape[dim], 1)))
+    for n in (0, 1):
+        for name, operands in case.resized(partial(_first, n)):
+            yield f"{n} in place of {name}", operands
     yield (
         "operands without dimensions",
         tuple(t.flatten()[0] if t.numel() else t for t in case.operands),
