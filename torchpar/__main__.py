@@ -14,6 +14,7 @@ from typing import Any
 
 import torchpar
 from torchpar.console import printing
+from torchpar.errors import TorchparError
 
 COMMANDS = {
     "verify": (
@@ -77,6 +78,9 @@ def main() -> int:
         module = import_command(command, parser)
         with printing(f"{parser.prog} {command}"):
             return run(command, partial(module.main, sys.argv[2:]))
+    except TorchparError as e:
+        print(f"{parser.prog} {command}: error: {e}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{parser.prog} {command}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -786,3 +786,68 @@ def test_threads_branch_by_an_index(library):
     t = np.arange(40)
     want = np.where(t < 30, np.array([10, 11, 12, 10])[t % 4], 7)
     np.testing.assert_array_equal(y.content().view(np.int32), want)
+
+
+PARTS_OF_WARPS = """
+#include <mma.h>
+using namespace nvcuda;
+extern "C" __global__ void rows(unsigned* x, unsigned n)
+{
+    __shared__ __align__(16) unsigned held[32];
+    held[threadIdx.x] = x[threadIdx.x];
+    __syncwarp();
+    unsigned at = (unsigned)__cvta_generic_to_shared(held + 4 * (threadIdx.x % 8)), row = 0;
+    if (x[threadIdx.x] < n)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(row) : "r"(at));
+    x[threadIdx.x] = row;
+}
+extern "C" __global__ void product(unsigned* x, unsigned n)
+{
+    __shared__ __align__(32) half one[256];
+    for (int i = threadIdx.x; i < 256; i += 32)
+        one[i] = 1;
+    __syncwarp();
+    wmma::fragment<wmma::matrix_a, 16, 16, 16, half, wmma::row_major> a;
+    wmma::fragment<wmma::matrix_b, 16, 16, 16, half, wmma::col_major> b;
+    wmma::fragment<wmma::accumulator, 16, 16, 16, float> c;
+    wmma::load_matrix_sync(a, one, 16);
+    wmma::load_matrix_sync(b, one, 16);
+    wmma::fill_fragment(c, 0.0f);
+    if (x[threadIdx.x] >= n)
+        return;
+    wmma::mma_sync(c, a, b, c);
+    x[threadIdx.x] = c.x[0];
+}
+"""
+
+
+@pytest.mark.parametrize("library", [core.library, lambda: None], ids=["core", "python"])
+@pytest.mark.parametrize("kernel", ["rows", "product"])
+def test_a_part_of_a_warp_does_not_execute_what_the_whole_warp_must(library, kernel):
+    launch = nogpu.cuda.compile(PARTS_OF_WARPS)[kernel]
+    with patch.object(core, "library", library):
+        with nogpu.emulate() as gpu:
+            launch[1, 32](np.arange(32, dtype=np.uint32), 32)
+        assert not gpu.faults, gpu.report()
+        with nogpu.emulate() as gpu:
+            launch[1, 32](np.arange(32, dtype=np.uint32), 20)
+    (fault,) = gpu.faults
+    assert fault.name == "diverged warp"
+    assert kernel != "rows" or fault.source[1] == 11
+    assert "20 threads from (0, 0, 0) to (19, 0, 0) execute " in fault.message
+    assert "which all 32 threads of a warp must execute together" in fault.message
+
+
+def test_clusters_are_refused_by_name():
+    source = """
+#define MOST(a, b) ((a) > (b) ? (a) : (b))
+extern "C" __global__ void __launch_bounds__(MOST(32, 64)) __cluster_dims__(2, 1, 1) both(int* x)
+{
+    __shared__ int held;
+    held = 1;
+    x[blockIdx.x] = held;
+}"""
+    kernels = nogpu.cuda.compile(source)
+    assert kernels.names == ["both"]
+    with nogpu.emulate(), pytest.raises(NotImplementedError, match="in clusters of 2 blocks"):
+        kernels["both"][2, 1](np.zeros(2, np.int32))

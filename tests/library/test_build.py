@@ -2,10 +2,12 @@
 """The choice of the compiled library: by the PyTorch that runs, and never another's."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
 
+from torchpar import __main__
 from torchpar.errors import ConfigError
 from torchpar.library import build
 
@@ -65,6 +67,39 @@ echo built >"$path"
     path.write_text("no library")
     assert build.main([]) == 0
     assert path.read_text() == "built\n"
+
+
+def test_what_cannot_be_written_or_read_is_named_in_one_line(folders, monkeypatch, tmp_path, capsys):
+    _, cache, _ = folders
+    monkeypatch.setattr(build, "find_compiler", lambda: ["c++"])
+    file = tmp_path / "file"
+    file.touch()
+    for arguments, flag in ((["--into", str(file / "x")], "--into"), ([], "XDG_CACHE_HOME, or by")):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+        monkeypatch.setattr(sys, "argv", ["torchpar", "build", *arguments])
+        assert __main__.main() == 2
+        said = capsys.readouterr().err
+        assert said.startswith("python -m torchpar build: error: ")
+        assert "cannot be written (Not a directory)" in said
+        assert f"name another place by {flag}" in said
+        assert said.count("\n") == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("CXX", "'c++ -O2")
+    with pytest.raises(ConfigError, match=r"CXX is 'c\+\+ -O2, expected a command: No closing"):
+        build.find_compiler()
+
+
+def test_what_a_killed_build_has_left_is_removed(folders, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nfor path; do :; done\necho built >"$path"\n')
+    compiler.chmod(0o755)
+    path = tmp_path / "libraries" / "library.so"
+    left = path.parent / f"{build.UNFINISHED}x"
+    left.mkdir(parents=True)
+    (left / path.name).write_text("half")
+    build.build(path, [str(compiler)])
+    assert path.read_text() == "built\n"
+    assert sorted(one.name for one in path.parent.iterdir()) == ["build.lock", "library.so"]
 
 
 def test_a_compiler_that_fails_is_named_with_its_error(folders, monkeypatch, tmp_path):

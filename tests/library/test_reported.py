@@ -112,3 +112,50 @@ def test_pytorch_cannot_shard_a_list_of_results(world):
     x: DTensor = distribute_tensor(torch.ones(4), mesh, [Replicate()])
     with pytest.raises((RuntimeError, AssertionError)):
         doubles([x, x])
+
+
+@torchpar.library.custom_op("reported::reverse", mutates_args=("target",))
+def reverse(source: Tensor, target: Tensor) -> None:
+    for n, one in enumerate(source):
+        target[len(target) - 1 - n] = one
+
+
+@slow
+def test_workarounds_keep_the_clone_of_a_tensor_that_an_operator_writes():
+    """Inductor leaves the clone out (pytorch#198031), as docs/errors.md says."""
+
+    def writes(x):
+        reverse(x.clone(), x)
+        return 2 * x
+
+    def copies(x):
+        before, made = x.clone(), torch.empty_like(x)
+        reverse(before, made)
+        x.copy_(made)
+        return 2 * x
+
+    x = torch.arange(8.0)
+    expected = 2 * x.flip(0)
+    assert torch.equal(writes(x.clone()), expected)
+    assert torch.equal(torch.compile(copies, fullgraph=True)(x.clone()), expected)
+    found = torch.compile(writes, fullgraph=True)(x.clone())
+    assert not torch.equal(found, expected), "torch mended pytorch#198031: change docs/errors.md"
+
+
+@torchpar.library.custom_op("reported::rounded", mutates_args=())
+def rounded(x: Tensor) -> Tensor:
+    return x.round()
+
+
+rounded.register_fake(lambda x: torch.empty_like(x))
+rounded.register_autograd(lambda ctx, g: 3 * g)
+
+
+@slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_torch_func_takes_the_rule_of_the_gradient(backend):
+    """It took the derivative of the function in place of an autograd.Function's (pytorch#193279)."""
+    gradient = torch.func.grad(lambda x: rounded(x).sum())
+    x = torch.tensor([0.2, 1.7])
+    for f in (gradient, torch.compile(gradient, backend=backend, fullgraph=True)):
+        assert torch.equal(f(x), torch.full((2,), 3.0))

@@ -27,10 +27,11 @@ from typing import Any
 
 import torch
 
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, writing
 
 SOURCE = Path(__file__).with_name("player.cpp")
 NAME = "_player"  # as in PYBIND11_MODULE
+UNFINISHED = "unfinished-"  # begins the name of a folder that a build is in
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
 
 
@@ -46,7 +47,13 @@ def main(arguments: Sequence[str]) -> int:
     folder = parser.parse_args(arguments).into
     compiler = find_compiler()
     path = (folder or cache_folder()) / library_name(compiler)
-    if folder is None and path.exists():
+    flag = "XDG_CACHE_HOME, or by --into" if folder is None else "--into"
+    with writing(path, flag):
+        return _build_unless_there(path, compiler)
+
+
+def _build_unless_there(path: Path, compiler: Sequence[str]) -> int:
+    if path.exists():
         try:
             _imported(path)
         except ImportError:
@@ -115,11 +122,14 @@ def find_compiler() -> list[str]:
     """The C++ compiler, as words of a command: that of the variable CXX, or the first found.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or CXX is no command.
     """
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     for name in names:
-        words = shlex.split(name)
+        try:
+            words = shlex.split(name)
+        except ValueError as e:
+            raise ConfigError(f"CXX is {name}, expected a command: {e}") from e
         if words and shutil.which(words[0]):
             return words
     raise ConfigError(
@@ -143,7 +153,9 @@ def build(path: Path, compiler: Sequence[str]) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
             return
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        for left in path.parent.glob(f"{UNFINISHED}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as folder:
             target = Path(folder, path.name)
             done = subprocess.run(command(target, compiler), capture_output=True, text=True)
             if done.returncode:

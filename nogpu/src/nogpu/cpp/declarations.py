@@ -14,7 +14,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
-ATTRIBUTE = re.compile(r"__launch_bounds__\s*\([^)]*\)|__attribute__\s*\(\([^)]*\)\)")
+ATTRIBUTE = re.compile(
+    r"__(?:launch_bounds|cluster_dims|maxnreg|block_size)__\s*\((?:[^()]|\([^()]*\))*\)"
+    r"|__attribute__\s*\(\((?:[^()]|\([^()]*\))*\)\)"
+)
 QUALIFIERS = ("const", "volatile", "__restrict__", "__restrict", "struct", "__grid_constant__")
 SPACES = ("static", "extern", "__constant__", "__device__")  # before the type of a variable
 # Types of NumPy, by those of C++

@@ -271,6 +271,7 @@ class BoundKernel:
             RuntimeError: nothing is emulated, and there is no GPU.
             TypeError: an argument has another type than its parameter, or their number differs.
             ValueError: a GPU cannot launch that size.
+            NotImplementedError: the kernel has clusters, and the launch is emulated.
         """
         if emulations:
             self._execute(present(), arguments)
@@ -286,6 +287,11 @@ class BoundKernel:
         module = self.kernel.module
         text, entry = module.entry(self.kernel.name, emulator.arch)
         kernel = _parsed(text, entry, self.size.block)
+        if (count := math.prod(kernel.cluster)) > 1:
+            raise NotImplementedError(
+                f"{self.kernel.name} runs in clusters of {count} blocks (__cluster_dims__), which "
+                "nogpu does not execute in CUDA C++; launch it without clusters, or on a GPU"
+            )
         launch_kernel(
             emulator,
             PtxKernel(

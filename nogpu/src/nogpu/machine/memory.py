@@ -46,7 +46,7 @@ class Space(AddressSpace):
         raw = undefined = None
         for place, rows, lanes in self.pieces(warp, addresses, width, line, "load"):
             warp.count_place(place, rows * width)
-            warp.piece = warp.lanes()[lanes]
+            warp.piece = warp.lanes()[: len(addresses)][lanes]
             self._check_stack(warp, rows * width, width, line, "loads")
             self._note_lanes(warp, place, rows, width, line, False)
             bad = self._read(warp, place, rows, width, event, line, atomic)
@@ -73,7 +73,7 @@ class Space(AddressSpace):
         for place, rows, lanes in self.pieces(warp, addresses, width, line, "store"):
             warp.count_place(place, rows * width)
             mine = values[lanes]
-            warp.piece = warp.lanes()[lanes]
+            warp.piece = warp.lanes()[: len(addresses)][lanes]
             self._check_stack(warp, rows * width, width, line, "stores")
             self._note_lanes(warp, place, rows, width, line, True)
             self._write(warp, place, rows, width, event, line, mine, atomic)

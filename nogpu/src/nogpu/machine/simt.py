@@ -107,6 +107,8 @@ def step(warp: Warp, i: Instruction) -> bool:
         if warp.converged != warp.pc and not converge(warp, i):
             return False
         warp.converged, mask = -1, warp.active
+        if "aligned" in i.parts and not mask.all() and not _is_barrier(i):
+            raise _in_part(warp, i, mask)
     mask = ALL if mask.all() else mask
     warp.mask = mask
     if mask is not ALL and any(type(registers[index]) is Tainted for index in i.writes):
@@ -257,6 +259,17 @@ def _apart(warp: Warp) -> PtxError:
         return PtxError(waiting[0].line, f"{reason}{'; '.join(places)}", DIVERGED)
     reason = "the mask names threads that do not come here: "
     return PtxError(by_mask[0].line, f"{reason}{'; '.join(places)}", "wrong mask")
+
+
+def _in_part(warp: Warp, i: Instruction, mask: Values) -> PtxError:
+    """Say which threads execute what is undefined where a thread of the warp has ended, or is not
+    there (9.7.15 of the PTX ISA)."""
+    do = "executes" if mask.sum() == 1 else "execute"
+    message = (
+        f"{warp.threads_of(mask)} {do} {i.opcode}, which all 32 threads of a warp must execute "
+        "together"
+    )
+    return PtxError(i.line, message, "diverged warp")
 
 
 def _is_barrier(i: Instruction) -> bool:

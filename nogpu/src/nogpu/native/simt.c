@@ -302,9 +302,9 @@ int run_threads(Warp *w, int64_t budget)
             if (!found)
                 continue;
             mask = w->active;
-            if (i->members < 0 && mask != ALL && i->kind != BARRIER)
-                return PYTHON; /* such as products of matrices */
         }
+        if (i->whole && i->members < 0 && mask != ALL && i->kind != BARRIER)
+            return PYTHON; /* such as products of matrices, which it refuses */
         has_found = 0;
         if (!is_defined && !find_bits(w, i, mask, &undefined))
             return PYTHON;
