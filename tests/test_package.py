@@ -22,7 +22,6 @@ import pytest
 from commands import ROOT
 
 import torchpar
-from torchpar import __main__ as torchpar_command
 
 # Folders that the package has by links.
 LINKED = ("kernels", "benchmarks")
@@ -194,7 +193,7 @@ def test_what_names_the_version_agrees() -> None:
 def test_the_command_prints_the_version(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["torchpar", "--version"])
     with pytest.raises(SystemExit, match=r"^0$"):
-        torchpar_command.main()
+        runpy.run_module("torchpar", run_name="__main__")
     assert capsys.readouterr().out == f"torchpar {torchpar.__version__}\n"
 
 

@@ -2,12 +2,12 @@
 """The choice of the compiled library: by the PyTorch that runs, and never another's."""
 
 import importlib.util
+import runpy
 import sys
 
 import pytest
 import torch
 
-from torchpar import __main__
 from torchpar.errors import ConfigError
 from torchpar.library import build
 
@@ -69,21 +69,23 @@ echo built >"$path"
     assert path.read_text() == "built\n"
 
 
-def test_what_cannot_be_written_or_read_is_named_in_one_line(folders, monkeypatch, tmp_path, capsys):
-    _, cache, _ = folders
+def test_a_place_that_cannot_be_written_is_named_in_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(build, "find_compiler", lambda: ["c++"])
     file = tmp_path / "file"
     file.touch()
     for arguments, flag in ((["--into", str(file / "x")], "--into"), ([], "XDG_CACHE_HOME, or by")):
         monkeypatch.setenv("XDG_CACHE_HOME", str(file))
         monkeypatch.setattr(sys, "argv", ["torchpar", "build", *arguments])
-        assert __main__.main() == 2
+        with pytest.raises(SystemExit, match=r"^2$"):
+            runpy.run_module("torchpar", run_name="__main__")
         said = capsys.readouterr().err
         assert said.startswith("python -m torchpar build: error: ")
         assert "cannot be written (Not a directory)" in said
         assert f"name another place by {flag}" in said
         assert said.count("\n") == 1
-    monkeypatch.undo()
+
+
+def test_a_compiler_that_is_no_command_is_named(monkeypatch):
     monkeypatch.setenv("CXX", "'c++ -O2")
     with pytest.raises(ConfigError, match=r"CXX is 'c\+\+ -O2, expected a command: No closing"):
         build.find_compiler()

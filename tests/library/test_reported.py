@@ -154,7 +154,7 @@ rounded.register_autograd(lambda ctx, g: 3 * g)
 @slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_compiled_torch_func_takes_the_rule_of_the_gradient(backend):
-    """It took the derivative of the function in place of an autograd.Function's (pytorch#193279)."""
+    """It took the function's derivative, and not that of autograd.Function (pytorch#193279)."""
     gradient = torch.func.grad(lambda x: rounded(x).sum())
     x = torch.tensor([0.2, 1.7])
     for f in (gradient, torch.compile(gradient, backend=backend, fullgraph=True)):

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from torchpar.errors import ConfigError
 from torchpar.exact.dispatch import is_active, ordinary
-from torchpar.exact.sums import exponents_of
 from torchpar.library.sharding import is_dtensor
 from torchpar.ops.exact_digits import DIGITS, rounded_to
+from torchpar.ops.exact_squares import exponents_of
 from torchpar.parallel.launch.agreement import check_same_bits
 
 _WIDTH = 30

@@ -47,6 +47,7 @@ from torchpar.exact.registry import (
 from torchpar.exact.watch import Watch, marks
 from torchpar.exact.within import within
 from torchpar.ops.exact_digits import DIGITS, rounded_to
+from torchpar.ops.matrix import ordinary as ordinary
 
 _FUNCTIONS: dict[object, Callable[..., Tensor]] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
@@ -103,21 +104,6 @@ def is_active() -> bool:
         isinstance(active, _Operators) and active.is_exact
         for active in _get_current_dispatch_mode_stack()
     )
-
-
-@contextmanager
-def ordinary() -> Iterator[None]:
-    """Leave the mode, for code that is exact without it. Modes of others stay, such as nogpu's."""
-    stacks = _get_current_dispatch_mode_stack(), _get_current_function_mode_stack()
-    left = [one for stack in stacks for one in stack if isinstance(one, _Operators | _Functions)]
-    before = [one.is_exact for one in left]
-    try:
-        for one in left:
-            one.is_exact = False
-        yield
-    finally:
-        for one, was_exact in zip(left, before, strict=True):
-            one.is_exact = was_exact
 
 
 class _Functions(TorchFunctionMode):

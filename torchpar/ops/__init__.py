@@ -4,7 +4,8 @@
 Importing a file registers its operator: `maximum`, `matmul_t`, `symmetric_matmul`,
 `linear_sigmoid`, `exact_matmul` (by `exact_digits`) and `fp32_matmul`. They share the checks of
 `matrix` and `sizes`, the products of `cpu`, and `fp32`, which sets a precision. `processor` and
-`environment` say what this machine can do.
+`environment` say what this machine can do. `exact_squares` adds up squares on ranks for the norm of
+gradients.
 """
 
 from importlib.util import find_spec

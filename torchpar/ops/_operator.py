@@ -3,12 +3,14 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
 
 from torchpar.kernels import Wrap
 from torchpar.library import CustomOpDef, triton_op
@@ -128,6 +130,20 @@ def is_exact() -> bool:
     return count_dispatch_modes() > 0 and any(
         [getattr(mode, "is_exact", False) for mode in dispatch_modes()]
     )
+
+
+@contextmanager
+def ordinary() -> Iterator[None]:
+    """Leave the exact mode, for code that is exact without it. Other modes stay: nogpu's."""
+    modes = *dispatch_modes(), *_get_current_function_mode_stack()
+    left = [mode for mode in modes if getattr(mode, "is_exact", False)]
+    try:
+        for mode in left:
+            mode.is_exact = False
+        yield
+    finally:
+        for mode in left:
+            mode.is_exact = True
 
 
 def save_operands(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:

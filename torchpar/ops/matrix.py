@@ -11,8 +11,9 @@ from torchpar.library.private import count_dispatch_modes
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import is_plain, is_transformed
 from torchpar.ops._operator import check_strided
-from torchpar.ops._operator import is_direct as is_direct  # optim imports these three names
+from torchpar.ops._operator import is_direct as is_direct  # others import these four names
 from torchpar.ops._operator import is_exact as is_exact
+from torchpar.ops._operator import ordinary as ordinary
 from torchpar.ops._operator import runs_kernels as runs_kernels
 from torchpar.ops.processor import has_amx
 from torchpar.ops.sizes import check_alike

@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchpar.errors import ConfigError, check_number
 from torchpar.library.sharding import is_dtensor, local
-from torchpar.ops._operator import is_exact
+from torchpar.ops.exact_squares import SumOfSquares
+from torchpar.ops.matrix import is_exact, ordinary
 from torchpar.parallel.launch.world import World, check_module, check_world
 from torchpar.parallel.split.layers import meshes_of_shards
 from torchpar.parallel.split.parts import part_of
@@ -95,9 +96,6 @@ def _exact_norm(
 
     A share 1/k of one of W ranks is counted as W/k of W parts.
     """
-    from torchpar.exact.dispatch import ordinary
-    from torchpar.exact.sums import SumOfSquares
-
     with ordinary():
         largest = torch.zeros((), dtype=torch.float64, device=device)
         for elements, _ in terms:
