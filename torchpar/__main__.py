@@ -61,7 +61,10 @@ GUARDED = {
     "exercises": ("the check", ""),
 }
 
-PTX = "ptx is now nogpu, a package of its own; pip install nogpu, and run python -m nogpu SCRIPT"
+PTX = (
+    "ptx is now nogpu, a package of its own; in a checkout, pip install ./nogpu; then run "
+    "python -m nogpu SCRIPT"
+)
 
 
 def main() -> int:

@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 
 from torchpar.errors import ConfigError
 
+INSTALL_NOGPU = "in a checkout, pip install ./nogpu"  # it is not on PyPI
+
 
 def import_nogpu(what: str) -> Any:
     """Import nogpu, which executes Triton kernels on a machine without a GPU.
@@ -19,7 +21,7 @@ def import_nogpu(what: str) -> Any:
         ConfigError: it is not installed.
     """
     if not has_nogpu():
-        raise ConfigError(f"{what} needs nogpu; pip install nogpu")
+        raise ConfigError(f"{what} needs nogpu; {INSTALL_NOGPU}")
     return importlib.import_module("nogpu")
 
 

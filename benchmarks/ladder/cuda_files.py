@@ -23,7 +23,7 @@ import torch
 from torchpar.baselines.grader import OPERATORS, Loaded, Wrong
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.errors import ConfigError
-from torchpar.optional import has_nogpu
+from torchpar.optional import INSTALL_NOGPU, has_nogpu
 
 from .cases import LadderCase
 
@@ -185,7 +185,7 @@ def load(path: Path) -> Loaded:
     if not path.is_file():
         raise ConfigError(f"--with {path} is no file")
     if not has_nogpu():
-        raise ConfigError(f"--with {path}: CUDA C++ is executed by nogpu; pip install nogpu")
+        raise ConfigError(f"--with {path}: CUDA C++ is executed by nogpu; {INSTALL_NOGPU}")
     import nogpu.cuda
     from nogpu.cpp.nvrtc import CompileError
 

@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from torchpar.optional import has_nogpu
+from torchpar.optional import INSTALL_NOGPU, has_nogpu
 from torchpar.parallel.launch.guard import TooSlow
 
 from ..timing import Rejected
@@ -50,7 +50,7 @@ SLOW_ON_A_GPU = r"(?s).*(Grid size \d+ will likely|Host array used in CUDA kerne
 ADVICE = (
     "Numba's simulator executes kernels of numba.cuda. With numba-cuda, nogpu executes them as "
     "compiled for an H100, with all faults, counters and the least time: "
-    "pip install nogpu 'numba-cuda[cu13]'"
+    "in a checkout, pip install './nogpu[numba]'"
 )
 
 
@@ -284,7 +284,7 @@ def reason(error: Rejected, report: "Report | None", races: Races | None) -> str
     if races is not None and races.first:
         return races.first
     if NO_GPU in str(error) and report is None:
-        return "kernels of Triton need nogpu here; pip install nogpu"
+        return f"kernels of Triton need nogpu here; {INSTALL_NOGPU}"
     warning = warning_of(report) if report is not None else ""
     return "; ".join(filter(None, (str(error), warning)))
 

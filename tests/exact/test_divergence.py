@@ -2,6 +2,7 @@
 """torchpar.exact.record and ``python -m torchpar compare``: planted differences are named."""
 
 import inspect
+import json
 import runpy
 import sys
 from collections.abc import Callable
@@ -314,6 +315,30 @@ def test_runs_of_unlike_lengths(expected, tmp_path, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"{STEPS} and {STEPS + 2} steps: the first {STEPS} are compared"
     assert second.startswith(f"the same in {STEPS} steps, by ")
+
+
+def test_runs_on_unlike_machines(expected, tmp_path, monkeypatch, capsys):
+    here = recording.machine()
+    monkeypatch.setattr(recording, "machine", lambda: here | {"processor": "OTHER", "threads": 99})
+    said = f"the runs differ in processor ({here['processor']} and OTHER), threads "
+    said += f"({here['threads']} and 99)"
+    train(tmp_path / "same")
+    assert main([str(expected), str(tmp_path / "same")]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == said
+    assert second.startswith("the same in ")
+    train(tmp_path / "parted", **PLANTED["a schedule"][0])
+    assert main([str(expected), str(tmp_path / "parted")]) == 1
+    lines = capsys.readouterr().out.splitlines()[:2]
+    assert lines == [said, "outside of torchpar.exact.mode() such a difference alone can change bits"]
+
+
+def test_a_recording_of_an_older_version_has_no_machine(expected, tmp_path, capsys):
+    head, rest = (expected / "rank0.jsonl").read_text().split("\n", 1)
+    kept = {k: v for k, v in json.loads(head).items() if k not in ("processor", "threads")}
+    (tmp_path / "rank0.jsonl").write_text(f"{json.dumps(kept)}\n{rest}")
+    assert main([str(expected), str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith(f"the same in {STEPS} steps")
 
 
 def test_a_killed_run_leaves_its_steps(expected, tmp_path, capsys):

@@ -26,7 +26,7 @@ from torchpar.console import cache_remedy
 from torchpar.errors import ConfigError, first_line
 from torchpar.library import player
 from torchpar.ops.environment import cpuinfo
-from torchpar.optional import has_nogpu
+from torchpar.optional import INSTALL_NOGPU, has_nogpu
 from torchpar.testing.operators.compare import accurate, same_bits
 from torchpar.testing.operators.tensors import normal_like
 
@@ -188,7 +188,7 @@ def emulator() -> Iterator[Finding]:
         return  # as "versions" says
     if not has_nogpu():
         yield Finding(
-            "nogpu", "missing; kernels for a GPU are not tried", "note", "pip install nogpu"
+            "nogpu", "missing; kernels for a GPU are not tried", "note", INSTALL_NOGPU
         )
         return
     from nogpu import emulate, has_core, why_not_compiled

@@ -110,6 +110,8 @@ def compare(a: Path, b: Path) -> int:
         both = min(length(ranks_a), length(ranks_b))
         print(f"the same in {both} steps, by {count:,} checksums")
         return 0
+    if unlike(ranks_a, ranks_b):
+        print("outside of torchpar.exact.mode() such a difference alone can change bits")
     earliest = min(parted, key=lambda one: (one.step, one.first(), one.ranks))
     print(report(earliest, [one for one in parted if one.step == earliest.step]))
     return 1
@@ -180,7 +182,9 @@ def notes(
     ranks_b: Sequence[RecordedRank],
     compared: Sequence[Compared],
 ) -> Iterator[str]:
-    """Say what is not compared."""
+    """Say in what the machines differ, and what is not compared."""
+    if differences := unlike(ranks_a, ranks_b):
+        yield f"the runs differ in {', '.join(differences)}"
     if len(ranks_a) != len(ranks_b):
         kinds = ", ".join(f"{kind}s" for kind in OF_ALL_RANKS)
         yield f"{len(ranks_a)} and {len(ranks_b)} ranks: only {kinds} are compared"
@@ -191,6 +195,12 @@ def notes(
     if alone:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in alone.items())
         yield f"not compared, because only one run has them: {kinds}"
+
+
+def unlike(ranks_a: Sequence[RecordedRank], ranks_b: Sequence[RecordedRank]) -> list[str]:
+    """In what the machines of two runs differ, as "threads (2 and 1)"."""
+    a, b = ranks_a[0].machine, ranks_b[0].machine
+    return [f"{key} ({a[key]} and {b[key]})" for key in a if key in b and a[key] != b[key]]
 
 
 def length(ranks: Sequence[RecordedRank]) -> int:

@@ -2,8 +2,8 @@
 """Files of a recorded run: JSON lines, of which a killed run leaves all but the last 8 steps.
 
 A folder has a file ``rank0.jsonl`` for each rank. Each line is an object. The first line holds
-"format", "rank", "ranks" (their number), "operators" (whether they are recorded) and "torch". A
-line with "tensor" describes a tensor before it is first used: its number, "kind", "name", "shape",
+"format", "rank", "ranks" (their number), "operators" (whether they are recorded), "torch",
+"processor" (the instructions that ATen uses) and "threads". A line with "tensor" describes a tensor before it is first used: its number, "kind", "name", "shape",
 "dtype", and "by", which made it. A line with "step" holds the tensors of a step in their order, as
 numbers, and "checksums", a string of 16 hexadecimal digits for each, as `checksums` defines them.
 """
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torchpar.errors import ConfigError, writing
 
 FORMAT = "torchpar.exact.record 1"
+OF_MACHINE = ("torch", "processor", "threads")  # of the first line
 _FORMATS = {"float64": "d", "float32": "f", "float16": "e", "int64": "q", "int32": "i", "bool": "?"}
 
 
@@ -118,6 +119,7 @@ class RecordedRank:
     ranks: int
     has_operators: bool
     steps: dict[int, RecordedStep]
+    machine: dict[str, object]  # by `OF_MACHINE`; older files lack some
 
 
 def read_ranks(path: Path) -> list[RecordedRank]:
@@ -149,7 +151,9 @@ def _read_rank(path: Path) -> RecordedRank:
                     [tensors[number] for number in line["tensors"]],
                     np.frombuffer(bytes.fromhex(line["checksums"]), ">u8").tolist(),
                 )
-        return RecordedRank(path, int(head["rank"]), int(head["ranks"]), head["operators"], steps)
+        rank, ranks = int(head["rank"]), int(head["ranks"])
+        machine = {key: head[key] for key in OF_MACHINE if key in head}
+        return RecordedRank(path, rank, ranks, head["operators"], steps, machine)
     except ConfigError:
         raise
     except OSError as e:

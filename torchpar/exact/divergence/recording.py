@@ -105,6 +105,15 @@ def record(path: str | os.PathLike[str], *, operators: bool = False) -> Iterator
         recorder.end()
 
 
+def machine() -> dict[str, object]:
+    """On what a run's bits depend outside of the exact mode, by `recorded_files.OF_MACHINE`."""
+    return {
+        "torch": torch.__version__,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
 class _Recorder:
     def __init__(self, folder: Path, is_whole: bool):
         self._is_whole = is_whole
@@ -112,7 +121,7 @@ class _Recorder:
         # A launcher sets these before the ranks are connected.
         rank = dist.get_rank() if is_initialized else int(os.environ.get("RANK", "0"))
         ranks = dist.get_world_size() if is_initialized else int(os.environ.get("WORLD_SIZE", "1"))
-        head = {"ranks": ranks, "operators": is_whole, "torch": torch.__version__}
+        head = {"ranks": ranks, "operators": is_whole, **machine()}
         self.file = RunFile(folder, rank, head)
         self._process = os.getpid()
         self._numbers: dict[tuple[object, ...], int] = {}  # of tensors in the file
