@@ -775,6 +775,14 @@ def test_the_readmes_command_runs_the_script_of_the_page_of_kernels():
     assert [line.partition("  #")[0] for line in lines] == shown.splitlines()[1:]
 
 
+@pytest.mark.parametrize("page", ["README.md", "nogpu/README.md"])
+def test_the_readmes_commands_name_scripts_that_there_are(page):
+    lines = "\n".join(re.findall(r"^```sh\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE))
+    scripts = re.findall(r"(?<!\S)[\w./]+\.(?:py|cu)\b", lines)
+    assert scripts
+    assert [one for one in scripts if not (ROOT / one).exists()] == []
+
+
 # The README's table of operators
 
 

@@ -3,6 +3,7 @@
 
 import ast
 import inspect
+import re
 import runpy
 import sys
 from collections.abc import Iterator
@@ -43,11 +44,27 @@ def test_the_old_command_names_the_new_one(monkeypatch, capsys):
     assert "run python -m nogpu SCRIPT" in err
 
 
+def test_no_message_installs_nogpu_from_an_index():
+    """It is not on PyPI, where anybody may take its name."""
+    sources = [
+        path
+        for room in ("torchpar", "benchmarks", "examples")
+        for path in sorted((ROOT / room).rglob("*.py"))
+    ]
+    assert len(sources) > 100
+    plain = re.compile(r"pip install ['\"]?nogpu\b")
+    assert [path for path in sources if plain.search(path.read_text("utf-8"))] == []
+    assert plain.search("pip install nogpu")
+    assert not plain.search("pip install ./nogpu")
+
+
 @pytest.mark.parametrize("spec", [None, FOLDER])
 def test_what_needs_nogpu_says_so_where_it_is_missing(spec):
     with patch.object(optional, "find_spec", lambda name: spec):
         assert not optional.has_nogpu()
-        with pytest.raises(errors.ConfigError, match=r"^--all needs nogpu; in a checkout, pip install \./nogpu$"):
+        with pytest.raises(
+            errors.ConfigError, match=r"^--all needs nogpu; in a checkout, pip install \./nogpu$"
+        ):
             optional.import_nogpu("--all")
         x = torch.ones(2)
         with pytest.raises(errors.ConfigError, match="emulate='sm_90' needs nogpu"):

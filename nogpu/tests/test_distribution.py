@@ -85,6 +85,18 @@ def test_pytest_loads_the_plugin_by_each_way(tmp_path, way):
         assert said in done.stdout
 
 
+@pytest.mark.slow  # it starts pytest
+def test_the_readmes_test_passes_as_it_stands(tmp_path):
+    page = (ROOT / "README.md").read_text("utf-8")
+    (code,) = re.findall(r"```py\n# test_kernels.py\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "test_kernels.py").write_text(code, "utf-8")
+    (flags,) = re.findall(r"`python (-m pytest test_kernels.py .*?)`", page)
+    command = [sys.executable, *flags.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+
+
 def test_the_version_is_that_of_the_changelog(capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         command.main(["--version"])

@@ -330,7 +330,10 @@ def test_runs_on_unlike_machines(expected, tmp_path, monkeypatch, capsys):
     train(tmp_path / "parted", **PLANTED["a schedule"][0])
     assert main([str(expected), str(tmp_path / "parted")]) == 1
     lines = capsys.readouterr().out.splitlines()[:2]
-    assert lines == [said, "outside of torchpar.exact.mode() such a difference alone can change bits"]
+    assert lines == [
+        said,
+        "outside of torchpar.exact.mode() such a difference alone can change bits",
+    ]
 
 
 def test_a_recording_of_an_older_version_has_no_machine(expected, tmp_path, capsys):

@@ -38,8 +38,16 @@ COMMANDS = [
     ("lightning", [*PYTHON, f"{EXAMPLES}/train_lightning.py", "fit"], "torchpar[examples,light"),
     ("nogpu", [*PYTHON, f"{EXAMPLES}/own_layers.py"], "pip install ./nogpu"),
     ("nogpu", [*PYTHON, f"{EXAMPLES}/course_kernels.py"], "pip install ./nogpu"),
-    ("nogpu", [*TORCHPAR, "explain", "matmul_t", "64x64", "--all"], "--all needs nogpu; in a checkout, pip install ./nogpu"),
-    ("nogpu", [*PYTHON, "-m", "benchmarks", "run", "autotune"], "needs nogpu; in a checkout, pip install ./nogpu"),
+    (
+        "nogpu",
+        [*TORCHPAR, "explain", "matmul_t", "64x64", "--all"],
+        "--all needs nogpu; in a checkout, pip install ./nogpu",
+    ),
+    (
+        "nogpu",
+        [*PYTHON, "-m", "benchmarks", "run", "autotune"],
+        "needs nogpu; in a checkout, pip install ./nogpu",
+    ),
     ("mpi4py", [MPIRUN, "-n", "2", *PYTHON, f"{EXAMPLES}/train_mpi.py"], "install mpi4py mpich"),
 ]
 

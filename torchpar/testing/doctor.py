@@ -187,9 +187,7 @@ def emulator() -> Iterator[Finding]:
     if importlib.util.find_spec("triton") is None:
         return  # as "versions" says
     if not has_nogpu():
-        yield Finding(
-            "nogpu", "missing; kernels for a GPU are not tried", "note", INSTALL_NOGPU
-        )
+        yield Finding("nogpu", "missing; kernels for a GPU are not tried", "note", INSTALL_NOGPU)
         return
     from nogpu import emulate, has_core, why_not_compiled
 
