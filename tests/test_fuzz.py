@@ -22,6 +22,7 @@ SCRIPTS = {
     "endings": ["forgets", "goes-on"],
     "emulator": ["minimum", "silent"],
     "captures": ["bound", "lists", "nodes", "pageable", "pinned", "straight", "table"],
+    "recorders": ["blind", "draws"],
     "graphed": ["copies", "gradients", "others", "pool", "steps", "unpassed"],
 }
 # Of the calls that C++ plays.

@@ -122,5 +122,6 @@ if __name__ == "__main__":
 
     exercises.read = lambda *_: (images(2000), images(100))  # type: ignore[assignment]
     grader.PATIENCE, guard.TICK = 2.0 - grader.LIMIT, 0.05  # type: ignore[misc]
+    grader.TOP_LEVEL = grader.LIMIT
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(run(trial, {"forgets": forgets, "goes-on": goes_on}))

@@ -251,10 +251,20 @@ def refusals() -> None:
 
 
 def refusals_of_parameters() -> None:
-    """A group without parameters, a DTensor that other ranks have, and another order of two groups
-    of the same ranks, whose messages must meet before they are compared."""
+    """A group without parameters, an unsharded parameter of fully_shard, a DTensor that other ranks
+    have, and another order of two groups of the same ranks, whose messages must meet before they
+    are compared."""
     rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
     ones = torch.ones(4, 6)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 2))
+    fully_shard(model[1], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with torch.no_grad():
+        model(ones)
+    of_forward = Muon([p for p in model.parameters() if p.dim() == 2])
+    model(ones).sum().backward()
+    with refused(r"parameter 0 of group 0 has no memory, .*; call model.reshard\(\), and then"):
+        of_forward.step()
     rows = distribute_tensor(ones, mesh, [Shard(0)])
     unnamed = Muon([rows.clone().requires_grad_()])
     unnamed.param_groups[0]["params"][0].grad = rows

@@ -130,10 +130,12 @@ def test_runs_that_are_refused(world, tmp_path):
         ),
         ({"batch_size": 0}, "batch_size is 0, expected a whole number from 1 on"),
         ({"batch_size": -3}, "batch_size is -3, expected a whole number from 1 on"),
+        # What JSON does not hold.
+        ({"batch_size": 1j}, "batch_size is 1j, expected a whole number from 1 on"),
     ):
         given = {"epochs": 3, "batch_size": 50} | changed
         *parts, task = parts_of(MLP(SIZES), world)
-        task.batch_size = task.config["batch_size"] = given.pop("batch_size")
+        task = training.Classification(task.train, task.test, given.pop("batch_size"))
         with pytest.raises(ConfigError, match=re.escape(message)):
             training.Run(*parts, task, **given)
     for arguments, message in (

@@ -70,14 +70,14 @@ class ParamInfo:
     def cost(self) -> int:
         return sum(map(multiplications, self.shapes))
 
-    def check(self) -> None:
-        """Raise a ConfigError unless the parameter is a matrix, or has a view."""
-        shape = self.part.whole
-        if not self.p.is_floating_point() or self.p.dtype.itemsize < 2:
-            expected = "a floating dtype of 16, 32 or 64 bits"
-            raise ConfigError(f"Muon: {self.name} is {self.p.dtype}, expected {expected}")
-        if self.p.layout is not torch.strided:
-            raise ConfigError(f"Muon: {self.name} is {self.p.layout}, expected torch.strided")
+    def _check_memory(self) -> None:
+        """Raise a ConfigError unless this rank has its part of the parameter."""
+        if _is_freed(self.p):
+            raise ConfigError(
+                f"Muon: {self.name} has no memory, as the unsharded parameter that a forward pass "
+                "of fully_shard without a backward pass has left; call model.reshard(), and then "
+                "make the optimizer"
+            )
         if is_dtensor(self.p) and self.p.device_mesh.get_coordinate() is None:
             raise ConfigError(
                 f"Muon: {self.name} is a DTensor of other ranks, expected a mesh with this rank; "
@@ -89,6 +89,16 @@ class ParamInfo:
                 f"expected {tuple(self.part.size)}, as when its layer was split; split the layer "
                 "again"
             )
+
+    def check(self) -> None:
+        """Raise a ConfigError unless the parameter is a matrix, or has a view."""
+        shape = self.part.whole
+        if not self.p.is_floating_point() or self.p.dtype.itemsize < 2:
+            expected = "a floating dtype of 16, 32 or 64 bits"
+            raise ConfigError(f"Muon: {self.name} is {self.p.dtype}, expected {expected}")
+        if self.p.layout is not torch.strided:
+            raise ConfigError(f"Muon: {self.name} is {self.p.layout}, expected torch.strided")
+        self._check_memory()
         if self.view is None:
             if len(shape) != 2:
                 raise ConfigError(
@@ -108,6 +118,12 @@ class ParamInfo:
                 f"Muon: the view of {self.name} returns {[tuple(m.shape) for m in matrices]}, "
                 f"expected views (*, n, m) that together hold each element of {shape} once"
             )
+
+
+def _is_freed(p: Tensor) -> bool:
+    """Whether the memory of a plain parameter was freed, as `fully_shard` frees unsharded ones."""
+    is_plain = type(p) in (Tensor, torch.nn.Parameter) and not p.is_meta
+    return is_plain and p.numel() > 0 and not p.untyped_storage().size()
 
 
 def orthogonalize_all(

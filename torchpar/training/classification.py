@@ -45,14 +45,15 @@ class Classification:
     ):
         self.train, self.test = train, test
         self.samples = len(train)
-        # NumPy's integers, which JSON does not take, become Python's; `Run` refuses what is none.
+        # NumPy's integers, which JSON does not take, become Python's. `Run` refuses what is none,
+        # which is text in the configuration.
         number = whole_or_text(batch_size)
-        self.batch_size = batch_size = number if isinstance(number, int) else batch_size
+        self.batch_size = number if isinstance(number, int) else batch_size
         self.predict = predict
         self.loss = loss
         self.seed = seed
         self.config: dict[str, object] = {
-            "batch_size": batch_size,
+            "batch_size": number,
             "seed": seed,
             "train": len(train),
         }
