@@ -2,14 +2,20 @@
 """The HTML page of the committed results: headlines and tables, in a file that needs no network."""
 
 import re
+from importlib.util import find_spec
 
 import pytest
 
-pytest.importorskip("pandas", reason="pandas reads the CSVs")
-pytest.importorskip("itables", reason="itables makes tables that can be sorted")
-
 from benchmarks import NAMES, report
 from torchpar.errors import ConfigError
+
+# Each worker of pytest-xdist imports this file, and pandas takes a third of a second.
+pytestmark = [
+    pytest.mark.skipif(find_spec("pandas") is None, reason="pandas reads the CSVs"),
+    pytest.mark.skipif(
+        find_spec("itables") is None, reason="itables makes tables that can be sorted"
+    ),
+]
 
 
 def csv(milliseconds: float, right: str = "True") -> str:

@@ -4,6 +4,7 @@
 import os
 import shutil
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
 
@@ -14,14 +15,17 @@ from commands import blocks, execute
 
 from torchpar.reference import average_gradients
 
-pytest.importorskip(
-    "transformers", reason="transformers, whose Trainer takes Muon, is not installed"
-)
-
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(),
-    reason="the trainers would choose the GPU, with other bits than the plain loop",
-)
+pytestmark = [
+    # Each worker of pytest-xdist imports this file, and the package takes a second.
+    pytest.mark.skipif(
+        find_spec("transformers") is None,
+        reason="transformers, whose Trainer takes Muon, is not installed",
+    ),
+    pytest.mark.skipif(
+        torch.cuda.is_available(),
+        reason="the trainers would choose the GPU, with other bits than the plain loop",
+    ),
+]
 SETUP, TRAINER, ACCELERATE, LIGHTNING = blocks("docs/trainers.md")
 
 
