@@ -4,10 +4,13 @@
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable
-from multiprocessing import get_context
+from collections.abc import Callable, Sequence
+from functools import cache
+from multiprocessing import forkserver, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -100,3 +103,87 @@ def _python(
     except BaseException:
         traceback.print_exc()
         sys.exit(1)
+
+
+class ForkedPopen:
+    """A `subprocess.Popen` of ``python -P FILE ARGUMENTS`` without the time of imports: its process
+    is forked from the server of the fixture `fork_server`.
+
+    The process has the session, the folder, the environment, the import path and the streams that
+    it would have otherwise, and of the modules those of the server in addition.
+    """
+
+    def __init__(
+        self, command: Sequence[str], *, cwd: Path, env: dict[str, str], **options: object
+    ) -> None:
+        assert command[:2] == [sys.executable, "-P"]
+        assert options == {
+            **dict.fromkeys(("stdin", "stdout"), subprocess.PIPE),
+            **{"stderr": subprocess.STDOUT, "start_new_session": True},
+        }
+        context = get_context("forkserver")
+        given, into = context.Pipe(duplex=False)
+        out_of, printed = context.Pipe(duplex=False)
+        self.process = context.Process(
+            target=_python_without_its_folder,
+            args=(command[2:], str(cwd), env, _import_path(), given, printed),
+        )
+        self.process.start()
+        for end in (given, printed):  # they are the child's
+            end.close()
+        self.stdin = os.fdopen(os.dup(into.fileno()), "wb")
+        self.stdout = os.fdopen(os.dup(out_of.fileno()), "rb")
+        for end in (into, out_of):
+            end.close()
+        self.pid = self.process.pid
+
+    @staticmethod
+    def start_server() -> None:
+        """Start the server, so that it is no child of those that are ended with a process."""
+        forkserver.ensure_running()
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self) -> int | None:
+        self.process.join()
+        return self.process.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+
+@cache
+def _import_path() -> list[str]:
+    """The import path of ``python -P``."""
+    command = [sys.executable, "-P", "-c", "import sys; print(*sys.path, sep='\\n')"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def _python_without_its_folder(
+    arguments: list[str],
+    cwd: str,
+    environment: dict[str, str],
+    path: list[str],
+    given: Connection,
+    printed: Connection,
+) -> None:
+    """Do what ``python -P FILE ARGUMENTS`` does, in a forked process."""
+    os.setsid()
+    for number, end in ((0, given), (1, printed), (2, printed)):
+        os.dup2(end.fileno(), number)
+    given.close()
+    printed.close()
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(number, mode, closefd=False)  # noqa: SIM115
+        for number, mode in ((0, "r"), (1, "w"), (2, "w"))
+    )
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # the fork server blocks it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.path[:], sys.argv = path, arguments
+    runpy.run_path(arguments[0], run_name="__main__")

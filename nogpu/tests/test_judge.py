@@ -7,15 +7,19 @@ get. Other candidates are right ones that `changed_candidates` changes.
 
 import json
 import re
+import subprocess
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import changed_candidates
 import pytest
 from changed_candidates import Changed
+from processes import ForkedPopen
 
 import nogpu
+from nogpu.judge import confined
 from nogpu.judge.confined import Limits
 from nogpu.judge.judging import Judge, main
 from nogpu.judge.problem import Problem
@@ -67,6 +71,16 @@ def judge(reference: str, limits: Limits = LIMITS) -> Judge:
     return Judge(problem, "H100", limits)
 
 
+@pytest.fixture
+def start(request, fork_server, monkeypatch) -> None:
+    """Fork the processes of candidates that have no part in their start. Those of QUICK, the
+    hostile ones and the commands' are started as a user's."""
+    if request.node.callspec.params["name"] not in QUICK:
+        ForkedPopen.start_server()
+        popen = SimpleNamespace(**{**vars(subprocess), "Popen": ForkedPopen})
+        monkeypatch.setattr(confined, "subprocess", popen)
+
+
 def has_reason(verdict: Verdict, reason: str) -> bool:
     lines = [f"{row.name}: {row.detail}" for row in verdict.rows if row.outcome != "works"]
     return any(re.match(reason, line) for line in lines)
@@ -78,14 +92,14 @@ def verdict_of(name: str, candidate: Candidate, folder: Path) -> Verdict:
 
 
 @pytest.mark.parametrize("name, candidate", cases(RIGHT | changed(changed_candidates.RIGHT)))
-def test_a_right_kernel_passes(name, candidate, tmp_path):
+def test_a_right_kernel_passes(name, candidate, tmp_path, start):
     verdict = verdict_of(name, candidate, tmp_path)
     assert verdict.ok, str(verdict)
     assert {row.outcome for row in verdict.rows} <= {"works"}, str(verdict)
 
 
 @pytest.mark.parametrize("name, candidate", cases(changed(changed_candidates.WRONG)))
-def test_a_subtly_wrong_kernel_does_not_pass(name, candidate, tmp_path):
+def test_a_subtly_wrong_kernel_does_not_pass(name, candidate, tmp_path, start):
     verdict = verdict_of(name, candidate, tmp_path)
     assert verdict.word == "wrong", str(verdict)
     assert has_reason(verdict, candidate.reason), str(verdict)
@@ -94,7 +108,7 @@ def test_a_subtly_wrong_kernel_does_not_pass(name, candidate, tmp_path):
 @pytest.mark.parametrize(
     "name, candidate", cases(of_folder("cheats") | changed(changed_candidates.CHEATS))
 )
-def test_a_cheat_does_not_pass(name, candidate, tmp_path):
+def test_a_cheat_does_not_pass(name, candidate, tmp_path, start):
     verdict = verdict_of(name, candidate, tmp_path)
     assert not verdict.ok, str(verdict)
     assert has_reason(verdict, candidate.reason), str(verdict)

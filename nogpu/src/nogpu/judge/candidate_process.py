@@ -61,9 +61,8 @@ def functions() -> Functions:
 
 
 def is_replaced(before: object, after: object, folder: Path) -> bool:
-    """Whether a function is another one; PyTorch itself wraps some when they are first called."""
-    if before is after:
-        return False
+    """Whether another function in a place is a candidate's: PyTorch itself wraps some when they are
+    first called."""
     code = getattr(after, "__code__", None)
     is_own = code is None or Path(code.co_filename).is_relative_to(folder)
     return is_own or getattr(after, "__wrapped__", None) is not before
@@ -212,7 +211,8 @@ class Candidate:
             "changed": [
                 f"{where}.{name}"
                 for where, attributes, name, one in self.before
-                if is_replaced(one, attributes.get(name), self.folder)
+                if (now := attributes.get(name)) is not one  # most are: spare them the call
+                and is_replaced(one, now, self.folder)
             ],
         }
 
