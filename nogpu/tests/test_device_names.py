@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nogpu import emulate
@@ -189,6 +190,29 @@ def test_a_composed_operator_in_a_mode_computes_where_its_operands_are():
     x, h = numbers(4), torch.zeros(4)
     with Composed():
         assert [torch.sin(t).device for t in (x, h)] == [CUDA, CPU]
+
+
+class Passes(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_copies_below_which_another_mode_stands_are_where_they_are_copied_to():
+    """As that of `torch.set_default_device`, and those that were entered before the emulation."""
+    with _pop_mode_temporarily() as stand_in, Passes(), stand_in:
+        check_copies()
+    torch.set_default_device("cuda")
+    try:
+        check_copies()
+    finally:
+        torch.set_default_device(None)
+
+
+def check_copies():
+    x = numbers(3)
+    h = torch.zeros(1, device="cpu")
+    assert [t.device for t in (x.cpu(), x.to("cpu"), x.to(h), x.double().to(CPU))] == [CPU] * 4
+    assert [t.device for t in (h.cuda(), h.to(x), h.to(CUDA))] == [CUDA] * 3
 
 
 def test_a_saved_tensor_returns_to_its_place():

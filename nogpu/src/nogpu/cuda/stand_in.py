@@ -39,6 +39,7 @@ from nogpu.decorating import context_manager
 from nogpu.numba.numba_stand_in import emulate_numba
 from nogpu.triton.driver import Driver
 from nogpu.triton.emulator import SHARED_BYTES, Emulator
+from nogpu.triton.host_memory import has_host_memory
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -246,7 +247,7 @@ class _OnCpu(TorchFunctionMode):
             others = []
         before = places.DEVICE if places.is_on_device(t) else places.HOST
         after = _destination(others, kwargs)
-        if after is None or not isinstance(t, Tensor) or places.OF_PYTORCH(t) != places.HOST:
+        if after is None or not isinstance(t, Tensor) or not has_host_memory(t):
             return TO(t, *others, **kwargs)
         self.watcher.copy_between(
             t,
