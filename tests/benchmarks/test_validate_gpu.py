@@ -23,7 +23,7 @@ FIRST = ("verify", "host", "rule", "muon", "graphs", "captures", "counters")
 THEN = ("compiled_steps", "ladder", "matmul_t", "linear_sigmoid", "operators")
 LATER = ("autotune", "autotune_float32", "max_autotune")
 STAGES = {
-    **{"compile": 0, "values": 500, "by_cpp": 200},
+    **{"compile": 0, "values": 500, "by_cpp": 120},
     **dict.fromkeys(FIRST, 0),
     **{"cuda_cpp": 10, "exact": 10},
     **dict.fromkeys(THEN + LATER, 0),
