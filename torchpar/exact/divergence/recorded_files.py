@@ -4,8 +4,9 @@
 A folder has a file ``rank0.jsonl`` for each rank. Each line is an object. The first line holds
 "format", "rank", "ranks" (their number), "operators" (whether they are recorded), "torch",
 "processor" (the instructions that ATen uses) and "threads". A line with "tensor" describes a tensor
-before it is first used: its number, "kind", "name", "shape", "dtype", and "by", which made it. A line with "step" holds the tensors of a step in their order, as
-numbers, and "checksums", a string of 16 hexadecimal digits for each, as `checksums` defines them.
+before it is first used: its number, "kind", "name", "shape", "dtype", and "by", which made it. A
+line with "step" holds the tensors of a step in their order, as numbers, and "checksums", a string
+of 16 hexadecimal digits for each, as `checksums` defines them.
 """
 
 import json
