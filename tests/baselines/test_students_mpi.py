@@ -139,6 +139,15 @@ def test_costs_fall_as_those_of_one_process(one, two, reason):
         students_mpi.compare(*runs)
 
 
+def test_a_process_that_has_ended_is_told_from_one_that_waits(tmp_path):
+    file = tmp_path / "my_mpi.py"
+    for rank in (0, 1):
+        (tmp_path / f"{rank}.where").write_text(f'  File "{file}", line {7 + rank} in <module>')
+    (tmp_path / "0.json").touch()
+    said = students_mpi.places(tmp_path, file)
+    assert said == " (process 0 has ended; process 1: my_mpi.py, line 8)"
+
+
 def test_the_message_that_takes_most_is_named():
     messages = [Message("Gather", 10, 0.3, 1000), Message("barrier", 1, 0.1, 0)]
     *lines, last = students_mpi.in_messages(Started([], 1.0, messages))

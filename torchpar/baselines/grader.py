@@ -313,9 +313,11 @@ def time_limit(seconds: float, compilation: Compilation | None = None) -> Iterat
         signal.signal(signal.SIGALRM, before)
 
 
-def watching(file: str, name: str, limit: float) -> AbstractContextManager[Callable[[bool], None]]:
+def watching(
+    file: str, name: str, limit: float, shown: float | None = None
+) -> AbstractContextManager[Callable[[bool], None]]:
     """Let the guard give a call up that does not return in `PATIENCE` after its limit."""
-    return WATCHED.calling(file, name, limit + PATIENCE)
+    return WATCHED.calling(file, name, limit + PATIENCE, shown)
 
 
 @contextmanager

@@ -154,6 +154,9 @@ def places(folder: Path, file: Path) -> str:
     """The lines of a program where its processes were last, as " (process 0: my.py, line 7)"."""
     found = []
     for where in sorted(folder.glob("*.where")):
+        if where.with_suffix(".json").is_file():
+            found.append(f"process {where.stem} has ended")
+            continue
         line = re.search(rf'File "{re.escape(str(file.resolve()))}", line (\d+)', where.read_text())
         if line:
             found.append(f"process {where.stem}: {file.name}, line {line[1]}")
@@ -218,7 +221,7 @@ def check(path: Path) -> int:
     try:
         for processes in (1, 2):
             who = f"mpirun -n {processes}"
-            with watching(file, who, TOP_LEVEL + limit):
+            with watching(file, who, TOP_LEVEL + limit, limit):
                 runs.append(run(path, processes, limit))
             costs = runs[-1].costs
             told = f"{len(costs)} costs" + (f", {costs[0]:g} to {costs[-1]:g}" if costs else "")

@@ -48,11 +48,17 @@ LIBRARIES = (
 
 
 class Call(NamedTuple):
-    """A call of a reader's function, which is given up after ``seconds``."""
+    """A call of a reader's function, which is given up after ``seconds``.
+
+    Attributes:
+        shown: seconds to name in their place, after which the call ends itself. None names
+            ``seconds``.
+    """
 
     file: str
     name: str
     seconds: float
+    shown: float | None = None
 
     def __str__(self) -> str:
         return f"{Path(self.file).name}: {self.name}"
@@ -154,12 +160,13 @@ class Watched:
 
     @contextmanager
     def calling(
-        self, file: str, name: str, seconds: float | None = None
+        self, file: str, name: str, seconds: float | None = None, shown: float | None = None
     ) -> Iterator[Callable[[bool], None]]:
         """Call a reader's function in the block. A process that the block forks ends with it.
 
         Args:
             seconds: after which the call is given up; by default ``limit``.
+            shown: seconds that a notice names in their place.
 
         Yields:
             a function that takes whether the reader's is being compiled, which may take any time.
@@ -170,7 +177,7 @@ class Watched:
         if known := self.given_up.get((file, name)):
             raise GivenUp(known.how, known.is_endless)
         process, outer = os.getpid(), self.call
-        self.call = call = Call(file, name, self.limit if seconds is None else seconds)
+        self.call = call = Call(file, name, self.limit if seconds is None else seconds, shown)
 
         def compiling(has_begun: bool) -> None:
             self.tell(call._replace(seconds=math.inf) if has_begun else call)
@@ -246,9 +253,10 @@ class Child:
                 return False
             if not is_noted and self.call.seconds < math.inf:
                 is_noted = True
+                seconds = self.call.seconds if self.call.shown is None else self.call.shown
                 print(
                     f"{self.call} has not ended for {NOTICE:.0f} s; {self.what} gives it up after "
-                    f"{self.call.seconds:.0f} s",
+                    f"{seconds:.0f} s",
                     file=sys.stderr,
                     flush=True,
                 )
