@@ -29,7 +29,6 @@ counts what each kernel takes. "least" is a bound by the GPU's data sheet, as if
 "about" is the emulator's estimate, which counts how long a program waits for memory.
 """
 
-import math
 import sys
 import time
 from collections import Counter
@@ -313,6 +312,10 @@ class BinaryCrossEntropy:
 
 # What each kernel must write
 
+AT_ENDS = (
+    ", also where p is 0 or 1; as in PyTorch a logarithm is at least -100, and a divisor at least "
+    "1e-12"
+)
 ADDS = "; only db of bias_by_atomics and loss are 0, so that threads can add to them"
 
 
@@ -330,9 +333,12 @@ class Case(NamedTuple):
     options: Mapping[str, int]
 
 
+UNSET = 0x7FC0BEEF  # the bits of a NaN that no arithmetic makes
+
+
 def unset(like: Tensor) -> Tensor:
     """Return a result for a kernel to write: NaN, which no kernel may read or leave."""
-    return torch.full_like(like, math.nan)
+    return torch.full_like(like, UNSET, dtype=torch.int32).view(torch.float32)
 
 
 def cases(n: int, inputs: int, outputs: int) -> list[Case]:
@@ -340,6 +346,8 @@ def cases(n: int, inputs: int, outputs: int) -> list[Case]:
     x, w, b = torch.randn(n, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
     g, t = torch.randn(n, outputs), torch.randint(0, 2, (n,)).float()
     y, p, size = unset(g), torch.rand(n), n * outputs
+    if n > 2:  # a sigmoid is exactly 0 or 1 in float32 for numbers below -104 or above 17
+        p[:2] = t[:2] = torch.tensor([0.0, 1.0])
     sizes = (n, inputs, outputs)
     one, two = g.relu(), g.sigmoid()
     return [
@@ -407,7 +415,7 @@ def cases(n: int, inputs: int, outputs: int) -> list[Case]:
             bce_backward_kernel,
             blocks(n),
             (p, t, unset(p), n),
-            lambda p, t, *_: {"dp": (p - t) / (p * (1 - p)) / len(p)},
+            lambda p, t, *_: {"dp": (p - t) / (p * (1 - p)).clamp(min=1e-12) / len(p)},
             OF_BLOCKS,
         ),
     ]
@@ -458,11 +466,16 @@ def check_own(own: CudaKernel, case: Case) -> None:
             return case.right(*tensors, *sizes)[name]
 
         result, place = tensors[names.index(name)], f"{own.place}, {own.__name__}"
-        if missing := int(result.isnan().sum()):
+        if missing := int((result.view(torch.int32) == UNSET).sum()):
             adds = ADDS if "atomicAdd" in own.source else ""
             raise ConfigError(
                 f"{place}: {missing} of {result.numel()} numbers of {name} are NaN, as all are "
                 f"before the launch; write each of them{adds}"
+            )
+        if result.isnan().any():
+            raise ConfigError(
+                f"{place}: {name} is NaN, expected a number{AT_ENDS * ('bce' in own.__name__)}; "
+                "mend the kernel"
             )
         found = checks.error_of(result, reference, *inputs, terms=max(sizes))
         if not found.error <= found.most:

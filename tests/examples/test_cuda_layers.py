@@ -53,18 +53,28 @@ def test_kernels_of_the_loss_take_their_places_too(tmp_path):
     extern "C" __global__ void bce(const float* p, const float* t, float* loss, int size) {
         int i = blockIdx.x * blockDim.x + threadIdx.x;
         if (i < size)
-            atomicAdd(loss, -(t[i] * logf(p[i]) + (1 - t[i]) * logf(1 - p[i])) / size);
+            atomicAdd(loss, -(t[i] * fmaxf(logf(p[i]), -100)
+                              + (1 - t[i]) * fmaxf(logf(1 - p[i]), -100)) / size);
     }
     extern "C" __global__ void bce_backward(const float* p, const float* t, float* dp, size_t size)
     {
         int i = blockIdx.x * blockDim.x + threadIdx.x;
         if (i < size)
-            dp[i] = (p[i] - t[i]) / (p[i] * (1 - p[i])) / size;
+            dp[i] = (p[i] - t[i]) / fmaxf(p[i] * (1 - p[i]), 1e-12f) / size;
     }"""
     kernels = kernels_of(tmp_path, source)
     assert check(kernels) == ["bce", "bce_backward"] * 2
-    with pytest.raises(ConfigError, match=r"^layers\.cu:7, bce_backward: dp is off by "):
-        check(kernels_of(tmp_path, source.replace("(p[i] * (1 - p[i])) / size", "p[i]")))
+    with pytest.raises(ConfigError, match=r"^layers\.cu:8, bce_backward: dp is off by "):
+        check(kernels_of(tmp_path, source.replace("fmaxf(p[i] * (1 - p[i]), 1e-12f)", "0.5f")))
+    # A sigmoid in float32 can be exactly 1, and 0 / 0 makes all weights NaN.
+    with pytest.raises(ConfigError, match=r"bce_backward: dp is NaN, .* also where p is 0 or 1; as"):
+        check(
+            kernels_of(
+                tmp_path, source.replace("fmaxf(p[i] * (1 - p[i]), 1e-12f)", "(p[i] * (1 - p[i]))")
+            )
+        )
+    with pytest.raises(ConfigError, match="bce: loss is NaN, expected a number, also where p is"):
+        check(kernels_of(tmp_path, source.replace("fmaxf(logf(1 - p[i]), -100)", "logf(1 - p[i])")))
 
 
 def test_the_kernels_of_the_page_are_right(tmp_path):
