@@ -121,7 +121,7 @@ def run(part: Part, device: str, log: Path) -> dict[str, Any]:
         status = ended(process, SECONDS, grace=10)
     found: dict[str, Any] = {"seconds": round(time.monotonic() - start, 1)}
     text = log.read_text(errors="replace")
-    if status:
+    if status != 0:
         why = f"status {status}" if status is not None else f"no end within {SECONDS} s"
         last = next((line for line in reversed(text.splitlines()) if "rror" in line), "")
         return found | {"reason": f"{why}: {last.strip()[:300]}"}
