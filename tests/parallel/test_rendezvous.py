@@ -105,6 +105,18 @@ def test_ctrl_c_ends_a_call_and_the_next_one_has_new_processes(fork_server):
         assert pool(1, os.getpid) != first
 
 
+def test_ranks_of_which_one_has_failed_are_not_called_again(ranks):
+    """Messages to them may still be under way."""
+    alone, two = ranks(1, os.getpid), ranks(2, os.getpid)
+    with pytest.raises(ZeroDivisionError):
+        ranks(1, divmod, 1, 0)
+    assert ranks(2, os.getpid) == two
+    assert alone == two[:1]
+    with pytest.raises(ZeroDivisionError):
+        ranks(2, divmod, 1, 0)
+    assert not {*ranks(2, os.getpid)} & {*two}
+
+
 def test_ports_of_two_jobs_differ():
     first, same, other = (find_rank_info(OPENMPI | {"PMIX_NAMESPACE": job}).port for job in "778")
     assert first == same != other

@@ -62,8 +62,8 @@ class Ranks(ExitStack):
             results = ranks(2, function, *args)
 
     Each call makes a new process group. The processes live as long as the pool; if a process dies
-    or hangs, new processes replace all. Ctrl-C ends the processes at once, and so does the end of
-    this process, even by SIGKILL.
+    or hangs, or if one rank of several fails, new processes replace all. Ctrl-C ends the processes
+    at once, and so does the end of this process, even by SIGKILL.
     """
 
     def __init__(self, preload: Iterable[str] = PRELOAD) -> None:
@@ -113,7 +113,10 @@ class Ranks(ExitStack):
         for future in futures:
             error = TimeoutError("the rank hangs") if future in hanging else future.exception()
             outcomes.append(error or future.result())
-        if any(isinstance(outcome, TimeoutError | BrokenProcessPool) for outcome in outcomes):
+        # Messages of a rank that has failed may be under way, and gloo would write what they bring
+        # into memory that another call uses by then.
+        lost = BaseException if world_size > 1 else TimeoutError | BrokenProcessPool
+        if any(isinstance(outcome, lost) for outcome in outcomes):
             self.kill()
         return outcomes
 
