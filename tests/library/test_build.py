@@ -91,6 +91,15 @@ def test_a_compiler_that_is_no_command_is_named(monkeypatch):
         build.find_compiler()
 
 
+def test_a_compiler_that_cannot_be_executed_is_named(monkeypatch, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!{tmp_path}/no-shell\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(ConfigError, match=r"compiler, which cannot be executed \(No such file"):
+        build.main([])
+
+
 def test_what_a_killed_build_has_left_is_removed(folders, tmp_path):
     compiler = tmp_path / "compiler"
     compiler.write_text('#!/bin/sh\nfor path; do :; done\necho built >"$path"\n')
@@ -99,9 +108,11 @@ def test_what_a_killed_build_has_left_is_removed(folders, tmp_path):
     left = path.parent / f"{build.UNFINISHED}x"
     left.mkdir(parents=True)
     (left / path.name).write_text("half")
+    (path.parent / "unfinished-thesis").mkdir()  # the folder of --into may be of anything
     build.build(path, [str(compiler)])
     assert path.read_text() == "built\n"
-    assert sorted(one.name for one in path.parent.iterdir()) == ["build.lock", "library.so"]
+    names = sorted(one.name for one in path.parent.iterdir())
+    assert names == ["build.lock", "library.so", "unfinished-thesis"]
 
 
 def test_a_compiler_that_fails_is_named_with_its_error(folders, monkeypatch, tmp_path):

@@ -31,7 +31,7 @@ from torchpar.errors import ConfigError, writing
 
 SOURCE = Path(__file__).with_name("player.cpp")
 NAME = "_player"  # as in PYBIND11_MODULE
-UNFINISHED = "unfinished-"  # begins the name of a folder that a build is in
+UNFINISHED = f"{NAME}-unfinished-"  # begins the name of a folder that a build is in
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
 
 
@@ -138,7 +138,13 @@ def find_compiler() -> list[str]:
 
 
 def _version(compiler: Sequence[str]) -> str:
-    found = subprocess.run([*compiler, "--version"], capture_output=True, text=True)
+    try:
+        found = subprocess.run([*compiler, "--version"], capture_output=True, text=True)
+    except OSError as e:  # such as a script whose interpreter is missing
+        name = shlex.join(compiler)
+        raise ConfigError(
+            f"CXX is {name}, which cannot be executed ({e.strerror}); name another compiler by CXX"
+        ) from e
     return found.stdout.partition("\n")[0]
 
 
