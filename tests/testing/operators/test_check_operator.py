@@ -717,6 +717,21 @@ def test_the_numbers_of_a_wrong_jacobian_are_shown() -> None:
     ), detail
 
 
+def test_a_wrong_gradient_that_repeats_the_incoming_one_is_not_called_imprecise() -> None:
+    """It has the incoming gradient's bits, as 2 g has, and integers have few."""
+
+    def repeat(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        return -g.mT[:, :1] @ torch.ones(1, 3).double(), g[:1].mT * torch.ones(3).double()
+
+    wrong = faulty.make("repeat", backward=repeat)
+    steps = faulty.make("steps", kernel=lambda a, b: faulty.kernel(a, b).round())
+    for op in (wrong, steps):
+        samples = [(normal(4, 3), normal(4, 3))]
+        detail = check_operator(op, samples, rules="gradcheck")["gradcheck"].detail
+        assert "Jacobian mismatch" in detail
+        assert "precision" not in detail, detail
+
+
 def test_a_jacobian_of_float32_is_named_without_a_reference() -> None:
     parts, rule, detail = faulty.FAULTS["values_of_float32"]
     table = check_operator(faulty.make("of_float32", **parts), SAMPLES, rules=rule)
