@@ -4,6 +4,7 @@
 import inspect
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -332,8 +333,20 @@ def test_runs_on_unlike_machines(expected, tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()[:2]
     assert lines == [
         said,
-        "outside of torchpar.exact.mode() such a difference alone can change bits",
+        "outside of torchpar.exact.mode() other machines or threads alone can change bits",
     ]
+
+
+def test_one_rank_on_an_unlike_machine(ranks, tmp_path, capsys):
+    ranks(2, trained_on_a_rank, tmp_path / "a", None)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    file = tmp_path / "b" / "rank1.jsonl"
+    head, rest = file.read_text().split("\n", 1)
+    file.write_text(json.dumps(json.loads(head) | {"processor": "OTHER"}) + "\n" + rest)
+    assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    here = recording.machine()["processor"]
+    first, _ = capsys.readouterr().out.splitlines()
+    assert first == f"the runs differ in processor ({here} and OTHER) on rank 1"
 
 
 def test_a_recording_of_an_older_version_has_no_machine(expected, tmp_path, capsys):

@@ -111,7 +111,7 @@ def compare(a: Path, b: Path) -> int:
         print(f"the same in {both} steps, by {count:,} checksums")
         return 0
     if unlike(ranks_a, ranks_b):
-        print("outside of torchpar.exact.mode() such a difference alone can change bits")
+        print("outside of torchpar.exact.mode() other machines or threads alone can change bits")
     earliest = min(parted, key=lambda one: (one.step, one.first(), one.ranks))
     print(report(earliest, [one for one in parted if one.step == earliest.step]))
     return 1
@@ -198,9 +198,17 @@ def notes(
 
 
 def unlike(ranks_a: Sequence[RecordedRank], ranks_b: Sequence[RecordedRank]) -> list[str]:
-    """In what the machines of two runs differ, as "threads (2 and 1)"."""
-    a, b = ranks_a[0].machine, ranks_b[0].machine
-    return [f"{key} ({a[key]} and {b[key]})" for key in a if key in b and a[key] != b[key]]
+    """The differences between the machines of two runs, such as "threads (2 and 1) on rank 1"."""
+    pairs = list(pairs_of(ranks_a, ranks_b))
+    ranks: dict[str, list[int]] = {}
+    for rank, (a, b) in enumerate((one.machine, other.machine) for one, other in pairs):
+        for key in a:
+            if key in b and a[key] != b[key]:
+                ranks.setdefault(f"{key} ({a[key]} and {b[key]})", []).append(rank)
+    return [
+        text if len(at) == len(pairs) else f"{text} on rank {' and '.join(map(str, at))}"
+        for text, at in ranks.items()
+    ]
 
 
 def length(ranks: Sequence[RecordedRank]) -> int:
