@@ -383,11 +383,12 @@ def clip_exactly(way: str) -> list[str]:
     """The bits of the norm, and of the whole clipped gradients, in the exact mode."""
     with join_world("cpu") as world:
         found = []
-        for largest in (1.0, math.inf, math.nan):
-            torch.manual_seed(0)
-            whole = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 3))
+        # A square root hides a difference of the last bit, but seldom in each of eight norms.
+        for seed, largest in enumerate((*[1.0] * 8, math.inf, math.nan)):
+            torch.manual_seed(seed)
+            whole = torch.nn.Sequential(torch.nn.Linear(30, 49), torch.nn.Linear(49, 3))
             for p in whole.parameters():
-                p.grad = torch.randn(p.shape)
+                p.grad = torch.randn(p.shape) * 10 ** torch.randn(p.shape)
             whole[0].weight.grad[0, 0] = largest
             model = copy.deepcopy(whole)
             if way == "sharded in part":
@@ -399,7 +400,7 @@ def clip_exactly(way: str) -> list[str]:
             with exact.mode():
                 norm = clip_grad_norm_(model, 0.1, world)
             expected = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.1)
-            assert_close(norm, expected, rtol=1e-6, atol=0, equal_nan=True)
+            assert_close(norm.float(), expected, rtol=1e-6, atol=0, equal_nan=True)
             gradients = [
                 p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
                 for p in model.parameters()

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from torchpar.exact.registry import check_dtypes
 from torchpar.ops.exact_digits import power_of_two
-from torchpar.ops.exact_squares import BITS, exponents_of
+from torchpar.ops.exact_squares import exponents_of
 
+BITS = 40  # of the integer of the largest term
 _LONGEST = 2**22  # terms
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The sum of the squares of numbers that ranks share, as integers, so that its bits have no order.
+"""The sum of the squares of numbers on all ranks.
 
-Where the largest square is below 2^e, each square becomes the integer round(x²·2^(40 − e)). Ranks
-add the integers, and their sum is rounded to float64 once.
+It is a sum of integers, so that its bits do not depend on the order of the terms. Where the largest
+square is below 2^e, each square becomes the integer round(x²·2^(52 − e)). Ranks add the integers,
+and their sum is rounded to float64 once. The sum of n squares is off by at most n·2⁻⁵³ of 2^e.
 """
 
 import math
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from torchpar.ops.exact_digits import power_of_two
 
-BITS = 40  # of the integer of the largest term
+_BITS = 52  # of the integer of the largest square; a square of a float32 has at most 48 bits
+_HALF = 26  # so that a word holds the sum of 2³⁷ halves
 
 
 def exponents_of(largest: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,27 +29,31 @@ class SumOfSquares:
 
     Args:
         largest: the largest |x| on all ranks, float64; infinity if a number is not finite.
+
+    Attributes:
+        words: int64 of shape (3,), which ranks add up: the sums of the upper and of the lower halves
+            of the integers, and the number of tensors with a NaN.
     """
 
     def __init__(self, largest: Tensor):
         exponents, self._unusual = exponents_of(largest.square())
-        self._exponent = exponents - BITS
-        # The units without their last 20 bits, these bits, and the NaN. Ranks add them up.
+        self._exponent = exponents - _BITS
         self.words = torch.zeros(3, dtype=torch.int64, device=largest.device)
 
     def add(self, x: Tensor, times: int) -> None:
-        """Add the squares of the elements of ``x``, each ``times`` times."""
+        """Add the squares of the elements of ``x``, which are real, each ``times`` times."""
         if self._unusual:
             self.words[2] += x.isnan().any()
             return
         units = (x.double().square() * power_of_two(-self._exponent, torch.float64)).round_().long()
-        self.words[0] += (units >> 20).sum() * times
-        self.words[1] += (units & (2**20 - 1)).sum() * times
+        self.words[0] += (units >> _HALF).sum() * times
+        self.words[1] += (units & (2**_HALF - 1)).sum() * times
 
     def total(self, times: int) -> Tensor:
         """The sum, float64, of numbers that were each added ``times`` times on all ranks."""
         if self._unusual:
             return torch.where(self.words[2] > 0, math.nan, math.inf).double()
         upper, lower = (self.words[:2] // times).double()
-        total: Tensor = (upper * 2.0**20 + lower) * power_of_two(self._exponent, torch.float64)
+        unit = power_of_two(self._exponent, torch.float64)
+        total: Tensor = (upper * 2.0**_HALF + lower) * unit
         return total
