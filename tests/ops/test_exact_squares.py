@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sums of squares as integers: bits that no order changes, and errors below the documented bound."""
+"""Sums of squares as integers, whose bits no order changes, and whose error has a bound."""
 
 import math
 

@@ -619,6 +619,10 @@ def test_a_state_is_loaded_again_into_copies_and_from_pytorchs_muon() -> None:
     for optimizer in (mine, mine, *copies):
         optimizer.load_state_dict(theirs.state_dict())
     momentum = theirs.state[p]["momentum_buffer"].clone()
+    of_user = theirs.state_dict()  # which PyTorch's optimizers load as they are
+    of_user["state"] |= {"steps": 5, "seen": [torch.ones(1)]}
+    mine.load_state_dict(of_user)
+    assert (mine.state["steps"], mine.state["seen"]) == (5, [torch.ones(1)])
     mine.step()
     assert torch.equal(theirs.state[p]["momentum_buffer"], momentum)
     old = theirs.state_dict()

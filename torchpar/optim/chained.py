@@ -32,8 +32,8 @@ def loading(optimizer: Optimizer) -> Iterator[None]:
     """
     try:
         yield
-        for state in optimizer.state.values():
-            state.update({key: _copied(value) for key, value in state.items()})
+        for key, state in optimizer.state.items():
+            optimizer.state[key] = _copied(state)
     except KeyError as e:
         if e.args[0] not in ("param_groups", "params", "state"):
             raise
