@@ -53,6 +53,7 @@ SELF = str(Path(__file__).resolve())
 TOLERANCES = {"float32": 1024 * 2**-24 * math.log(10), "bfloat16": 2**-8 * math.log(10)}
 HASH = re.compile(r"SHA-256 of the weights[^:\n]*: ([0-9a-f]{64})$", re.MULTILINE)
 BACKEND = re.compile(r"^(\w+) connects the ranks on ", re.MULTILINE)
+BY_NCCL = "NCCL version "  # which it prints when it connects ranks, if NCCL_DEBUG is VERSION
 SECONDS = 100  # of a run
 ALL_SECONDS = 445  # after these no part begins
 BOUND = 40  # seconds of a rank after the end of another, whose --timeout is 10
@@ -112,7 +113,7 @@ def run(part: Part, device: str, log: Path) -> dict[str, Any]:
     words, metrics = command(part, device), log.with_suffix(".jsonl")
     if part.script.startswith("examples"):
         words += ["--metrics", str(metrics)]
-    environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+    environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5", "NCCL_DEBUG": "VERSION"}
     start = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -125,7 +126,9 @@ def run(part: Part, device: str, log: Path) -> dict[str, Any]:
         why = f"status {status}" if status is not None else f"no end within {SECONDS} s"
         last = next((line for line in reversed(text.splitlines()) if "rror" in line), "")
         return found | {"reason": f"{why}: {last.strip()[:300]}"}
-    if connected := BACKEND.search(text):
+    if BY_NCCL in text:
+        found["backend"] = "nccl"
+    elif connected := BACKEND.search(text):
         found["backend"] = connected[1]
     if hashes := HASH.findall(text):
         found["hashes"] = hashes
@@ -204,8 +207,8 @@ def judged(part: Part, gpus: dict[str, Any], cpus: dict[str, Any], device: str =
             return f"{where}: {found['reason']}"
     if part.judge == "killed":
         return ""
-    if device == "cuda" and gpus.get("backend", "nccl") != "nccl":
-        return f"{gpus['backend']} connected the ranks on the GPUs, expected nccl"
+    if device == "cuda" and (backend := gpus.get("backend", "no backend")) != "nccl":
+        return f"{backend} is seen to connect the ranks on the GPUs, expected nccl"
     what = "hashes" if part.judge == "bits" else "losses"
     ours, expected = gpus.get(what, []), cpus.get(what, [])
     if not ours or len(ours) != len(expected):
@@ -311,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row |= {"judge": part.judge, **sides, "ok": not reason, "reason": reason}
             print(json.dumps(row), file=table, flush=True)
             print(f"{part.name:20}{part.judge:10}{shown(sides['gpus']):40}{reason or 'right'}")
-    print(f"{wrong} parts are wrong")
+    print(f"{wrong} of {len(options.parts)} parts wrong")
     return min(wrong, 1)
 
 

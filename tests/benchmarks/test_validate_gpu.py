@@ -87,7 +87,7 @@ def test_ranks_by_nccl_come_to_their_gpus(tmp_path):
     (log,) = (out / "nccl" / "logs").glob("*.gpus.txt")
     assert log.read_text().count("the rehearsal ends at the GPU") == 2
     first, last = printed.splitlines()
-    assert first.endswith("1 parts are wrong")
+    assert first.endswith("1 of 1 parts wrong")
     assert (status, last) == (1, "failed: nccl (status 1)")
     with tarfile.open(out / "validate.tar.gz") as archive:
         assert {"./validate.log", "./nccl/ranks.jsonl"} <= {*archive.getnames()}

@@ -22,7 +22,8 @@ def rehearsed(folder: Path, device: str, *parts: str) -> dict[str, dict]:
     done = subprocess.run(
         words, env=ranks_on_gpus.os.environ | environment, capture_output=True, text=True
     )
-    assert done.stdout.splitlines()[-1] == "0 parts are wrong", done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last == f"0 of {len(parts)} parts wrong", done.stdout + done.stderr
     rows = map(json.loads, (folder / "ranks.jsonl").read_text().splitlines())
     return {row["part"]: row for row in rows}
 
@@ -32,22 +33,26 @@ def test_a_loss_beyond_what_rounding_explains_is_wrong(kind):
     """As one that is not a number is, and one epoch fewer."""
     part, loss, most = PART[kind], 1.25, TOLERANCES[kind]
     cpus = {"losses": [loss, loss]}
-    assert judged(part, {"losses": [loss, loss + most / 2]}, cpus) == ""
+    assert judged(part, {"losses": [loss, loss + most / 2]}, cpus, "cpu") == ""
     for off in (loss - 1.1 * most, loss + 2 * most, float("nan")):
-        assert "losses differ by" in judged(part, {"losses": [loss, off]}, cpus)
-    assert judged(part, {"losses": [loss]}, cpus) == "1 losses on the GPUs, and 2 on the CPUs"
-    assert judged(part, {}, {}) == "0 losses on the GPUs, and 0 on the CPUs"
+        assert "losses differ by" in judged(part, {"losses": [loss, off]}, cpus, "cpu")
+    fewer = judged(part, {"losses": [loss]}, cpus, "cpu")
+    assert fewer == "1 losses on the GPUs, and 2 on the CPUs"
+    assert judged(part, {}, {}, "cpu") == "0 losses on the GPUs, and 0 on the CPUs"
 
 
 def test_another_hash_is_wrong_and_so_is_another_backend():
     part = PART["bits"]
     ours, others = {"hashes": ["ab", "cd"]}, {"hashes": ["ab", "ce"]}
-    assert judged(part, ours, ours) == ""
-    assert judged(part, ours, others) == "the hashes differ"
-    assert judged(part, {"hashes": []}, {"hashes": []}) == "0 hashes on the GPUs, and 0 on the CPUs"
+    assert judged(part, ours, ours, "cpu") == ""
+    assert judged(part, ours, others, "cpu") == "the hashes differ"
+    none = {"hashes": []}
+    assert judged(part, none, none, "cpu") == "0 hashes on the GPUs, and 0 on the CPUs"
     assert judged(part, ours | {"backend": "nccl"}, ours) == ""
-    shared = judged(part, ours | {"backend": "gloo"}, ours)
-    assert shared == "gloo connected the ranks on the GPUs, expected nccl"
+    for found, said in ((ours | {"backend": "gloo"}, "gloo"), (ours, "no backend")):
+        assert judged(part, found, ours) == (
+            f"{said} is seen to connect the ranks on the GPUs, expected nccl"
+        )
     assert judged(part, {"reason": "status 1: no"}, ours) == "on the GPUs: status 1: no"
 
 

@@ -316,7 +316,10 @@ def time_limit(seconds: float, compilation: Compilation | None = None) -> Iterat
 def watching(
     file: str, name: str, limit: float, shown: float | None = None
 ) -> AbstractContextManager[Callable[[bool], None]]:
-    """Let the guard give a call up that does not return in `PATIENCE` after its limit."""
+    """Let the guard give a call up that does not return in `PATIENCE` after its limit.
+
+    The guard's notice names ``shown``, or if it is None, all these seconds.
+    """
     return WATCHED.calling(file, name, limit + PATIENCE, shown)
 
 

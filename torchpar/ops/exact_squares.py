@@ -31,8 +31,8 @@ class SumOfSquares:
         largest: the largest |x| on all ranks, float64; infinity if a number is not finite.
 
     Attributes:
-        words: int64 of shape (3,), which ranks add up: the sums of the integers' upper halves and of
-            their lower halves, and the number of tensors with a NaN.
+        words: int64 of shape (3,), which ranks add up: the sum of the upper halves of the integers,
+            that of their lower halves, and the number of tensors with a NaN.
     """
 
     def __init__(self, largest: Tensor):

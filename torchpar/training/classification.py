@@ -45,8 +45,8 @@ class Classification:
     ):
         self.train, self.test = train, test
         self.samples = len(train)
-        # NumPy's integers, which JSON does not take, become Python's. `Run` refuses what is none,
-        # which is text in the configuration.
+        # NumPy's integers, which JSON does not take, become Python's. `Run` refuses any other batch
+        # size. The configuration holds it as text.
         number = whole_or_text(batch_size)
         self.batch_size = number if isinstance(number, int) else batch_size
         self.predict = predict

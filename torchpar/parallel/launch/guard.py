@@ -51,8 +51,8 @@ class Call(NamedTuple):
     """A call of a reader's function, which is given up after ``seconds``.
 
     Attributes:
-        shown: seconds to name in their place, after which the call ends itself. None names
-            ``seconds``.
+        shown: the seconds that the notice names instead of ``seconds``, because the call ends
+            itself after them.
     """
 
     file: str
@@ -166,7 +166,7 @@ class Watched:
 
         Args:
             seconds: after which the call is given up; by default ``limit``.
-            shown: seconds that a notice names in their place.
+            shown: the seconds that the notice names instead, because the call ends itself.
 
         Yields:
             a function that takes whether the reader's is being compiled, which may take any time.
