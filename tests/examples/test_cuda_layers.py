@@ -99,6 +99,16 @@ WRONG = {  # a fault: what is replaced by what, and what is said
               r":\d+, linear_input: out of bounds: .*outside of w"),
     "race": ("atomicAdd(&db[column], g[row * outputs + column]);",
              "db[column] += g[row * outputs + column];", r":\d+, bias_by_atomics: race: .*db"),
+    "zeros": ("    if (row < n && column < outputs)\n        atomicAdd(&db[column], "
+              "g[row * outputs + column]);",
+              "    __shared__ float sums[16];\n"
+              "    if (threadIdx.y == 0) sums[threadIdx.x] = 0;\n"
+              "    if (row < n && column < outputs)\n"
+              "        atomicAdd(&sums[threadIdx.x], g[row * outputs + column]);\n"
+              "    __syncthreads();\n"
+              "    if (threadIdx.y == 0 && column < outputs)\n"
+              "        atomicAdd(&db[column], sums[threadIdx.x]);",
+              r":\d+, bias_by_atomics: race: .*sums.*without __syncthreads"),
     "sums": ("dw[row * inputs + column] = total", "atomicAdd(&dw[row * inputs + column], total)",
              r":\d+, linear_weight: 100 of 100 numbers of dw are NaN, .*; only db of"),
     "fma": ("float total = b[column];", "float& total = y[row * outputs + column];",
