@@ -356,6 +356,31 @@ def test_a_structure_that_does_not_fit_is_refused():
         nogpu.cuda.compile(packed)["add"][1, 32](*right)
 
 
+def test_constant_memory_takes_no_sectors():
+    """A GPU serves `__constant__` memory from a cache of its own: counted are the sectors of x and
+    y alone, and no access of the line that loads constants."""
+    code = """
+__constant__ float taps[3];
+extern "C" __global__ void filter(const float* x, float* y)
+{
+    float sum = 0;
+    for (int k = 0; k < 3; k++)
+        sum += taps[k] *
+               x[threadIdx.x + k];
+    y[threadIdx.x] = sum;
+}"""
+    kernels = nogpu.cuda.compile(code)
+    kernels.copy_to("taps", np.array([1, 2, 3], np.float32))
+    x, y = np.arange(34, dtype=np.float32), np.zeros(32, np.float32)
+    with nogpu.emulate() as gpu:
+        kernels["filter"][1, 32](x, y)
+    np.testing.assert_array_equal(y, x[:32] + 2 * x[1:33] + 3 * x[2:])
+    counters = gpu.launches[0].counters
+    loads = [one for one in counters.accesses if one.what == "load"]
+    assert [(one.requests, one.transactions) for one in loads] == [(3, 4 + 5 + 5)]
+    assert counters.distinct_read == 5 and counters.distinct_written == 4
+
+
 def test_memory_of_numpy_begins_where_that_of_a_gpu_does():
     """32 threads move 128 bytes each way: four sectors, and not five as where malloc placed it."""
     arrays = [np.zeros((3, 32), np.float32) for _ in range(100)]

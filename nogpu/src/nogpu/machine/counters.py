@@ -161,7 +161,9 @@ def summarize(counts: Counts, moved: Callable[[Source], Source]) -> Counters:
         _add(lines.setdefault(source, Line(source)), i, row)
         where = (("global", Column.REQUESTS), ("shared", Column.SHARED_REQUESTS))
         for space, first in where:
-            if not row[first] or not spaces(i):  # such as an mbarrier, which lies in memory
+            # Left out are an mbarrier, which lies in memory, and `__constant__` memory, which has
+            # a cache of its own.
+            if not row[first] or spaces(i) in ((), ("constant",)):
                 continue
             key = source, space, operation(i)
             access = accesses.setdefault(key, Access(*key))

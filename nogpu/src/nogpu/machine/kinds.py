@@ -32,6 +32,8 @@ def spaces(i: Instruction) -> tuple[str, ...]:
     rest, _, in_shared = qualifiers(i)
     if in_shared:
         return ("shared",)
+    if "const" in i.parts:
+        return ("constant",)
     return (rest[0],) if rest[:1] in (["local"], ["param"]) else ("global",)
 
 

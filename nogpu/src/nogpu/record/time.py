@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from nogpu.data_sheets import DATA_SHEETS, DataSheet
 from nogpu.machine.instruction_counts import SECTOR, WAVEFRONT, Column
-from nogpu.machine.kinds import operation, tensor_flops
+from nogpu.machine.kinds import operation, spaces, tensor_flops
 from nogpu.machine.parse import Instruction
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def work_of(launch: "Launch") -> Work:
             operands += row[Column.EXECUTIONS] * _operand_bytes(i)
         if name in ("mbarrier", "cp") and "bulk" not in i.parts:
             waits += row[Column.WAITS] / programs / (1 if name == "mbarrier" else warps)
-        if not requests or name == "tensormap":
+        if not requests or name == "tensormap" or spaces(i) == ("constant",):
             continue
         what = operation(i)
         of_tma = what.startswith("TMA")
