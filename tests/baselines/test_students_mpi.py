@@ -126,7 +126,8 @@ def test_costs_are_the_numbers_behind_their_word(text, costs):
         ([3.0, 2.0, 1.0], [3.0, 2.0, 1.001], "1.001 on 2 processes in iteration 3, and 1 on 1"),
         ([3.0, 2.0], [3.0, 2.0, 1.0], "prints 2 costs on 1 process, and 3 on 2"),
         ([3.0, 2.0], [3.0, 3.0], "do not fall on 2 processes: 3 to 3"),
-        ([3.0, float("nan")], [3.0, 2.0], "do not fall on 1 process: 3 to nan"),
+        ([3.0, float("nan")], [3.0, 2.0], "nan on 1 process in iteration 2; look for a logarithm"),
+        ([3.0, 2.0], [3.0, float("inf")], "inf on 2 processes in iteration 2; look for a logarit"),
         ([3.0], [3.0, 2.0], "prints 1 costs on 1 process, expected one of each iteration"),
     ],
 )

@@ -77,6 +77,13 @@ def main(folder: Path, seconds: float, file: str) -> int:
         places = [one for one in traceback.extract_tb(e.__traceback__) if one.filename == file]
         at = f"{Path(file).name}, line {places[-1].lineno}: " if places else ""
         text = "".join(f"{type(e).__name__}: {e}".splitlines()[:1])
+        if isinstance(e, MPI.Exception):
+            text = f"MPI: {MPI.Get_error_string(e.Get_error_class())}"
+            if e.Get_error_class() == MPI.ERR_TRUNCATE:
+                text += (
+                    "; give the receiver a buffer of as many bytes as it is sent: of the same "
+                    "dtype, and of shares of equal size"
+                )
         Path(f"{rank}.error").write_text(at + text, "utf-8")
         sys.stdout.flush()
         world.Abort(1)

@@ -9,6 +9,7 @@ which fall. Then the messages of process 0 are listed by their time.
 import ast
 import importlib.util
 import json
+import math
 import os
 import re
 import signal
@@ -175,6 +176,11 @@ def compare(one: Started, two: Started) -> str:
                 f"prints {len(costs)} costs on {who}, expected one of each iteration; print lines "
                 "such as 'cost 7.39'"
             )
+        if unknown := [i for i, cost in enumerate(costs, 1) if not math.isfinite(cost)]:
+            raise Failed(
+                f"has the cost {costs[unknown[0] - 1]:g} on {who} in iteration {unknown[0]}; look "
+                "for a logarithm of 0, too high a rate, or a buffer of another dtype"
+            )
         if not costs[-1] < costs[0]:
             raise Failed(f"has costs that do not fall on {who}: {costs[0]:g} to {costs[-1]:g}")
     if len(one.costs) != len(two.costs):
@@ -185,7 +191,7 @@ def compare(one: Started, two: Started) -> str:
         if not off[i] <= TOLERANCE:
             raise Failed(
                 f"has the cost {b:g} on 2 processes in iteration {i + 1}, and {a:g} on 1; sums "
-                "over shares must be divided by the number of all samples"
+                "over shares must be those of all processes, divided by the number of all samples"
             )
     return f"the costs of 2 processes are those of 1, to {max(off):.0e}"
 
