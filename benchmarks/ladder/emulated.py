@@ -332,7 +332,7 @@ def shown(fault: "Fault") -> str:
     if fault.source is not None:
         file, line = fault.source
         place = f"{file.rpartition('/')[2]}, line {line}: "
-    return f"{place}{fault.name}: {' '.join(fault.message.split())}"
+    return f"{place}{' '.join(fault.described.split())}"
 
 
 def counted(report: "Report") -> tuple[float, str]:

@@ -378,7 +378,7 @@ extern "C" __global__ void filter(const float* x, float* y)
     counters = gpu.launches[0].counters
     loads = [one for one in counters.accesses if one.what == "load"]
     assert [(one.requests, one.transactions) for one in loads] == [(3, 4 + 5 + 5)]
-    assert counters.distinct_read == 5 and counters.distinct_written == 4
+    assert (counters.distinct_read, counters.distinct_written) == (5, 4)
 
 
 def test_memory_of_numpy_begins_where_that_of_a_gpu_does():
@@ -715,6 +715,19 @@ extern "C" __global__ void show()
     assert gpu.launches[0].printed == ["   42|7     |3.14|   2.500|  ab|2|1%"]
 
 
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("f<float>", "f < float >: cannot determine which instance of .*; give an argument for ea"),
+        ("f<flot, 3>", 'f < flot, 3 >: identifier "flot" is undefined; give an argument for each '),
+    ],
+)
+def test_an_instance_that_a_template_does_not_have_is_named(name, said):
+    source = "template <typename T, int W> __global__ void f(T* x) { x[0] = W; }"
+    with nogpu.emulate(), pytest.raises(CompileError, match=rf"\.cu has no instance {said}"):
+        nogpu.cuda.compile(source)[name][1, 1](np.zeros(1, np.float32))
+
+
 def test_a_launch_with_many_errors_ends():
     source = """
     extern "C" __global__ void f(float* x) { for (int i = 0; i < 100; i++) x[i] += 1; }
@@ -727,6 +740,8 @@ def test_a_launch_with_many_errors_ends():
         ("error", "race between blocks"),
         ("note", "many errors"),
     ]
+    (first,) = {one.program for one in gpu.faults[:2]}
+    assert f": race between blocks: block {first}: thread (0, 0, 0) " in gpu.faults[0].in_one_line()
 
 
 def test_loops_of_a_swap_may_begin_with_a_plain_load():

@@ -280,9 +280,18 @@ def _text(nvrtc: Any, program: Any, what: str) -> str:
     return str(text.decode(errors="replace")).rstrip("\0")
 
 
+NAMES = "__nv_name_map"  # the file in which NVRTC looks for the instances of templates
+
+
 def _message(log: str, path: str) -> str:
     """Return NVRTC's errors, one in a line, each with its file and line."""
     found = re.findall(r"^(.+?)\((\d+)\): (?:catastrophic )?error: (.*)$", log, re.MULTILINE)
+    if found and {file for file, *_ in found} == {NAMES}:
+        name = "".join(re.findall(r'Input name expression was: "\s*(.*?)\s*"', log)[:1])
+        return (
+            f"{Path(path).name} has no instance {name}: {found[0][2]}; give an argument for each "
+            "parameter of the template, in their order"
+        )
     lines = []
     for file, line, what in found:
         why = next((text for sign, text in REASONS.items() if sign in what), "")

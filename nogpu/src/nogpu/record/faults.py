@@ -63,7 +63,14 @@ class Fault:
             where = f"{Path(path).name}:{line}"
         kind = "" if self.kind == "error" else f"{self.kind}: "
         where += f", {self.kernel}" if self.kernel else ""  # a fault around the kernels has none
-        return f"{where}: {kind}{self.name}: {self.message}"
+        return f"{where}: {kind}{self.described}"
+
+    @property
+    def described(self) -> str:
+        """The name and the message. Where the message has a second block, both are named."""
+        is_between = self.program and self.name in ("race between blocks", "race between programs")
+        own = f"{self.what} {self.program}: " if is_between else ""
+        return f"{self.name}: {own}{self.message}"
 
     def __str__(self) -> str:
         where = f"line {self.line} of the PTX"
