@@ -136,6 +136,11 @@ def test_a_comment_above_a_kernel_chooses_its_launch_and_the_product_may_be_of_r
             NAIVE.replace("i >= n || ", ""), "my.cu, line 6: out of bounds: ", id="no bounds"
         ),
         pytest.param(
+            NAIVE.replace(" || j >= m", "").replace("p < k", "j < m && p < k"),
+            "my.cu, line 7: race between blocks: block (",
+            id="a column of the next row",
+        ),
+        pytest.param(
             NAIVE.replace("s += ", "c[i * m + j] += "),
             "my.cu, line 6: uninitialised memory: ",
             id="sum that never began",
