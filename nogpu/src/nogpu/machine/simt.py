@@ -262,8 +262,10 @@ def _apart(warp: Warp) -> PtxError:
 
 
 def _in_part(warp: Warp, i: Instruction, mask: Values) -> PtxError:
-    """Say which threads execute what is undefined where a thread of the warp has ended, or is not
-    there (9.7.15 of the PTX ISA)."""
+    """Name the threads of an incomplete warp that execute an instruction for whole warps.
+
+    Its result is undefined (PTX ISA, 9.7.15).
+    """
     do = "executes" if mask.sum() == 1 else "execute"
     message = (
         f"{warp.threads_of(mask)} {do} {i.opcode}, which all 32 threads of a warp must execute "

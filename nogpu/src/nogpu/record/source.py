@@ -45,7 +45,9 @@ def variables_of(frame: FrameType) -> dict[str, object]:
     """Return the variables of a function, and let its frame keep none of them alive.
 
     Before Python 3.13 a frame keeps the dictionary of ``f_locals``, and with it each tensor that
-    the function has replaced since then.
+    the function has replaced since then. Limitation: under a debugger, or another function of
+    `sys.settrace` that sees each line, the dictionary keeps them, and a graph's input that the
+    function has freed is not found.
     """
     held = frame.f_locals
     found = dict(held)
