@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nogpu.cpp.declarations import blank
+from nogpu.cpp.declarations import COMMENT, blank
 
 # Headers of the C library that files include for their host code, or for names that NVRTC knows.
 INTEGERS = "\n".join(
@@ -84,13 +84,16 @@ HEADERS = {
 # What an error of NVRTC means here, by a part of its text
 REASONS = {
     'cannot open source file "nv/target"': (
-        "this header of CUDA needs libcu++, which nogpu does not have: in place of "
-        "cooperative_groups take __syncthreads(), __syncwarp() and shuffles"
+        "this header of CUDA needs libcu++, which nogpu does not have"
     ),
     "device-side kernel launch": (
         "nogpu executes no kernel that a kernel launches: launch it from Python"
     ),
 }
+
+IN_PLACE_OF_GROUPS = (
+    "; in place of cooperative_groups take __syncthreads(), __syncwarp() and shuffles"
+)
 
 
 class CompileError(Exception):
@@ -256,7 +259,7 @@ def _compiled(
         ]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(given), [one.encode() for one in given])
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise CompileError(_message(_text(nvrtc, program, "ProgramLog"), path))
+            raise CompileError(_message(_text(nvrtc, program, "ProgramLog"), path, source))
         ptx = _text(nvrtc, program, "PTX")
         lowered = {}
         for name in names:
@@ -283,8 +286,9 @@ def _text(nvrtc: Any, program: Any, what: str) -> str:
 NAMES = "__nv_name_map"  # the file in which NVRTC looks for the instances of templates
 
 
-def _message(log: str, path: str) -> str:
+def _message(log: str, path: str, source: str) -> str:
     """Return NVRTC's errors, one in a line, each with its file and line."""
+    has_groups = "cooperative_groups" in COMMENT.sub("", source) + log
     found = re.findall(r"^(.+?)\((\d+)\): (?:catastrophic )?error: (.*)$", log, re.MULTILINE)
     if found and {file for file, *_ in found} == {NAMES}:
         name = "".join(re.findall(r'Input name expression was: "\s*(.*?)\s*"', log)[:1])
@@ -295,5 +299,6 @@ def _message(log: str, path: str) -> str:
     lines = []
     for file, line, what in found:
         why = next((text for sign, text in REASONS.items() if sign in what), "")
+        why += IN_PLACE_OF_GROUPS if "libcu++" in why and has_groups else ""
         lines.append(f"{Path(file).name}:{line}: {what}{why and f'; {why}'}")
     return "\n".join(lines or [log.strip() or f"NVRTC refuses {path}"])
