@@ -15,11 +15,12 @@ from cuda_programs import FOLDER, PROGRAMS, launched, said_of
 import nogpu
 import nogpu.cuda
 from nogpu import command
-from nogpu.cpp.declarations import declarations, shared_arrays
+from nogpu.cpp.declarations import declarations, shared_arrays, variable_types
 from nogpu.cpp.nvrtc import CompileError
 from nogpu.cpp.summary import summary
 from nogpu.machine.gpu import Gpu
 from nogpu.machine.gpu_state import SCHEDULES
+from nogpu.machine.parse import source_name
 from nogpu.native import core
 from nogpu.triton import emulator
 
@@ -211,6 +212,57 @@ def test_arrays_in_shared_memory_are_those_of_the_kernel_by_their_bytes():
     assert shared_arrays(source, (("s", 4224), ("t", 32))) == {"s": (4, (32, 33))}
     assert shared_arrays(source, (("s", 64),)) == {"s": (8, (8,))}
     assert shared_arrays(source, (("s", 65),)) == {}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "#define N 32 // of a side",
+        "# define N (32u) /* of a side */",
+        "const unsigned int N = 32;",
+        "static constexpr unsigned long long N = 32ull;",
+        "int const M = 3, N = 32;",
+        "// #define N 3\n#define N 32",
+    ],
+)
+def test_sizes_are_found_however_the_source_writes_them(given):
+    source = f"{given}\n__global__ void f() {{ __shared__ __align__(16) float s[4][N], t [N]; }}"
+    assert shared_arrays(source, (("s", 512), ("t", 128))) == {"s": (4, (4, 32)), "t": (4, (32,))}
+
+
+def test_types_of_variables_are_those_of_their_declarations():
+    source = """
+    __device__ float f(float x) { return x; } __constant__ float a = g(1, 2), b[] = {3, 4}, c{5};
+    static __device__ unsigned int d[2 * N], *e; __constant__ float* p; __device__ Pair q;
+    namespace M { __constant__ int r; } namespace N { __constant__ float r; }
+    alignas(8) __device__ short s;
+    """
+    assert variable_types(source) == {
+        **dict.fromkeys("abc", "float"),
+        "d": "unsigned int",
+        "s": "short",
+    }
+
+
+@pytest.mark.parametrize(
+    "mangled, name",
+    [
+        ("_Z4blurPf", "blur"),
+        ("_ZL1q", "q"),
+        ("_ZN1NL1qE", "N::q"),
+        ("_ZN1a1b4fibtIiEET_S2_", "a::b::fibt"),
+        ("_ZNK3BoxIfLi4EE2goEi", "Box::go"),
+        ("_ZN1a3fibE3foo", "a::fib"),
+        ("_ZN12_GLOBAL__N_11xE", "x"),
+        ("_ZZN1N6kernelE3fooE1s_0", "s"),
+        ("_ZN3BoxISt4pairIifEN1a3FooELin4EA16_iS0_T_E2goEi", "Box::go"),
+        ("_ZN3BoxISt4pairIifE2goEi", "_ZN3BoxISt4pairIifE2goEi"),
+        ("_ZTV1A", "_ZTV1A"),
+        ("extern_c", "extern_c"),
+    ],
+)
+def test_names_are_those_of_the_source(mangled, name):
+    assert source_name(mangled) == name
 
 
 def test_a_file_says_how_it_is_launched(tmp_path):

@@ -40,6 +40,20 @@ def test_block_beyond_its_launch_bounds():
             kernels["kernel"][1, 65](x)
 
 
+def test_block_of_another_size_than_the_source_requires():
+    body = "kernel(float* x) { x[threadIdx.x + 16 * threadIdx.y] = 1; }"
+    kernels = nogpu.cuda.compile(f"__global__ void __block_size__((16, 2, 1)) {body}")
+    x = np.zeros(64, np.float32)
+    with nogpu.emulate("sm_90") as gpu:
+        kernels["kernel"][1, (16, 2)](x)
+        assert (gpu.faults, x.sum()) == ([], 32)
+        for block in (16, 32, (2, 16), (16, 2, 2)):
+            with pytest.raises(
+                ValueError, match=r"is \(\d+, .*, and __block_size__ says \(16, 2, 1\)"
+            ):
+                kernels["kernel"][1, block](x)
+
+
 def test_copy_that_nobody_waits_for():
     copy = "__pipeline_memcpy_async(&s[threadIdx.x], &x[threadIdx.x], 4); __pipeline_commit();"
     source = f"""#include <cuda_pipeline.h>
@@ -64,6 +78,12 @@ def test_copy_that_nobody_waits_for():
             "the recursive function fib is not executed here; write it as a loop",
         ),
         (
+            "namespace a { template <class T> __device__ __noinline__ T fib(T n)"
+            "{ return n < 2 ? n : fib<T>(n - 1) + fib<T>(n - 2); } }",
+            "x[0] = a::fib<int>(9);",
+            "the recursive function a::fib is not executed here; write it as a loop",
+        ),
+        (
             "__device__ float a(float x) { return x; }"
             "__device__ float b(float x) { return 2 * x; }",
             "float (*f)(float) = threadIdx.x % 2 ? a : b; x[threadIdx.x] = f(x[threadIdx.x]);",
@@ -77,7 +97,7 @@ def test_copy_that_nobody_waits_for():
             "pointers to functions, and virtual functions, are not executed here",
         ),
     ],
-    ids=["recursion", "pointer to a function", "virtual function"],
+    ids=["recursion", "recursion in a namespace", "pointer to a function", "virtual function"],
 )
 def test_function_that_is_not_executed(before, body, said):
     fault = first_fault(f"{before}\n{HEAD} {body} }}")
@@ -115,11 +135,27 @@ def test_source_that_is_not_compiled(source, said):
         nogpu.cuda.compile(source)
 
 
+def test_header_that_needs_another_library(tmp_path):
+    (tmp_path / "draws.h").write_text("#include <nv/target>\n")
+    file = tmp_path / "draws.cu"
+    file.write_text(f'#include "draws.h"  // in place of cooperative_groups\n{HEAD} x[0] = 1; }}')
+    with pytest.raises(CompileError, match=r"draws.h:1: .* which nogpu does not have$"):
+        nogpu.cuda.load(file)
+
+
 def test_index_beyond_an_array_in_shared_memory():
     source = f"""struct Pair {{ float a; }};
 {HEAD} __shared__ Pair s[32]; s[threadIdx.x].a = 1; __syncthreads(); x[threadIdx.x] = s[AT].a; }}"""
     after = first_fault(source.replace("AT", "threadIdx.x + 1"))
-    assert after.message.endswith(": byte 128 of s, which has 128 bytes")
+    assert after.message.endswith(": 128 bytes after the beginning of s, which has 128 bytes")
+    far = first_fault(source.replace("AT", "threadIdx.x - 2000"))
+    assert far.message.endswith("an index of 32 bits has wrapped, 8,000 bytes before s")
+    one = first_fault(
+        source.replace("Pair s[32]", "Pair s[32]; char* c = (char*)s")
+        .replace("AT", "0")
+        .replace("x[threadIdx.x] =", "x[threadIdx.x] = c[(int)threadIdx.x - 1] +")
+    )
+    assert one.message.endswith(": 1 byte before s")
     before = first_fault(source.replace("AT", "30 - threadIdx.x"))
     assert before.message.endswith("an index of 32 bits has wrapped, 4 bytes before s")
     known = first_fault(
@@ -180,12 +216,87 @@ def test_constant_memory_refuses_what_does_not_fit():
         kernels.copy_to("weights", np.zeros(4, np.float32))
 
 
+OF_ALL_KINDS = """
+#include <cassert>
+#include <cstdio>
+namespace N { __constant__ int q[2]; namespace { __constant__ float h; } }
+__constant__ float a = 1, b = 2;
+__device__ signed char c;
+__device__ bool flag;
+struct Pair { float x; int y; };
+__constant__ Pair pair;
+__global__ void kernel(float* x)
+{
+    static const float table[3] = {1, 2, 3};
+    assert(x != 0);
+    if (threadIdx.x > 40) printf("never");
+    x[0] = N::q[0] + N::q[1] + N::h; x[1] = a; x[2] = b; x[3] = c; x[4] = flag;
+    x[5] = pair.x + pair.y + table[threadIdx.x % 3];
+}
+"""
+
+
+def test_variable_is_filled_by_the_conversions_of_a_launch():
+    kernels = nogpu.cuda.compile(OF_ALL_KINDS)
+    x = np.zeros(6, np.float32)
+    kernels.copy_to("N::q", np.array([4, 5], np.uint32))
+    kernels.copy_to("N::h", 0.5)
+    kernels.copy_to("b", np.float64(7))
+    kernels.copy_to("c", -3)
+    kernels.copy_to("flag", 2)
+    kernels.copy_to("pair", np.array((1, 2), "f4, i4"))
+    with nogpu.emulate("sm_90") as gpu:
+        kernels["kernel"][1, 1](x)
+        np.testing.assert_array_equal(x, [9.5, 1, 7, -3, 1, 4])
+        kernels.copy_to("pair", bytes(8))
+        kernels.copy_to("a", torch.tensor(4.0, dtype=torch.float64))
+        kernels["kernel"][1, 1](x)
+        np.testing.assert_array_equal(x, [9.5, 4, 7, -3, 1, 1])
+    assert gpu.faults == []
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("N::q", 3.7, "N::q is int, and got 3.7; pass an integer"),
+        ("c", 300, "c is signed char, and 300 does not fit into 8 bits"),
+        ("b", True, "b is float, and got True; pass a number"),
+        (
+            "b",
+            np.array([1, 2], object),
+            "b is of float32, and got an array of object; pass an array of float32",
+        ),
+        ("pair", np.array([1, 2], object), "pair is of a type that nogpu does not know, and got"),
+        ("pair", 1, "nogpu does not know, and got 1; pass its bytes, or a record of NumPy"),
+    ],
+)
+def test_variable_refuses_what_a_launch_refuses(name, value, said):
+    with pytest.raises(TypeError, match=said):
+        nogpu.cuda.compile(OF_ALL_KINDS).copy_to(name, value)
+
+
+def test_variables_are_listed_as_the_source_names_them():
+    with pytest.raises(KeyError) as e:
+        nogpu.cuda.compile(OF_ALL_KINDS).copy_to("$str", b"text")
+    names = str(e.value).rpartition("its variables: ")[2].strip('"').split(", ")
+    assert sorted(names) == ["N::h", "N::q", "a", "b", "c", "flag", "pair"]
+
+
+def test_access_beyond_a_variable_of_a_namespace_names_it():
+    source = f"namespace N {{ __device__ int q[2]; }} {HEAD} x[0] = N::q[threadIdx.x + 2]; }}"
+    message = first_fault(source).message
+    assert "outside of N::q" in message
+    assert "_ZN" not in message
+
+
 def test_summary_fills_constant_memory(tmp_path):
     file = tmp_path / "weights.cu"
     file.write_text(CONSTANT)
     said = summary(file)
     assert 'kernels.copy_to("weights", np.zeros(3, np.float32))' in said
     assert '"offset"' not in said  # it has a value
+    file.write_text(OF_ALL_KINDS)
+    assert 'kernels.copy_to("N::q", np.zeros(2, np.int32))' in summary(file)
 
 
 def test_graph_names_what_a_function_has_freed():

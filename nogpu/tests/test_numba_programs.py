@@ -143,6 +143,9 @@ def test_a_launch_has_the_limits_of_one_in_cpp(tmp_path):
             "double takes 50,000 bytes of shared memory, 0 of them for its variables; a block of "
             "numba.cuda has at most 49,152"
         ),
+        "cuda.jit(launch_bounds=64)(double.py_func)[1, 65](np.ones(65))": (
+            "the block of double has 65 threads, and launch_bounds promises at most 64; launch"
+        ),
     }
     for line, message in launches.items():
         (tmp_path / "script.py").write_text(KERNEL + line)

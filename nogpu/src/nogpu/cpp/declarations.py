@@ -18,6 +18,7 @@ ATTRIBUTE = re.compile(
     r"__(?:launch_bounds|cluster_dims|maxnreg|block_size)__\s*\((?:[^()]|\([^()]*\))*\)"
     r"|__attribute__\s*\(\((?:[^()]|\([^()]*\))*\)\)"
 )
+ALIGNMENT = re.compile(r"\b(?:__align__|alignas)\s*\([^()]*\)")
 QUALIFIERS = ("const", "volatile", "__restrict__", "__restrict", "struct", "__grid_constant__")
 SPACES = ("static", "extern", "__constant__", "__device__")  # before the type of a variable
 # Types of NumPy, by those of C++
@@ -148,8 +149,16 @@ def _declared(text: str) -> Declared:
 SIZES = {"bool": 1, "bfloat16": 2}  # bytes, of types that NumPy's names do not tell
 
 
-def _bytes(dtype: str) -> int:
+def itemsize(dtype: str) -> int:
+    """Return the bytes of a number of a type of NumPy, or of bfloat16."""
     return SIZES.get(dtype) or int(re.sub(r"\D", "", dtype)) // 8
+
+
+def kind_of_number(dtype: str) -> str:
+    """Return the type in PTX of a parameter that is a number of a type of NumPy."""
+    if dtype in ("float16", "bfloat16"):
+        return "b8"  # a structure of two bytes
+    return f"{'f' if dtype in ('float32', 'float64') else 'u'}{8 * itemsize(dtype)}"
 
 
 class Field(NamedTuple):
@@ -202,12 +211,9 @@ def _fields(inside: str) -> Structure | None:
             known = declared.is_pointer or declared.dtype
             if not declared.name or not known or re.search(r"[\[\](:]", line):
                 return None
-            size = 8 if declared.is_pointer else _bytes(declared.dtype)
-            is_float = not declared.is_pointer and declared.dtype in ("float32", "float64")
-            kind_of_ptx = f"{'f' if is_float else 'u'}{8 * size}"
-            if declared.dtype in ("float16", "bfloat16") and not declared.is_pointer:
-                kind_of_ptx = "b8"  # PTX has a structure of two bytes
+            size = 8 if declared.is_pointer else itemsize(declared.dtype)
             end = -(-end // size) * size
+            kind_of_ptx = "u64" if declared.is_pointer else kind_of_number(declared.dtype)
             found.append(Field(declared, end, size, kind_of_ptx))
             end += size
     return Structure(found)
@@ -229,10 +235,10 @@ def shared_arrays(
         bytes_of: the names and the bytes of the kernel's arrays.
     """
     found: dict[str, set[tuple[int, Sizes]]] = {}
-    for name, kind, given in _variables(source, r"\b__shared__\s+([^;=]*);"):
+    for name, kind, given in _variables(source, "shared"):
         sizes = [_size(one, source) for one in given]
         if None not in sizes:
-            one = _bytes(DTYPES[kind]), tuple(size or 0 for size in sizes)
+            one = itemsize(DTYPES[kind]), tuple(size or 0 for size in sizes)
             if one[0] * math.prod(one[1]) == dict(bytes_of).get(name):
                 found.setdefault(name, set()).add(one)
     return {name: kinds.pop() for name, kinds in found.items() if len(kinds) == 1}
@@ -240,11 +246,14 @@ def shared_arrays(
 
 def _size(text: str, source: str) -> int | None:
     """Return a sum of products of numbers, and of names that the source gives one number each."""
+    source = COMMENT.sub("", source)
 
     def number_of(name: re.Match[str]) -> str:
-        word = re.escape(name[0])
-        given = re.findall(rf"#\s*define\s+{word}\s+\(?(\d+)\)?\s*$", source, re.MULTILINE)
-        given += re.findall(rf"\b(?:const|constexpr)\s+\w+\s+{word}\s*=\s*(\d+)\s*;", source)
+        word, number = re.escape(name[0]), r"(\d+)[uUlL]*"
+        macro = rf"#[ \t]*define[ \t]+{word}[ \t]+\(?{number}\)?[ \t]*$"
+        given = re.findall(macro, source, re.MULTILINE)
+        constant = rf"\b(?:const|constexpr)\b[^;(){{}}]*?\b{word}\s*=\s*{number}\s*[;,]"
+        given += re.findall(constant, source)
         return given[0] if len(set(given)) == 1 else name[0]
 
     text = re.sub(r"[A-Za-z_]\w*", number_of, text)
@@ -255,26 +264,42 @@ def _size(text: str, source: str) -> int | None:
 
 @lru_cache(64)
 def variable_types(source: str) -> dict[str, str]:
-    """Return the types, in NumPy, of the variables in constant and global memory, by name.
+    """Return the types, in C++, of the elements of variables in constant and global memory.
 
-    Those whose elements are no numbers are omitted.
+    They are by the variables' names without namespaces. Those whose elements are no numbers are
+    omitted, and so are those that several namespaces have with different types.
     """
-    pattern = r"\b__(?:constant|device)__\s+([^;={}()]*)(?=[;={])"
-    return {name: DTYPES[kind] for name, kind, _ in _variables(source, pattern)}
+    found: dict[str, set[str]] = {}
+    for name, kind, _ in _variables(source, "constant|device"):
+        found.setdefault(name, set()).add(kind)
+    return {name: kinds.pop() for name, kinds in found.items() if len(kinds) == 1}
 
 
-def _variables(source: str, pattern: str) -> Iterator[tuple[str, str, list[str]]]:
+def _variables(source: str, spaces: str) -> Iterator[tuple[str, str, list[str]]]:
     """Yield the name, the type in C++ and the sizes of each variable whose elements are numbers.
 
     Args:
-        pattern: of a declaration, whose group has the type, the names and the sizes.
+        spaces: where the variables are, such as "constant|device".
     """
-    for match in re.finditer(pattern, COMMENT.sub("", source)):
-        words = re.match(r"((?:[A-Za-z_]\w*\s+)+)(.*)$", " ".join(match[1].split()))
+    for match in re.finditer(rf"\b__(?:{spaces})__\s+(?=([^;]*);)", COMMENT.sub("", source)):
+        first, *others = _declarators(ALIGNMENT.sub("", match[1]))
+        words = re.fullmatch(r"([^()]*?)(\b[A-Za-z_]\w*\s*(?:\[[^\]]*\]\s*)*)", first)
         if words is None:
             continue
         kind = " ".join(one for one in words[1].split() if one not in (*QUALIFIERS, *SPACES))
-        for one in re.split(r",(?![^\[]*\])", words[2]):
-            name = re.match(r"\s*(\w+)\s*((?:\[[^\]]*\]\s*)*)$", one)
+        for one in (words[2], *others):
+            name = re.fullmatch(r"(\w+)\s*((?:\[[^\]]*\]\s*)*)", one)
             if name is not None and kind in DTYPES:
                 yield name[1], kind, re.findall(r"\[\s*([^\]]*?)\s*\]", name[2])
+
+
+def _declarators(text: str) -> list[str]:
+    """Return the parts of a declaration between its commas, without their initial values."""
+    parts, depth = [""], 0
+    for sign in text:
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(sign, 0)
+        if sign == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return [re.split("[={]", one)[0].strip() for one in parts]

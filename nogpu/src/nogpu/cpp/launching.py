@@ -32,6 +32,8 @@ from nogpu.cpp.declarations import (
     Declared,
     Structure,
     declarations,
+    itemsize,
+    kind_of_number,
     shared_arrays,
     structures,
     variable_types,
@@ -48,7 +50,7 @@ from nogpu.machine.parse import (
 from nogpu.machine.registers import Values
 from nogpu.record.faults import Fault
 from nogpu.record.launch import Launch
-from nogpu.record.launch_size import Shared, why_refused
+from nogpu.record.launch_size import Shared, why_out_of_bounds, why_refused
 from nogpu.record.source import program_line
 from nogpu.triton.driver import emulations, present
 from nogpu.triton.emulator import SHARED_BYTES, Emulator
@@ -57,6 +59,8 @@ from nogpu.triton.host_memory import bytes_at, has_host_memory
 MALLOC_ALIGNMENT = 256  # bytes, of cudaMalloc's memory
 FLOATS: dict[str, Any] = {"f32": np.float32, "f64": np.float64, "f16": np.float16}
 DEFAULT_ARCH = "sm_90"
+# Variables in PTX that no program can name: texts of printf and assert, and variables of functions
+OF_COMPILER = re.compile(r"\$|^__unnamed_|^_ZZ")
 
 
 class Module:
@@ -134,33 +138,41 @@ class Module:
 
         Those with an initial value are omitted, and those whose elements are no numbers of NumPy.
         """
-        types, found = variable_types(self.source), {}
-        for one, size in variable_sizes(self.ptx(arch), "const").items():
-            dtype = types.get(name := source_name(one), "")
-            if dtype and dtype != "bfloat16":
-                found[name] = dtype, size
+        found, text = {}, self.ptx(arch)
+        unset = variable_sizes(text, "const")
+        for name, one in _by_name(text).items():
+            dtype = self._declared(name).dtype
+            if one in unset and dtype and dtype != "bfloat16":
+                found[name] = dtype, unset[one]
         return found
+
+    def _declared(self, name: str) -> Declared:
+        """Return a variable as the source has it; without a type if that isn't one of numbers."""
+        return Declared(name, variable_types(self.source).get(name.split("::")[-1], ""))
 
     def copy_to(self, name: str, value: Any) -> None:
         """Copy an array or a number to a variable of the source, as cudaMemcpyToSymbol does.
 
         Args:
-            name: of a variable with __constant__ or __device__.
+            name: of a variable with __constant__ or __device__; one of a namespace is named as
+                "space::name".
+            value: an array or tensor of the variable's dtype, or a number; at most its bytes,
+                from its beginning on. A structure may be its bytes, or a record of NumPy.
 
         Raises:
             KeyError: the source has no such variable, or no kernel uses it.
-            TypeError: the variable has another type.
+            TypeError: the variable has another type, or a number does not fit.
             ValueError: the variable has fewer bytes.
         """
         text = self.ptx(DEFAULT_ARCH)
-        known = {source_name(one): one for one in variable_sizes(text)}
+        known = _by_name(text)
         if name not in known:
             raise KeyError(
                 f"{Path(self.path).name} has no variable {name!r} that its kernels use; its "
                 f"variables: {', '.join(known) or 'none'}"
             )
-        size, dtype = variable_sizes(text)[known[name]], variable_types(self.source).get(name, "")
-        content = _content(name, value, dtype)
+        size = variable_sizes(text)[known[name]]
+        content = _content(self._declared(name), value)
         if len(content) > size:
             raise ValueError(f"{name} has {plural(size, 'byte')}, and got {len(content):,}")
         before = self._contents.get(known[name], b"")
@@ -191,23 +203,41 @@ def _write(variable: Tensor, content: bytes) -> None:
     variable.numpy()[: len(content)] = np.frombuffer(content, np.uint8)
 
 
-def _content(name: str, value: Any, dtype: str) -> bytes:
-    """Return an array, or a number, as bytes of a variable whose elements are of ``dtype``.
+def _by_name(text: str) -> dict[str, str]:
+    """Return the names in PTX of a module's variables, by those that a program can name."""
+    names = {source_name(one): one for one in variable_sizes(text) if not OF_COMPILER.search(one)}
+    return {name: one for name, one in names.items() if not name.startswith("_Z")}
+
+
+def _content(variable: Declared, value: Any) -> bytes:
+    """Return an array, or a number, as bytes of a variable.
 
     Raises:
         TypeError: it is of another type.
     """
+    name, dtype = variable.name, variable.dtype
+    if isinstance(value, bytes):
+        return value
+    if dtype and isinstance(value, (np.generic, np.ndarray, Tensor)) and not value.ndim:
+        with _disable_current_modes():
+            value = value.item()
+    if dtype and isinstance(value, numbers.Real):
+        parameter = Parameter(name, kind_of_number(dtype), itemsize(dtype))
+        return _number(name, parameter, variable, value).to_bytes(parameter.size, "little")
     if isinstance(value, Tensor):
         with _disable_current_modes():
             raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         got = str(value.dtype).removeprefix("torch.")
-    elif isinstance(value, numbers.Real) and dtype and dtype != "bfloat16":
-        raw, got = np.array(value, dtype).reshape(1), dtype
-    elif isinstance(value, (np.ndarray, np.generic)):
+    elif isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject:
         raw, got = np.asarray(value), str(value.dtype)
+    elif dtype:
+        raise TypeError(f"{name} is of {dtype}, and got {_kind(value)}; pass an array of {dtype}")
     else:
-        raise TypeError(f"{name} is of {dtype or 'a structure'}, and got {_kind(value)}")
-    if dtype not in ("", got):
+        raise TypeError(
+            f"{name} is of a type that nogpu does not know, and got {_kind(value)}; pass its "
+            "bytes, or a record of NumPy"
+        )
+    if not _is_same(dtype, got):
         raise TypeError(f"{name} is of {dtype}, and got {_kind(value)}")
     return bytes(raw.tobytes())
 
@@ -400,12 +430,13 @@ def check_size(name: str, kernel: Kernel, size: Size, most: int, giver: str) -> 
     shared = Shared(static, size.shared, most, giver)
     if fault := why_refused(name, size.grid, size.block, shared):
         raise ValueError(fault)
-    threads = math.prod(size.block)
-    if kernel.most_threads and threads > kernel.most_threads:
+    if kernel.required_block not in (None, size.block):
         raise ValueError(
-            f"the block of {name} has {threads:,} threads, and __launch_bounds__ promises at most "
-            f"{kernel.most_threads:,}; launch smaller blocks, or raise the bound"
+            f"the block of {name} is {size.block}, and __block_size__ says "
+            f"{kernel.required_block}; launch blocks of that size"
         )
+    if fault := why_out_of_bounds(name, size.block, kernel.most_threads, "__launch_bounds__"):
+        raise ValueError(fault)
     return static
 
 
@@ -449,7 +480,8 @@ def launch_kernel(
     def execute(values: Sequence[object]) -> None:
         def parameters() -> list[int]:
             emulator.variables = {
-                name: _placed(emulator, name, one) for name, one in kernel.variables.items()
+                name: _placed(emulator, source_name(name), one)
+                for name, one in kernel.variables.items()
             }
             emulator.shared_types = kernel.shared_types
             bits = [
@@ -482,7 +514,7 @@ def launch_kernel(
         ) from None
 
 
-ACCESSED = re.compile(r"(?:reads|overwrites) (?:byte \d+ of )?(\w+)")
+ACCESSED = re.compile(r"(?:reads|overwrites) (?:byte \d+ of )?(\w+(?:::\w+)*)")
 AT = re.compile(r"\(([^()]+:\d+)\)")
 BY_RACES = ("race within a warp", "uninitialised memory")  # what a missing barrier also shows as
 
@@ -701,18 +733,24 @@ def _array(
             "pass a contiguous copy"
         )
     expected, got = declared.dtype if declared else "", str(t.dtype).removeprefix("torch.")
-    is_same = expected in ("", got) or (
-        expected[:1] in "ui" and expected.lstrip("u") == got.lstrip("u")
-    )
-    is_same |= {expected, got} <= {"int8", "uint8", "bool"}
-    if declared is not None and declared.type.endswith("**"):
-        is_same = True
-    if not is_same:
+    is_of_pointers = declared is not None and declared.type.endswith("**")
+    if not is_of_pointers and not _is_same(expected, got):
         raise TypeError(
             f"{what} is {declared.type if declared else ''}, and got an array of {got}; expected "
             f"{expected}"
         )
     return t
+
+
+def _is_same(expected: str, got: str) -> bool:
+    """Return whether an array of ``got`` is one of ``expected``, which is "" if it is not known.
+
+    Integers may have a sign or not, as in C++.
+    """
+    is_same = expected in ("", got) or (
+        expected[:1] in "ui" and expected.lstrip("u") == got.lstrip("u")
+    )
+    return is_same or {expected, got} <= {"int8", "uint8", "bool"}
 
 
 def _number(what: str, parameter: Parameter, declared: Declared | None, value: Any) -> int:
@@ -731,6 +769,8 @@ def _number(what: str, parameter: Parameter, declared: Declared | None, value: A
     if not isinstance(value, numbers.Integral):
         raise TypeError(f"{what} is {shown}, and got {_kind(value)}")
     bits, number = 8 * parameter.size, int(value)
+    if declared is not None and declared.dtype == "bool":
+        return int(number != 0)
     if not -(2 ** (bits - 1)) <= number < 2**bits:
         raise TypeError(f"{what} is {shown}, and {number} does not fit into {bits} bits")
     return int(number % 2**bits)

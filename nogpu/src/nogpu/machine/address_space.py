@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nogpu.console import plural
 from nogpu.machine.allocation import POISON, Allocation
 from nogpu.machine.instruction_counts import Counts
 from nogpu.machine.origins import origins
@@ -26,6 +27,7 @@ Rows = Values  # positions in an allocation, in units of an access
 Part = tuple[Allocation, Rows, Rows | slice]
 # An address is near an allocation if it lies within so many times its size, or so many bytes.
 NEAR_SIZES, NEAR_BYTES = 16, 4096
+MOST_WRAPPED = 2**24  # bytes that an index which has wrapped is taken to lie before an array
 MOST_DYNAMIC = STATIC_BASE // 2  # bytes behind the beginning of shared memory, none of a variable
 OUT_OF_BOUNDS, MISALIGNED = "out of bounds", "misaligned access"
 NOWHERE = 1, 0  # a gap that has no address
@@ -316,8 +318,9 @@ class AddressSpace:
             what = "dynamic shared memory" if of_numba else "extern __shared__ memory"
             third = "fourth of [grid, block, stream" if of_numba else "third of [grid, block"
             return (
-                f"byte {offset:,} of {what}, and the launch gives it {gpu.shared_bytes:,} bytes; "
-                f"pass enough bytes as the {third}, bytes], or a smaller index"
+                f"byte {offset:,} of {what}, and the launch gives it "
+                f"{plural(gpu.shared_bytes, 'byte')}; pass enough bytes as the {third}, bytes], or "
+                "a smaller index"
             )
         return ""
 
@@ -351,12 +354,13 @@ class AddressSpace:
 def _beside(near: Allocation, address: int) -> str:
     """Say where an address lies that is outside of an array in shared or local memory."""
     if address < near.start:
-        return f": {near.start - address} bytes before {near.name}"
+        return f": {plural(near.start - address, 'byte')} before {near.name}"
     offset = address - near.base
-    if address >= 2**32 and (short := 2**32 - offset % 2**32) <= near.size:
+    if offset >= 2**31 and (short := -offset % 2**32) <= MOST_WRAPPED:
         # An index without a sign has become smaller than 0.
-        return f"; an index of 32 bits has wrapped, {short} bytes before {near.name}"
-    return f": byte {offset} of {near.name}, which has {near.size:,} bytes"
+        return f"; an index of 32 bits has wrapped, {plural(short, 'byte')} before {near.name}"
+    after = f"{plural(offset, 'byte')} after the beginning of {near.name}"
+    return f": {after}, which has {plural(near.size, 'byte')}"
 
 
 def _name_of(place: Allocation | None, address: int, width: int) -> str:

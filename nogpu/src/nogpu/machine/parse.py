@@ -12,6 +12,7 @@ from bisect import bisect
 from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,7 @@ class Kernel:
     file: str = ""  # of the kernel's source
     controls_grids: bool = False  # by griddepcontrol
     most_threads: int = 0  # of a block, by __launch_bounds__; 0: as many as a GPU takes
+    required_block: tuple[int, int, int] | None = None  # by __block_size__ of CUDA C++
 
 
 def qualifiers(i: Instruction) -> tuple[list[str], str, bool]:
@@ -451,20 +453,56 @@ def _size(kind: str, sizes: str) -> int:
     return max(int(re.sub(r"\D", "", kind) or 8) // 8, 1) * math.prod(counts)
 
 
+# Of mangled names: the length of a part, what the arguments of a template consist of, and how
+# namespaces without a name begin
+PART_OF_NAME = re.compile(r"L?(\d+)")
+ARGUMENT = re.compile(
+    r"L[a-z]n?\d+E|S(?:[0-9A-Z]*_|[a-z])|T\d*_|A\d+_|(\d+)|([INXJF])|(E)|[A-Za-z]"
+)
+UNNAMED = ("_INTERNAL_", "_GLOBAL__N_")
+
+
 def source_name(name: str) -> str:
-    """Return the name of a variable in CUDA C++, as far as its mangled name tells it."""
-    found = re.search(r"E(\d+)([A-Za-z_]\w*)$", name) or re.match(r"_ZL?(\d+)(\w+)$", name)
-    while found is not None and name.startswith("_Z"):
-        length = int(found[1])
-        if len(found[2]) >= length:
-            return found[2][:length]
-        break
-    return name
+    """Return the name in CUDA C++ of a variable or a function, such as "space::name".
+
+    A mangled name that tells it in another way is returned as it is.
+    """
+    if name.startswith("_ZZ"):  # a variable of a function
+        for found in re.finditer(r"(?=E(\d+)([A-Za-z_]\w*)$)", name):
+            length = int(found[1])
+            if re.fullmatch(r"(?:_\d*_?)?", found[2][length:]) and length <= len(found[2]):
+                return found[2][:length]
+        return name
+    if (begin := re.match(r"_Z(NK?)?", name)) is None:
+        return name
+    parts, at = list[str](), begin.end()
+    while part := PART_OF_NAME.match(name, at):
+        at = part.end() + int(part[1])
+        parts.append(name[part.end() : at])
+        if not begin[1]:
+            break
+        if name.startswith("I", at):
+            at = _after_arguments(name, at)
+    if at > len(name) or (begin[1] and name[at : at + 1] != "E"):
+        return name
+    return "::".join(one for one in parts if not one.startswith(UNNAMED)) or name
+
+
+def _after_arguments(name: str, at: int) -> int:
+    """Return where the arguments of a template end that begin at a place of a mangled name."""
+    depth = 0
+    while found := ARGUMENT.match(name, at):
+        length, begins, ends = found.groups("")
+        at = found.end() + int(length or 0)
+        depth += bool(begins) - bool(ends)
+        if not depth:
+            break
+    return at
 
 
 def why_no_operand(kernel: Kernel, name: str) -> str:
-    """Say what a program does that takes the address of a function, or of a table of virtual ones;
-    "" if the symbol is neither."""
+    """Say that a symbol is a function, or a table of virtual functions, whose address the kernel
+    takes; "" for another symbol."""
     functions = {one[2] for one in FUNCTION.finditer(kernel.text)}
     return f": {BY_POINTER}" if name.startswith("_ZTV") or name in functions else ""
 
@@ -472,6 +510,25 @@ def why_no_operand(kernel: Kernel, name: str) -> str:
 def entries(text: str) -> list[str]:
     """Return the names of the kernels of a module."""
     return re.findall(r"^\s*(?:\.\w+\s+)*\.entry\s+([\w$]+)", text, re.MULTILINE)
+
+
+def _head(text: str, entry: str) -> re.Match[str]:
+    """Return the name, the parameters and the directives of a kernel, by default the first one."""
+    name = re.escape(entry) if entry else r"[\w$]+"
+    head = re.search(rf"\.entry\s+{name}\s*\(([^)]*)\)\s*(?:\.\w+(?:\s+[\d, ]+)?\s*)*", text)
+    assert head is not None
+    return head
+
+
+def _most_threads(head: str) -> int:
+    most = re.search(r"\.maxntid\s+([\d, ]+)", head)
+    return math.prod(int(one) for one in most[1].split(",")) if most else 0
+
+
+@lru_cache(256)
+def most_threads(text: str, entry: str) -> int:
+    """Return the threads that a kernel promises to have at most in a block; 0: it does not."""
+    return _most_threads(_head(text, entry)[0])
 
 
 def parse(  # noqa: C901, PLR0912, PLR0915  # a case for each kind of statement
@@ -485,13 +542,12 @@ def parse(  # noqa: C901, PLR0912, PLR0915  # a case for each kind of statement
     ones. Calls of other functions of ``text`` are replaced by their bodies, in the calls' lines.
     """
     whole, text = text, inline(text)
-    name_of_it = re.escape(entry) if entry else r"[\w$]+"
-    head = re.search(rf"\.entry\s+{name_of_it}\s*\(([^)]*)\)\s*(?:\.\w+(?:\s+[\d, ]+)?\s*)*", text)
-    assert head is not None
-    threads = re.search(r"\.reqntid\s+(\d+)", head[0])
+    head = _head(text, entry)
+    threads = re.search(r"\.reqntid\s+(\d[\d, ]*)", head[0])
+    required = [int(one) for one in threads[1].split(",")] if threads else [0]
     kernel = Kernel(
         whole,
-        int(threads[1]) if threads else 0,
+        required[0],
         re.findall(r"([\w$]+)(?:\[\d+\])?\s*(?:,|$)", head[1]),
         _cluster(head[0]),
     )
@@ -499,9 +555,10 @@ def parse(  # noqa: C901, PLR0912, PLR0915  # a case for each kind of statement
         Parameter(name, kind, int(re.sub(r"\D", "", kind) or 8) // 8 * int(count or 1))
         for _, kind, name, count in ANY_PARAMETER.findall(head[1])
     ]
-    if (most := re.search(r"\.maxntid\s+([\d, ]+)", head[0])) is not None:
-        kernel.most_threads = math.prod(int(one) for one in most[1].split(","))
+    kernel.most_threads = _most_threads(head[0])
     if block is not None:
+        x, y, z = [*required, 1, 1][:3]
+        kernel.required_block = (x, y, z) if threads else None
         kernel.block, kernel.threads = block, -(-math.prod(block) // 32) * 32
     _take_variables(kernel, text, text[head.end() : _end_of_body(text, head.end())])
     code = IGNORED.sub(lambda match: " " * len(match[0]), text)

@@ -12,10 +12,17 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from nogpu.data_sheets import REGISTERS
+from nogpu.machine.parse import most_threads
 from nogpu.numba.device_memory import DeviceArray, DeviceMemory
 from nogpu.record.faults import HostFault
 from nogpu.record.launch import Launch
-from nogpu.record.launch_size import MOST_THREADS, WITHOUT_ASKING, Shared, why_refused
+from nogpu.record.launch_size import (
+    MOST_THREADS,
+    WITHOUT_ASKING,
+    Shared,
+    why_out_of_bounds,
+    why_refused,
+)
 from nogpu.record.resources import Resources, resources
 from nogpu.record.source import program_line
 from nogpu.triton.driver import present
@@ -176,7 +183,9 @@ def launch(
     static, place = kernel.attributes.shared_size_bytes, program_line()
     # numba-cuda does not ask for more.
     shared = Shared(static, config.shmem_size, WITHOUT_ASKING, "numba.cuda")
-    if fault := why_refused(name, grid, block, shared):
+    most = most_threads(kernel.text, kernel.name)
+    fault = why_refused(name, grid, block, shared)
+    if fault := fault or why_out_of_bounds(name, block, most, "launch_bounds"):
         emulator.note(HostFault("error", "launch failure", fault, source=place), (fault, place))
         raise LaunchError(fault)
     code = getattr(function, "__code__", None)

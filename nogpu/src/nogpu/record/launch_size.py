@@ -35,6 +35,21 @@ class Shared(NamedTuple):
     giver: str
 
 
+def why_out_of_bounds(kernel: str, block: Sizes, most: int, bounds: str) -> str:
+    """Say why a GPU does not launch a block of more threads than a kernel promises; "" if it does.
+
+    Args:
+        most: the threads that it promises at most; 0: it does not.
+        bounds: how the source promises it, such as "__launch_bounds__".
+    """
+    if not most or (threads := math.prod(block)) <= most:
+        return ""
+    return (
+        f"the block of {kernel} has {plural(threads, 'thread')}, and {bounds} promises at most "
+        f"{most:,}; launch smaller blocks, or raise the bound"
+    )
+
+
 def why_refused(kernel: str, grid: Sizes, block: Sizes, shared: Shared) -> str:
     """Say why no GPU launches a kernel in this size, and what is expected; "" if it does."""
     threads, (static, dynamic, most, giver) = math.prod(block), shared
