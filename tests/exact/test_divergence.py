@@ -269,7 +269,7 @@ def test_the_table_says_by_kinds_what_differs(expected, tmp_path, capsys):
     train(tmp_path, at=4, plant=PLANTED["a schedule"][0]["plant"])
     main([str(expected), str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert "look at the schedule" in lines
+    assert "look at the arguments of the optimizer, and at the schedule" in lines
     table = {line.split("  ")[0]: line.split()[-2:] for line in lines if "  " in line}
     assert table["setting"] == ["0.001", "0.002"]
     assert table["loss"] == ["1", "0"]  # compared, and parted
@@ -316,6 +316,22 @@ def test_runs_of_unlike_lengths(expected, tmp_path, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"{STEPS} and {STEPS + 2} steps: the first {STEPS} are compared"
     assert second.startswith(f"the same in {STEPS} steps, by ")
+
+
+def test_the_same_in_one_step(expected, tmp_path, capsys):
+    train(tmp_path, steps=1)
+    assert main([str(expected), str(tmp_path)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"{STEPS} and 1 steps: the first is compared"
+    assert second.startswith("the same in 1 step, by ")
+
+
+def test_a_line_says_what_is_the_same_before_only_if_there_is_anything(expected, tmp_path, capsys):
+    train(tmp_path, seed=1)
+    assert main([str(expected), str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("parted in step 0: weight 0.weight\n")
+    assert "before it" not in out
 
 
 def test_runs_on_unlike_machines(expected, tmp_path, monkeypatch, capsys):
@@ -623,4 +639,6 @@ def test_unlike_numbers_of_ranks(ranks, tmp_path, capsys):
     first, _ = capsys.readouterr().out.splitlines()
     assert first == ("1 and 2 ranks: only weights, gradients, settings, states are compared")
     assert main([str(tmp_path / "a"), str(tmp_path / "c")]) == 1
-    assert "parted in step 1 on ranks 0 and 1: weight 2.bias" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "parted in step 1 on ranks 0 and 1: weight 2.bias" in out
+    assert "record both on the same number of ranks to compare inputs and activations, too" in out

@@ -33,7 +33,7 @@ HINTS = {
     "loss": "look at the labels, and at the function of the loss",
     "activation's gradient": "look at the backward pass of what uses this activation",
     "gradient": "look at the backward pass, and at what adds, averages or clips gradients",
-    "setting": "look at the schedule",
+    "setting": "look at the arguments of the optimizer, and at the schedule",
     "state": "look at this optimizer, and at the state that was loaded",
     "operator": "look at this operator: its seeds, its library, and whether it is deterministic",
 }
@@ -108,10 +108,12 @@ def compare(a: Path, b: Path) -> int:
     if not parted:
         count = sum(len(one.pairs) for one in compared)
         both = min(length(ranks_a), length(ranks_b))
-        print(f"the same in {both} steps, by {count:,} checksums")
+        print(f"the same in {counted(both, 'step')}, by {count:,} checksums")
         return 0
     if unlike(ranks_a, ranks_b):
         print("outside of torchpar.exact.mode() other machines or threads alone can change bits")
+    if len(ranks_a) != len(ranks_b):
+        print("record both on the same number of ranks to compare inputs and activations, too")
     earliest = min(parted, key=lambda one: (one.step, one.first(), one.ranks))
     print(report(earliest, [one for one in parted if one.step == earliest.step]))
     return 1
@@ -190,7 +192,8 @@ def notes(
         yield f"{len(ranks_a)} and {len(ranks_b)} ranks: only {kinds} are compared"
     of_a, of_b = (length(ranks) for ranks in (ranks_a, ranks_b))
     if of_a != of_b:
-        yield f"{of_a} and {of_b} steps: the first {min(of_a, of_b)} are compared"
+        first = "the first is" if min(of_a, of_b) == 1 else f"the first {min(of_a, of_b)} are"
+        yield f"{of_a} and {of_b} steps: {first} compared"
     alone = sum((one.alone for one in compared), Counter[str]())
     if alone:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in alone.items())
@@ -224,8 +227,10 @@ def report(found: Compared, of_step: Sequence[Compared]) -> str:
     lines = [
         f"parted in step {found.step}{of_rank(found.ranks)}: {pair.a}",
         FIRST_WEIGHT if is_first_weight else HINTS[pair.a.kind],
-        f"the {found.first():,} tensors before it in this step are the same",
     ]
+    if before := found.first():
+        verb = "is" if before == 1 else "are"
+        lines.append(f"the {counted(before, 'tensor')} before it in this step {verb} the same")
     if others := [of_rank(one).strip() for one in ranks if one != found.ranks]:
         lines.append(f"later in this step: {', '.join(others)}")
     rows = [("kind", "compared", "parted", "first parted", "in a", "in b")]
@@ -235,6 +240,11 @@ def report(found: Compared, of_step: Sequence[Compared]) -> str:
         row = (kind, str(len(pairs)), str(len(parted)))
         rows.append((*row, *described(parted[0])) if parted else (*row, "", "", ""))
     return "\n".join([*lines, in_columns(rows)])
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, such as "1 step" or "1,024 steps"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def described(pair: Pair) -> tuple[str, str, str]:
