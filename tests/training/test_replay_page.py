@@ -223,7 +223,7 @@ def test_the_command_writes_a_page_of_two_recordings(tmp_path, capsys):
     "content, said",
     [
         (None, r"cannot read .*a.json: No such file or directory; name a recording"),
-        (b"{", r"a.json is no JSON, expected a recording: "),
+        (b"{", r"a.json is no JSON, expected a recording: [^;]*$"),
         (b"\x1f\x8b\x08", r"a.json: "),
         (b"[]", r"a.json: it is no recording: expected a trace"),
         (b"\xff", r"a.json: "),
@@ -237,6 +237,14 @@ def test_the_command_says_in_a_line_what_is_wrong(content, said, tmp_path, capsy
     err = capsys.readouterr().err
     assert re.match(rf"python -m torchpar replay: error: .*{said}", err)
     assert err.count("\n") == 1
+
+
+def test_the_command_names_the_recording_beside_a_page(tmp_path, capsys):
+    page = tmp_path / "step.html"
+    page.write_text(replay_page.page(both()), "utf-8")
+    (tmp_path / "step.json").write_text(json.dumps(both()[0]), "utf-8")
+    assert replay_command.main([str(page), "--page", str(tmp_path / "other.html")]) == 2
+    assert capsys.readouterr().err.endswith(f"; name {tmp_path / 'step.json'}\n")
 
 
 def test_a_page_that_cannot_be_written_is_an_error(tmp_path):

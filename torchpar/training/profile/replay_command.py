@@ -54,7 +54,9 @@ def read_recording(path: Path) -> Mapping[str, Any]:
     except OSError as e:
         raise ConfigError(f"cannot read {path}: {e.strerror or e}; name a recording") from e
     except json.JSONDecodeError as e:
-        raise ConfigError(f"{path} is no JSON, expected a recording: {e}") from e
+        beside = path.with_suffix(".json")
+        hint = f"; name {beside}" if beside != path and beside.is_file() else ""
+        raise ConfigError(f"{path} is no JSON, expected a recording: {e}{hint}") from e
     except (ValueError, EOFError, zlib.error) as e:
         raise ConfigError(f"{path}: {e}") from e
     return recording
