@@ -365,9 +365,13 @@ def test_the_command_runs_a_script_that_says_cuda(tmp_path, fork_server):
     store = SCRIPT.splitlines().index("        tl.store(out + i, tl.load(x + i), mask=i < n)")
     assert f"{script.name}:{store + 1} (line" in out
     assert "error: out of bounds in copy" in page.read_text("utf-8")
+    assert ">1 launch<" in page.read_text("utf-8")
     code, _, err = forked(*command, str(tmp_path / "none.py"))
     assert code == 2
-    assert "none.py is no file; name a Python script" in err
+    assert "none.py is no file; name a Python script, or a file of CUDA C++" in err
+    code, out, _ = forked(*command, "--help")
+    assert code == 0
+    assert "python -m nogpu judge --help" in out
 
 
 @pytest.fixture

@@ -65,6 +65,7 @@ def main(arguments: Sequence[str]) -> int:
         "python -m nogpu",
         description="Run a script whose kernels, in Triton, CUDA C++ or numba.cuda, are compiled "
         "for a GPU and executed here. With a .cu file instead, say how its kernels are launched.",
+        epilog="python -m nogpu judge --help: judge kernels of others against a reference",
     )
     parser.add_argument("--version", action="version", version=f"nogpu {__version__}")
     _add_ways(parser)
@@ -298,7 +299,7 @@ def _join_threads(others: set[threading.Thread]) -> None:
 def _fault_of(options: argparse.Namespace) -> str:
     """Return what is wrong with the arguments, and what to do; "" if nothing is."""
     if not options.script.is_file():
-        return f"{options.script} is no file; name a Python script"
+        return f"{options.script} is no file; name a Python script, or a file of CUDA C++"
     if reason := why_not_compiled():
         return reason
     return _fault_of_files(options)
