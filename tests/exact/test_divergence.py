@@ -391,7 +391,7 @@ def test_steps_are_the_same_however_many_are_written_at_once(tmp_path, monkeypat
     assert a.steps == b.steps
 
 
-def test_an_error_ends_the_recording_with_its_step(tmp_path):
+def test_an_error_ends_the_recording_with_its_step(tmp_path, capsys):
     def fail(run: object) -> None:
         raise ZeroDivisionError
 
@@ -400,6 +400,16 @@ def test_an_error_ends_the_recording_with_its_step(tmp_path):
     (rank,) = read_ranks(tmp_path)
     assert [*rank.steps] == [0, 1, 2]
     assert not rank.steps[2].is_complete
+    with pytest.raises(ZeroDivisionError), exact.record(tmp_path / "b"):
+        fail(nn.Linear(2, 1)(torch.ones(1, 2)))  # before an optimizer's step
+    (rank,) = read_ranks(tmp_path / "b")
+    assert [(one.is_broken, one.is_complete) for one in rank.steps.values()] == [(True, False)]
+    assert main([str(tmp_path / "b"), str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:] == [
+        "an error ended the second run in step 0, of which only the weights are compared",
+        "the same in 0 steps, by 2 checksums",
+    ]
     hooks = nn.modules.module
     assert not hooks._global_forward_hooks
     assert not hooks._global_forward_pre_hooks

@@ -190,6 +190,12 @@ def notes(
     if len(ranks_a) != len(ranks_b):
         kinds = ", ".join(f"{kind}s" for kind in OF_ALL_RANKS)
         yield f"{len(ranks_a)} and {len(ranks_b)} ranks: only {kinds} are compared"
+    for name, ranks in (("first", ranks_a), ("second", ranks_b)):
+        if broken := {n for rank in ranks for n, step in rank.steps.items() if step.is_broken}:
+            yield (
+                f"an error ended the {name} run in step {min(broken)}, of which only the weights "
+                "are compared"
+            )
     of_a, of_b = (length(ranks) for ranks in (ranks_a, ranks_b))
     if of_a != of_b:
         first = "the first is" if min(of_a, of_b) == 1 else f"the first {min(of_a, of_b)} are"

@@ -6,7 +6,8 @@ A folder has a file ``rank0.jsonl`` for each rank. Each line is an object. The f
 "processor" (the instructions that ATen uses) and "threads". A line with "tensor" describes a tensor
 before it is first used: its number, "kind", "name", "shape", "dtype", and "by", which made it. A
 line with "step" holds the tensors of a step in their order, as numbers, and "checksums", a string
-of 16 hexadecimal digits for each, as `checksums` defines them.
+of 16 hexadecimal digits for each, as `checksums` defines them. A step that an error of the program
+has ended is "broken".
 """
 
 import json
@@ -86,11 +87,14 @@ class RunFile:
     def add_tensor(self, number: int, tensor: Described) -> None:
         self._add({"tensor": number, **tensor._asdict()})
 
-    def add_step(self, step: int, tensors: list[int], checksums: NDArray[np.uint64]) -> None:
+    def add_step(
+        self, step: int, tensors: list[int], checksums: NDArray[np.uint64], is_broken: bool
+    ) -> None:
         if tensors != self._tensors:  # most steps have those of the step before
             self._tensors, self._tensors_text = tensors, str(tensors).replace(" ", "")
         digits = checksums.astype(">u8").tobytes().hex()
-        text = f'{{"step":{step},"tensors":{self._tensors_text},"checksums":"{digits}"}}\n'
+        end = ',"broken":true}\n' if is_broken else "}\n"
+        text = f'{{"step":{step},"tensors":{self._tensors_text},"checksums":"{digits}"{end}'
         self._lines.append(text)
 
     def close(self) -> None:
@@ -104,11 +108,12 @@ class RecordedStep:
 
     tensors: list[Described]
     checksums: list[int]
+    is_broken: bool = False  # by an error of the program
 
     @property
     def is_complete(self) -> bool:
-        """Whether it is a step, and not only the weights with which the recording ends."""
-        return any(one.kind != "weight" for one in self.tensors)
+        """Whether it is a whole step, and not only the weights with which the recording ends."""
+        return not self.is_broken and any(one.kind != "weight" for one in self.tensors)
 
 
 @dataclass
@@ -151,6 +156,7 @@ def _read_rank(path: Path) -> RecordedRank:
                 steps[line["step"]] = RecordedStep(
                     [tensors[number] for number in line["tensors"]],
                     np.frombuffer(bytes.fromhex(line["checksums"]), ">u8").tolist(),
+                    line.get("broken", False),
                 )
         rank, ranks = int(head["rank"]), int(head["ranks"])
         machine = {key: head[key] for key in OF_MACHINE if key in head}

@@ -100,7 +100,7 @@ def record(path: str | os.PathLike[str], *, operators: bool = False) -> Iterator
             yield
         except BaseException:
             with suppress(Exception):  # such as an error of the GPU, which each call repeats
-                recorder.end()
+                recorder.end(by_error=True)
             raise
         recorder.end()
 
@@ -319,14 +319,16 @@ class _Recorder:
                 step.of_host = sums[first : first + len(step.on_host)]
                 first += len(step.on_host)
         for step in self._ended[:count]:
-            self.file.add_step(step.number, step.tensors, step.checksums())
+            self.file.add_step(step.number, step.tensors, step.checksums(), step.is_broken)
         del self._ended[:count]
         self.file.write()
 
-    def end(self) -> None:
+    def end(self, by_error: bool = False) -> None:
         """Write the last step, and the weights that it has left."""
         if self._stepped:
             self.begin()
+        else:
+            self._step.is_broken = by_error
         if self._step.tensors:
             self._end_step()
         self._write_steps(len(self._ended))
@@ -447,6 +449,7 @@ class _Step:
 
     def __init__(self, number: int):
         self.number = number
+        self.is_broken = False  # by an error of the program
         self.tensors: list[int] = []
         self.on_host: list[int] = []  # places of tensors on the CPU
         self.on_devices: dict[torch.device, list[int]] = {}
