@@ -240,6 +240,29 @@ def test_limit_names_the_line_from_the_folder_of_the_start_on():
     assert {Path(one.path).name for one in hidden} == {"test_counters.py"}
 
 
+@triton.jit
+def sum_twice_kernel(x, out, BLOCK: tl.constexpr):
+    first = tl.load(x + tl.arange(0, BLOCK))
+    tl.debug_barrier()  # or the compiler would load once
+    second = tl.load(x + tl.arange(0, BLOCK), volatile=True)
+    tl.store(out + tl.arange(0, BLOCK), first + second)
+
+
+def test_limit_of_all_sectors_finds_an_input_that_is_read_twice():
+    with emulate() as gpu:
+        strided_kernel[(1,)](torch.ones(16384), torch.empty(16384), 1, 16384)
+        gpu.assert_counters("strided_kernel", max_sector_ratio=1, max_sectors=4096)
+        sum_twice_kernel[(1,)](torch.ones(16384), torch.empty(16384), 16384)
+        gpu.assert_counters("sum_twice_kernel", max_sector_ratio=1)
+    with pytest.raises(AssertionError) as failure:
+        gpu.assert_counters("sum_twice_kernel", max_sectors=4096)
+    said = re.sub(r"[^ ]*test_counters.py:\d+", "LINE", str(failure.value))
+    assert said == (
+        "sum_twice_kernel: global memory takes 6,144 sectors (2,048 by a load in LINE, 2,048 by a "
+        "load in LINE, 2,048 by a store in LINE), expected at most 4,096"
+    )
+
+
 def test_limits_that_hold_nothing_are_refused():
     with emulate() as gpu:
         with pytest.raises(AssertionError, match="no launch of a kernel; launched: nothing"):

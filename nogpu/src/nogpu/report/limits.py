@@ -18,6 +18,8 @@ class Limits:
             need. 1 for accesses side by side.
         max_sectors_per_request: sectors of a request to global memory. 32 float32 side by side take
             4; with 16 bytes a thread they take 16, and a box of TMA takes more.
+        max_sectors: sectors of all accesses to global memory together, each as often as it is
+            accessed. A kernel that reads its input twice takes more, and its ratio stays 1.
         max_bank_conflicts: wavefronts of each access to shared memory, beyond the least.
         min_copies_in_flight: the most groups of asynchronous copies that are still in flight after
             a wait. With 0 the copies and the products of a loop take turns.
@@ -29,6 +31,7 @@ class Limits:
 
     max_sector_ratio: float | None = None
     max_sectors_per_request: float | None = None
+    max_sectors: int | None = None
     max_bank_conflicts: int | None = None
     min_copies_in_flight: int | None = None
     max_registers: int | None = None
@@ -68,6 +71,7 @@ class Limits:
         yield from self._of_launch(launch)
 
     def _of_launch(self, launch: Launch) -> Iterator[str]:
+        yield from _over(None, *_sectors(launch), self.max_sectors)
         least = launch.bounds[0]
         yield from _over(None, str(least), least.least, self.max_microseconds)
         by_ptxas = self.max_registers, self.max_spilled_bytes, self.min_programs
@@ -84,12 +88,28 @@ class Limits:
             yield from _under(text, programs, self.min_programs)
 
 
+def _sectors(launch: Launch) -> tuple[str, int]:
+    """Return the sectors of a launch, in words with the lines that take them, and as a number."""
+    counters = launch.counters
+    parts = [
+        f"{one.transactions:,} by a {one.what}{_at(one.source, ' in ')}"
+        for one in counters.in_space("global")
+    ]
+    total = counters.sums("global").transactions
+    return f"global memory takes {total:,} sectors ({', '.join(parts)})", total
+
+
+def _at(source: Source, before: str) -> str:
+    return f"{before}{shown_path(source[0])}:{source[1]}" if source is not None else ""
+
+
 def _over(source: Source, text: str, value: float, limit: float | None) -> Iterator[str]:
     if limit is None or value <= limit:
         return
-    where = f"{shown_path(source[0])}:{source[1]}: " if source is not None else ""
+    where = f"{_at(source, '')}: " if source is not None else ""
     code = f"\n    {line_of(*source)}" if source is not None else ""
-    yield f"{where}{text}, expected at most {limit:.4g}{code}"
+    most = f"{limit:,}" if isinstance(limit, int) else f"{limit:.4g}"
+    yield f"{where}{text}, expected at most {most}{code}"
 
 
 def _under(text: str, value: float, limit: float) -> Iterator[str]:
