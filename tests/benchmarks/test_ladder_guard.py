@@ -94,6 +94,16 @@ def test_a_slow_function_is_waited_for_and_compilation_takes_any_time(tmp_path):
 
 
 @needs_fork
+def test_a_process_that_ends_slowly_is_waited_for(tmp_path):
+    script = script_of_ladder(tmp_path, seconds=0, compilation=0, limit=3)
+    # As where a busy machine takes long to unload PyTorch.
+    text = Path(script).read_text().replace("\nrun(", "\ntry: run(")
+    Path(script).write_text(f"{text}finally: time.sleep(8 * guard.GRACE)\n")
+    status, out, err = forked(script, cwd=tmp_path)
+    assert (status, out.splitlines()[-1], err) == (7, "third has returned", "")
+
+
+@needs_fork
 @pytest.mark.parametrize(
     "number",
     [

@@ -427,9 +427,10 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
         )
 
     def _alias_error(self, kernel: Function) -> RuntimeError:
+        module = getattr(getmodule(kernel), "__name__", "an unknown module")
         return RuntimeError(
-            f"{self._qualname} (implemented in {getmodule(kernel)}): a result may not alias "
-            "any inputs or another result; return a clone"
+            f"{self._qualname} (implemented in {module}): a result may not alias any inputs or "
+            "another result; return a clone"
         )
 
     def _add_note(self, error: Exception, args: tuple[object, ...]) -> None:

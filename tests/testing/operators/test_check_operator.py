@@ -32,6 +32,7 @@ from torchpar.testing.operators import command_line
 from torchpar.testing.operators.attempts import OutcomeException
 from torchpar.testing.operators.compare import accurate, close
 from torchpar.testing.operators.rules import RULES
+from torchpar.testing.operators.table import RuleResult
 
 # PyTorch's compiler reads it.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -739,6 +740,21 @@ def test_a_jacobian_of_float32_is_named_without_a_reference() -> None:
     printed = str(table).splitlines()[2]  # a long detail is cut before its cause
     assert "…" in printed
     assert printed.endswith(f"; {detail}")
+
+
+def test_a_cut_detail_keeps_what_it_is_about():
+    # PyTorch's second sentence is longer than the room for a cause.
+    detail = "Batching rule not implemented for aten::flatten.using_ints; the fallback path doesn't "
+    row = RuleResult("batched gradients", "refuses", f"{detail}work on out= or view ops.")
+    assert "aten::flatten.using_ints" in str(OperatorTable("mylib.op", [row]))
+
+    @library.custom_op("tests::same", mutates_args=())
+    def same(x: Tensor) -> Tensor:
+        return x
+
+    table = check_operator(same, [(torch.ones(2),)], rules=["values"])
+    (line,) = (one for one in str(table).splitlines() if one.startswith("values"))
+    assert "a result may not alias" in line and line.endswith("; return a clone")
 
 
 def test_an_operator_that_errs_without_elements_says_which_size_is_0() -> None:

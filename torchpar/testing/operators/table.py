@@ -78,9 +78,9 @@ def worst_of(rows: Sequence[RuleResult]) -> RuleResult:
 
 
 def _cut(detail: str) -> str:
-    """A message of one line, cut where it is long. A likely cause at its end stays."""
+    """A message of one line, cut where it is long. A short cause, or remedy, at its end stays."""
     message, mark, cause = detail.rpartition("; ")
     room = LONGEST - len(mark + cause)
-    if len(detail) > LONGEST and mark and room > LONGEST // 3:
+    if len(detail) > LONGEST and mark and len(cause) < LONGEST * 0.45:
         return shorten(message, room, placeholder="…") + mark + " ".join(cause.split())
     return shorten(detail, LONGEST, placeholder="…")
