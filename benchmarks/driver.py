@@ -89,7 +89,7 @@ def idle_driver(launched: Callable[..., object] = lambda *args: None) -> Iterato
 def emulating() -> Iterator[None]:
     """Answer for nogpu, which need not be here, that an emulator executes launches."""
     before = sys.modules.get("nogpu")
-    sys.modules["nogpu"] = SimpleNamespace(is_emulating=lambda: True)  # type: ignore[assignment]
+    sys.modules["nogpu"] = SimpleNamespace(is_emulating=lambda *_: True)  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -76,9 +76,12 @@ def _is_huge(arg: Any) -> bool:
     return isinstance(count, int) and count >= 2**31
 
 
-def runs_kernels(t: Tensor) -> bool:
-    """Whether the operators' Triton kernels run: on a GPU, or on a CPU within `nogpu.emulate`."""
-    return t.is_cuda or (t.is_cpu and is_emulating())
+def runs_kernels(t: Tensor, *others: Tensor) -> bool:
+    """Whether the operators' Triton kernels run: on a GPU, or on a CPU within `nogpu.emulate`.
+
+    nogpu does not know the place of each tensor, so that it is asked for all operands.
+    """
+    return t.is_cuda or (t.is_cpu and is_emulating(t, *others))
 
 
 def check_strided(operator: str, name: str, t: Tensor) -> None:
@@ -90,12 +93,12 @@ def check_strided(operator: str, name: str, t: Tensor) -> None:
         )
 
 
-def is_emulating() -> bool:
-    """Whether Triton's launches on CPU tensors are executed by an emulator of a GPU."""
+def is_emulating(*tensors: Tensor) -> bool:
+    """Whether Triton's launches on CPU tensors, those given, are executed by an emulator."""
     nogpu = sys.modules.get("nogpu")  # where nobody has imported it, nothing is emulated
     # A folder of its name, in a checkout, can be imported too, and is empty.
     ask = getattr(nogpu, "is_emulating", None)
-    return ask is not None and ask()
+    return ask is not None and ask(*tensors)
 
 
 def is_intercepted() -> bool:

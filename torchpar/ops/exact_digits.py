@@ -205,7 +205,7 @@ def product_of_exponents(
     product is computed. It is rounded once, to ``dtype``, by default to that of the operands.
     """
     dtype = a.dtype if dtype is None else dtype
-    if runs_kernels(a) or wrap is not None:
+    if runs_kernels(a, b) or wrap is not None:
         return _by_kernel(a, b, e, f, wrap, dtype)
     out = rounded(_sums(a, b, e, f), e, f, a.dtype, dtype)
     if not (torch.cat([e.flatten(), f.flatten()]) > MAX_EXPONENT).any():
@@ -222,7 +222,9 @@ def sums(a: Tensor, b: Tensor, e: Tensor, f: Tensor) -> Tensor:
     The entries of T for rows that are not finite mean nothing.
     """
     return (
-        _by_kernel(a, b, e, f, None, torch.int64) if runs_kernels(a) else _sums(a, b, e, f).long()
+        _by_kernel(a, b, e, f, None, torch.int64)
+        if runs_kernels(a, b)
+        else _sums(a, b, e, f).long()
     )
 
 

@@ -45,7 +45,7 @@ def _op(a: Tensor, b: Tensor, *, precision: str, wrap: Wrap) -> Tensor:
         a = rows(a)
     a, b = (t.reshape(math.prod(t.shape[:-2]), *t.shape[-2:]) for t in (a, b))
     out = None
-    if runs_kernels(a):
+    if runs_kernels(a, b):
         from torchpar.kernels import fp32_matmul as kernel
 
         precision, is_native = fp32_precision(a, precision)

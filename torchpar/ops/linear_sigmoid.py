@@ -115,7 +115,7 @@ def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: objec
     """
     if is_exact():  # whose mode has no rule for this operator, on any device
         return True
-    if not x.is_cpu or is_emulating() or not is_eager(x, weight, bias):
+    if not x.is_cpu or is_emulating(x) or not is_eager(x, weight, bias):
         return False
     if count_dispatch_modes() and is_seen_whole():  # the number alone takes less time
         return False
@@ -192,7 +192,7 @@ def _compute(
     precision: str | None = None,
     wrap: Wrap,
 ) -> Tensor:
-    if not runs_kernels(x):
+    if not runs_kernels(x, weight):
         _check_operands(x, weight, bias)
         if not _is_slow(x):
             return linear_forward(x, weight, bias).sigmoid_()

@@ -98,7 +98,7 @@ def _kernels() -> ModuleType:
 
 @operator("maximum(Tensor a, Tensor b) -> Tensor", kernels=_kernels)
 def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
-    if not (a.is_cuda or b.is_cuda or is_emulating()):
+    if not (a.is_cuda or b.is_cuda or is_emulating(a, b)):
         device = _device(a, b)
         try:
             out = torch.maximum(a, b)
@@ -194,7 +194,7 @@ def _backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     # One launch for both gradients costs less than ATen's launches for one gradient. Sizes that
     # depend on data may be 1: then the layout of a sum is not known before the launch.
     depends_on_data = type(g) is not Tensor and has_unbacked_symbols(g)
-    if runs_kernels(g) and not depends_on_data and not needs_formula(g, a, b):
+    if runs_kernels(g, a, b) and not depends_on_data and not needs_formula(g, a, b):
         da, db = _backward_op(g, a, b, need_a, need_b)
         return da.to(a) if need_a else None, db.to(b) if need_b else None
     # Autograd sums over broadcast dimensions, of symbols too, and then converts to the dtype.

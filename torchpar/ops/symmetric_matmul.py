@@ -209,7 +209,7 @@ def _compute(
     precision: str | None = None,
     wrap: Wrap,
 ) -> Tensor:
-    if not runs_kernels(a):
+    if not runs_kernels(a, b):
         _check_operands(a, b, c, beta)
         return cpu.symmetric_matmul(a, b, c, alpha, beta or 0.0)
     from torchpar.kernels import matmul_t as kernel

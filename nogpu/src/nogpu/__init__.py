@@ -75,6 +75,8 @@ from typing import TYPE_CHECKING
 from nogpu.version import __version__
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nogpu.check.kernels import check_kernel
     from nogpu.check.rows import fault_rows, resource_row
     from nogpu.check.table import KernelTable
@@ -159,11 +161,19 @@ def __getattr__(name: str) -> object:
     return found
 
 
-def is_emulating() -> bool:
+def is_emulating(*tensors: "Tensor") -> bool:
     """Return whether Triton's launches on CPU tensors are executed by an emulator of a GPU.
 
     A library asks this to choose its kernels for CPU tensors, and need not import nogpu for it:
     where `sys.modules` lacks "nogpu", nothing is emulated.
+
+    Args:
+        tensors: those of the launch. With `cuda_is_cpu` a launch with a tensor of the host is
+            refused, as on a GPU, and the answer is False if one of them is there.
     """
     module = sys.modules.get("triton.runtime.driver")  # importing it would take long
-    return module is not None and hasattr(module.driver._active, "emulator")
+    emulator = None if module is None else getattr(module.driver._active, "emulator", None)
+    if emulator is None:
+        return False
+    watcher = emulator.watcher if tensors else None
+    return watcher is None or all(watcher.has_device([t]) is not False for t in tensors)

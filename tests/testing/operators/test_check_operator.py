@@ -744,7 +744,9 @@ def test_a_jacobian_of_float32_is_named_without_a_reference() -> None:
 
 def test_a_cut_detail_keeps_what_it_is_about():
     # PyTorch's second sentence is longer than the room for a cause.
-    detail = "Batching rule not implemented for aten::flatten.using_ints; the fallback path doesn't "
+    detail = (
+        "Batching rule not implemented for aten::flatten.using_ints; the fallback path doesn't "
+    )
     row = RuleResult("batched gradients", "refuses", f"{detail}work on out= or view ops.")
     assert "aten::flatten.using_ints" in str(OperatorTable("mylib.op", [row]))
 
@@ -754,7 +756,8 @@ def test_a_cut_detail_keeps_what_it_is_about():
 
     table = check_operator(same, [(torch.ones(2),)], rules=["values"])
     (line,) = (one for one in str(table).splitlines() if one.startswith("values"))
-    assert "a result may not alias" in line and line.endswith("; return a clone")
+    assert "a result may not alias" in line
+    assert line.endswith("; return a clone")
 
 
 def test_an_operator_that_errs_without_elements_says_which_size_is_0() -> None:
