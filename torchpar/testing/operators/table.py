@@ -8,7 +8,7 @@ from textwrap import shorten
 from torchpar.console import in_columns
 from torchpar.testing.operators.attempts import OUTCOMES
 
-LONGEST = 110  # characters of a message that is printed
+LONGEST = 120  # characters of a message that is printed
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,6 @@ def _cut(detail: str) -> str:
     """A message of one line, cut where it is long. A short cause, or remedy, at its end stays."""
     message, mark, cause = detail.rpartition("; ")
     room = LONGEST - len(mark + cause)
-    if len(detail) > LONGEST and mark and len(cause) < LONGEST * 0.45:
+    if len(detail) > LONGEST and mark and room > LONGEST // 3:
         return shorten(message, room, placeholder="…") + mark + " ".join(cause.split())
     return shorten(detail, LONGEST, placeholder="…")
