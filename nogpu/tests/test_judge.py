@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import changed_candidates
 import pytest
+import torch
 from changed_candidates import Changed
 from processes import ForkedPopen
 
@@ -22,8 +23,8 @@ import nogpu
 from nogpu.judge import confined
 from nogpu.judge.confined import Limits
 from nogpu.judge.judging import Judge, main
-from nogpu.judge.problem import Problem
-from nogpu.judge.verdict import Verdict
+from nogpu.judge.problem import Problem, Right
+from nogpu.judge.verdict import Verdict, wrong
 
 FOLDER = Path(__file__).with_name("judged")
 LIMITS = Limits(seconds=120, files=64 * 2**20, memory=4 * 2**30)
@@ -96,6 +97,17 @@ def test_a_right_kernel_passes(name, candidate, tmp_path, start):
     verdict = verdict_of(name, candidate, tmp_path)
     assert verdict.ok, str(verdict)
     assert {row.outcome for row in verdict.rows} <= {"works"}, str(verdict)
+
+
+def test_the_approximations_of_exp_and_of_division_are_no_error():
+    """A softmax of 40 alike numbers: PyTorch is off by one rounding, and the kernel by five."""
+    exact = torch.full((40,), 1 / 40, dtype=torch.float64)
+    eps = torch.finfo(torch.float32).eps
+    native = Right([(exact * (1 + eps)).float()], [])
+    for roundings, says in (5, ""), (9, "an error of .* by twice that of the reference"):
+        outputs = [(exact * (1 + roundings * eps)).float()]
+        found = wrong(outputs, native, Right([exact], []), None, [])
+        assert re.match(says, found) if says else not found, found
 
 
 @pytest.mark.parametrize("name, candidate", cases(changed(changed_candidates.WRONG)))
