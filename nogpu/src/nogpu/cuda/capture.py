@@ -29,6 +29,7 @@ from nogpu.cuda.operations import (
     with_tensors,
     written_by,
 )
+from nogpu.cuda.stale_streams import StaleStreams
 from nogpu.cuda.steps import Step, has_host_count, why_not_capturable
 from nogpu.cuda.streams import Stream
 from nogpu.cuda.types import Arguments, Keywords, Operator
@@ -69,6 +70,7 @@ class Capture(CaptureState):
         self._hooks = ExitStack()
         self._hooks.callback(register_optimizer_step_pre_hook(self._check_step).remove)
         self._hooks.callback(register_optimizer_step_post_hook(self._note_step).remove)
+        self._hooks.callback(StaleStreams(context.streams, context.refuse).end)
 
     def _check_step(self, optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:
         if not self.context.is_capturing:

@@ -7,7 +7,10 @@ GPU.
 """
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable
+
+import torch
 
 from nogpu.cuda import places
 from nogpu.record.source import name_in_program, program_line, shown_path
@@ -44,6 +47,8 @@ class Streams:
         self.all: list[Stream] = []
         self.default = self.Stream()
         self.default.name = "torch.cuda.default_stream()"
+        self._numbers: list[int] = [0]  # of the first node of autograd after each change of streams
+        self._streams_of_numbers = [self.default]
 
     @property
     def current(self) -> "Stream":
@@ -53,6 +58,22 @@ class Streams:
     def set(self, stream: "Stream | None") -> None:
         if stream is not None:
             self._local.stream = stream
+            self._note_number(stream)
+
+    def _note_number(self, stream: "Stream") -> None:
+        """Note the number of autograd's next node, which is made on another stream."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # each thread counts for itself
+        number = torch._C._autograd._get_sequence_nr()
+        if number > self._numbers[-1]:
+            self._numbers.append(number)
+            self._streams_of_numbers.append(stream)
+        else:
+            self._streams_of_numbers[-1] = stream
+
+    def of_number(self, number: int) -> "Stream":
+        """Return the stream on which the main thread has made a node of autograd, by its number."""
+        return self._streams_of_numbers[max(0, bisect_right(self._numbers, number) - 1)]
 
     def entered(self, stream: "Stream | None") -> "Entered":
         """Return a block whose current stream is another one, as `torch.cuda.stream` does."""
