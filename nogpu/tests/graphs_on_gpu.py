@@ -82,6 +82,8 @@ CALLS: dict[str, Callable[[str], object]] = {
     "forbidden": lambda case: test_graphs.FORBIDDEN[case][0](),
     "wrong": lambda case: test_graphs.WRONG[case][0](),
     "beside": lambda case: test_graphs_streams.FORGOTTEN[case][0](),
+    "stale": lambda case: test_graphs_streams.STALE[case][0](),
+    "fresh": lambda case: test_graphs_streams.fresh(int(case)),
     "unordered": lambda case: test_graphs_streams.RACES[case][0](),
 }
 
@@ -95,6 +97,8 @@ def programs() -> list[tuple[str, str]]:
         *[("kept", case) for case in test_graphs_host.KEPT],
         *[("refused", case) for case in test_graphs_values.REFUSED],
         *[("beside", case) for case in test_graphs_streams.FORGOTTEN],
+        *[("stale", case) for case in test_graphs_streams.STALE],
+        *[("fresh", str(case)) for case in range(len(test_graphs_streams.FRESH))],
         *[("unordered", case) for case in test_graphs_streams.RACES],
         *[("forbidden", case) for case in test_graphs.FORBIDDEN],
         *[("misuse", case) for case in test_graphs.MISUSES],
@@ -131,7 +135,7 @@ def main() -> int:
     cases = programs()
     others = 0
     for (kind, case), happened in zip(cases, in_processes(cases), strict=True):
-        is_captured = kind in ("right", "kept", "captured")
+        is_captured = kind in ("right", "kept", "captured", "fresh")
         agrees = kind in SILENT or (happened == "ran") == is_captured
         others += not agrees
         print(f"{'' if agrees else 'OTHERWISE '}{kind}, {case}: {happened}")

@@ -258,3 +258,123 @@ def test_two_streams_of_a_capture_may_have_parts_of_one_tensor():
         graph.replay()
         assert y == 8 + 16 + 16
     assert gpu.faults == []
+
+
+def layer():
+    p = ones(4).requires_grad_()
+    return p, ones(4)
+
+
+def kept_loss():
+    p, x = layer()
+    loss = (p * x).sum()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # earlier
+        (p * x).sum().backward()  # fault
+    return loss
+
+
+def forward_pass_before():
+    p, x = layer()
+    loss = (p * x).sum()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # earlier
+        loss.backward()  # fault
+
+
+def gradient_of_an_earlier_result():
+    p, x = layer()
+    y = p * x
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # earlier
+        torch.autograd.grad(y, p, x)  # fault
+
+
+STALE = {
+    "loss": (kept_loss, "AccumulateGrad on the default stream"),
+    "forward pass": (forward_pass_before, "SumBackward0 on the default stream"),
+    "result": (gradient_of_an_earlier_result, "MulBackward0 on the default stream"),
+}
+
+
+@pytest.mark.parametrize("name", STALE)
+def test_a_backward_pass_by_nodes_of_the_default_stream_is_refused(name):
+    """A captured stream must not let the default one wait (pytorch#180090)."""
+    function, what = STALE[name]
+    with (
+        emulate() as gpu,
+        cuda_is_cpu(gpu),
+        pytest.raises(RuntimeError, match="has a stale reference to the default stream"),
+    ):
+        function()
+    (fault,) = gpu.faults
+    assert (fault.kind, fault.name) == ("error", "stale stream in a capture")
+    assert [fault.source] == marked(function, "# fault")
+    assert [fault.earlier[1]] == marked(function, "# earlier")
+    assert what in fault.message
+
+
+def deleted(p, x):
+    """The nodes end with the last result of their forward pass."""
+    losses = [(p * x).sum()]
+    losses.clear()
+    yield
+
+
+def on_another_stream(p, x):
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        loss = (p * x).sum()
+    torch.cuda.current_stream().wait_stream(side)
+    yield
+    del loss
+
+
+def without_gradients(p, x):
+    with torch.no_grad():
+        y = p * x
+    z = (p * x).detach()
+    yield
+    del y, z
+
+
+def of_another_parameter(p, x):
+    loss = (p.detach().requires_grad_() * x).sum()
+    yield
+    del loss
+
+
+def on_the_host(p, x):
+    loss = torch.ones(4, requires_grad=True).sum()
+    yield
+    loss.backward()
+
+
+def overridden(p, x):
+    loss = (p * x).sum()
+    torch.autograd.graph.set_override_stale_capture_stream(True)
+    yield
+    torch.autograd.graph.set_override_stale_capture_stream(False)
+    del loss
+
+
+FRESH = [deleted, on_another_stream, without_gradients, of_another_parameter, on_the_host]
+if hasattr(torch.autograd.graph, "set_override_stale_capture_stream"):  # since torch 2.14
+    FRESH.append(overridden)
+
+
+def fresh(case):
+    """Capture a backward pass after a warm-up, and return its gradient."""
+    p, x = layer()
+    graph, warm_up = torch.cuda.CUDAGraph(), FRESH[case](p, x)
+    next(warm_up)
+    with torch.cuda.graph(graph):
+        (p * x).sum().backward()
+    next(warm_up, None)
+    graph.replay()
+    return p.grad
+
+
+@pytest.mark.parametrize("case", range(len(FRESH)), ids=[one.__name__ for one in FRESH])
+def test_a_backward_pass_by_new_nodes_is_captured(case):
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        assert torch.equal(fresh(case), ones(4))
+    assert gpu.faults == []

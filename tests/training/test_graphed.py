@@ -458,6 +458,25 @@ def some_slow(cases: Iterable[str]) -> list[Any]:
     return [pytest.param(one, marks=[pytest.mark.slow] * (one in SLOW)) for one in cases]
 
 
+OVERRIDES = hasattr(torch.autograd.graph, "set_override_stale_capture_stream")
+
+
+@pytest.mark.skipif(not OVERRIDES, reason="PyTorch before 2.14 refuses it")
+def test_a_result_of_the_model_from_before_the_step_may_be_kept(gpu):
+    """Nodes of autograd stay on the default stream, which PyTorch refuses (pytorch#180090)."""
+    weights = []
+    for graph in (False, True):
+        training, penalties = Training("adamw"), []
+        step = graphed(training.step, training.optimizer) if graph else training.step
+        for batch in batches()[:STEPS] * 2:
+            penalties.append(sum(p.square().sum() for p in training.model.parameters()))
+            penalties[-1].backward()
+            step(*batch)
+        weights.append([training.weights()])
+    assert equal(*weights)
+    assert not torch._C._override_stale_capture_stream()
+
+
 def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
     return len(found) == len(expected) and all(map(torch.equal, found, expected))
 

@@ -387,6 +387,7 @@ class _GraphedStep:
                 with (
                     self._with_rates(),
                     _without_autocast_cache(),
+                    _on_the_captured_stream(),
                     self._checking_steps(signature),
                     on_graph,
                 ):
@@ -572,6 +573,25 @@ def _without_autocast_cache() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(before)
+
+
+@contextmanager
+def _on_the_captured_stream() -> Iterator[None]:
+    """Let autograd's nodes of the default stream run on the captured one, as PyTorch 2.14 can.
+
+    A result of the model from before the capture, such as a penalty that is still there, keeps the
+    nodes that accumulate its gradients, on the stream where it was computed.
+    """
+    read = getattr(torch._C, "_override_stale_capture_stream", None)
+    if read is None:
+        yield
+        return
+    before = read()
+    torch.autograd.graph.set_override_stale_capture_stream(True)
+    try:
+        yield
+    finally:
+        torch.autograd.graph.set_override_stale_capture_stream(before)
 
 
 def _describe(value: Any) -> Hashable:
