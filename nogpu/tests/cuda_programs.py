@@ -230,6 +230,17 @@ def unwritten_global(k: Any) -> Pairs:
     return []
 
 
+def appended_by_lanes(k: Any) -> Pairs:
+    expert = rng.integers(0, 4, 100).astype(np.int32)
+    k["places"][1, 32](expert, 100, 2, np.zeros(100, np.int32))
+    return []
+
+
+def reused_in_a_loop(k: Any) -> Pairs:
+    k["states"][1, 128](floats(3, 32), np.zeros((3, 128), np.float32), 3)
+    return []
+
+
 PROGRAMS: dict[str, Callable[[Any], Pairs]] = {
     path.stem: globals()[path.stem] for path in sorted(FOLDER.glob("*.cu"))
 }

@@ -143,6 +143,21 @@ def test_sizes_are_those_of_a_gpu():
         nogpu.cuda.compile(SCALE)["scale"][1, 8](*given)
 
 
+def test_a_launch_in_a_capture_is_on_the_captured_stream():
+    """On the default stream it would run once, and no replay repeat it (SageAttention#371)."""
+    kernel = nogpu.cuda.compile(SCALE)["scale"]
+    with nogpu.emulate() as gpu, nogpu.cuda_is_cpu(gpu):
+        x, y = torch.ones(8, device="cuda"), torch.zeros(8, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kernel[1, 8](x * 3, y, 2.0, 8, 1)
+            z = y + 1
+        x.fill_(5)
+        graph.replay()
+        assert torch.equal(z, torch.full((8,), 31.0, device="cuda"))
+    assert gpu.faults == []
+
+
 def test_numbers_are_those_of_the_parameters():
     x, y = np.arange(8, dtype=np.float32), torch.zeros(8)
     with nogpu.emulate("sm_80") as gpu:

@@ -299,3 +299,79 @@ def test_a_state_that_is_read_in_one_layout_and_overwritten_in_another(waits):
     assert {fault.name for fault in gpu.faults} == (set() if waits else {"race"})
     if not waits:
         assert f"test_reported_kernels.py:{line_of(shifted, '# fault')}" in str(gpu.faults[0])
+
+
+@triton.jit
+def times_of_rows(x, gradient, stride, out, N: tl.constexpr):
+    row, i = tl.program_id(0), tl.arange(0, N)
+    factor = tl.load(gradient + row * stride)  # fault
+    tl.store(out + row * N + i, tl.load(x + row * N + i) * factor)
+
+
+def test_a_gradient_that_is_one_number_for_all_rows():
+    """It has many elements, and the memory of one (ROCm/TransformerEngine#623)."""
+    x, gradient, out = torch.ones(8, 16), torch.tensor(3.0).expand(8, 2), torch.empty(8, 16)
+    for stride in (0, 1):
+        with emulate("sm_90") as gpu:
+            times_of_rows[(8,)](x, gradient, stride, out, 16)
+        if stride == 0:
+            assert gpu.faults == []
+            assert torch.equal(out, 3 * x)
+    (fault,) = gpu.faults
+    assert fault.name == "out of bounds"
+    assert fault.source == (__file__, line_of(times_of_rows, "# fault"))
+
+
+@triton.jit
+def add_to_tiles(x, bias, out, M, N, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = (m < M) & (n < N)
+    y = tl.load(x + m * N + n, mask=mask, other=0.0) + tl.load(bias + n, mask=n < N, other=0.0)
+    if MASKED:
+        tl.store(out + m * N + n, y, mask=mask)
+    else:
+        tl.store(out + m * N + n, y)  # fault
+
+
+@pytest.mark.parametrize("m, n", [(32, 32), (17, 40)])
+def test_tiles_of_the_edge_that_are_stored_as_a_whole(m, n):
+    """They go beyond the end, and into the next rows, too (Dao-AILab/flash-attention#2790)."""
+    x, bias = torch.ones(m, n), torch.arange(float(n))
+    grid = (triton.cdiv(m, 16), triton.cdiv(n, 16))
+    for masked in (True, False):
+        out = torch.zeros(m, n)
+        with emulate("sm_90") as gpu:
+            add_to_tiles[grid](x, bias, out, m, n, masked, 16)
+        is_right = masked or (m, n) == (32, 32)
+        assert torch.equal(out, x + bias) == is_right
+        names = set() if is_right else {"out of bounds", "race between programs"}
+        assert {fault.name for fault in gpu.faults} == names
+        here = line_of(add_to_tiles, "# fault")
+        assert all(fault.source == (__file__, here) for fault in gpu.faults)
+
+
+@triton.jit
+def sums_of_rows(a, x, y, beside, N, some, BLOCK: tl.constexpr):
+    row, i = tl.program_id(0), tl.arange(0, BLOCK)
+    if some > 0:
+        tl.store(beside + i, 1.0, mask=(i < 1) & (row == 0))
+    total = tl.sum(tl.load(a + row * N + i, mask=i < N) * tl.load(x + i, mask=i < N), 0)
+    if some > 1:
+        tl.store(beside, 2.0)
+        return
+    if some > 0:
+        tl.store(beside + 1 + i, 3.0, mask=(i < 1) & (row == 0))
+    tl.store(y + row, total)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_stores_beside_a_sum_leave_the_sum_as_it_is(arch):
+    """A GPU of sm_86 had half of the first program's sum, compiled by Triton 3.7 (triton#11153)."""
+    for block, warps in ((4, 1), (4, 4), (512, 4), (1024, 1)):
+        y, beside = torch.zeros(4), torch.zeros(2)
+        with emulate(arch) as gpu:
+            ones = torch.ones(4, 4), torch.ones(4)
+            sums_of_rows[(4,)](*ones, y, beside, 4, 1, block, num_warps=warps)
+        assert gpu.faults == []
+        assert (y.tolist(), beside.tolist()) == ([4.0] * 4, [1.0, 3.0])

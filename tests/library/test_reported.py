@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.experimental import register_sharding
+from torch.utils.checkpoint import checkpoint
 
 import torchpar
 
@@ -51,7 +52,7 @@ gram.register_autograd(gradient_of_gram, setup_context=save)
 @slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_tensor_in_two_places_has_the_gradient_of_each(backend):
-    """A compiler lost that of one place (pytorch#181146)."""
+    """A compiler lost that of one place (pytorch#181146, pytorch#183604)."""
 
     def loss(x):
         y = 3 * x
@@ -159,3 +160,29 @@ def test_a_compiled_torch_func_takes_the_rule_of_the_gradient(backend):
     x = torch.tensor([0.2, 1.7])
     for f in (gradient, torch.compile(gradient, backend=backend, fullgraph=True)):
         assert torch.equal(f(x), torch.full((2,), 3.0))
+
+
+@slow
+@pytest.mark.parametrize("name", ["maximum", "matmul_t", "linear_sigmoid"])
+def test_a_checkpoint_saves_what_hooks_have_copied(name):
+    """Hooks copied what an operator had not yet written (pytorch#193671)."""
+    functions = {
+        "maximum": lambda x: torch.ops.torchpar.maximum(x, x.mT),
+        "matmul_t": torch.ops.torchpar.matmul_t,
+        "linear_sigmoid": lambda x: torch.ops.torchpar.linear_sigmoid(x, x, x[0]),
+    }
+
+    def loss(x):
+        return functions[name](x).square().sum()
+
+    def copies(x):
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda saved: saved):
+            return loss(x)
+
+    x = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (expected,) = torch.autograd.grad(loss(x), x)
+    inside = checkpoint(copies, x, use_reentrant=False)
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda saved: saved):
+        around = checkpoint(loss, x, use_reentrant=False)
+    for found in (inside, around):
+        assert torch.equal(*torch.autograd.grad(found, x), expected)

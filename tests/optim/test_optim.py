@@ -311,6 +311,26 @@ def test_the_parameters_are_torchs():
     assert list(ours)[len(theirs) :] == ["ns", "views", "process_group"]
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.float64])
+def test_a_momentum_that_was_stored_wider_goes_on_as_before(stored):
+    """It stayed wider than the gradient, and the next step failed (DeepSpeed#8433)."""
+    gradients = torch.randn(3, 8, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    p = torch.ones(8, 6, dtype=torch.bfloat16).requires_grad_()
+    first = Muon([p], lr=0.1)
+    p.grad = gradients[0]
+    first.step()
+    q, state = p.detach().clone().requires_grad_(), copy.deepcopy(first.state_dict())
+    state["state"][0]["momentum_buffer"] = state["state"][0]["momentum_buffer"].to(stored)
+    second = Muon([q], lr=0.1)
+    second.load_state_dict(state)
+    for one in gradients[1:]:
+        p.grad, q.grad = one.clone(), one.clone()
+        first.step()
+        second.step()
+    assert torch.equal(p, q)
+    assert second.state[q]["momentum_buffer"].dtype == torch.bfloat16
+
+
 def test_views_stay_with_their_parameters():
     """In a copy, after a state dict of other names was loaded, and where a view would copy other
     strides."""
