@@ -45,7 +45,7 @@ def nodes_on(stream: Stream, streams: Streams) -> list[Node]:
     """
     # By the wrappers' numbers in Python; a wrapper lives as long as it is in here.
     found: dict[int, tuple[Node, int]] = {}
-    waiting = [(node, node._sequence_nr()) for node in live_nodes()]  # type: ignore[attr-defined]
+    waiting = [(node, node._sequence_nr()) for node in live_nodes()]
     while waiting:
         node, number = waiting.pop()
         before = found.get(id(node))
@@ -55,7 +55,7 @@ def nodes_on(stream: Stream, streams: Streams) -> list[Node]:
         for one, _ in node.next_functions:
             if one is not None:
                 is_leaf = one.name().endswith(LEAF)
-                own = number if is_leaf else one._sequence_nr()  # type: ignore[attr-defined]
+                own = number if is_leaf else one._sequence_nr()
                 waiting.append((one, own))
     return [node for node, number in found.values() if streams.of_number(number) is stream]
 
