@@ -1323,9 +1323,10 @@ def test_a_step_of_distributed_data_parallel_has_the_values_of_the_plain_loop(wo
 @pytest.mark.parametrize("is_view", [False, True])
 def test_collectives_of_distributed_data_parallel_are_captured(world, tmp_path, is_view):
     with emulate() as gpu, cuda_is_cpu(gpu):
-        model = nn.parallel.DistributedDataParallel(
-            nn.Linear(4, 4).cuda(), device_ids=[0], gradient_as_bucket_view=is_view
-        )
+        with torch.cuda.stream(torch.cuda.Stream()):
+            model = nn.parallel.DistributedDataParallel(
+                nn.Linear(4, 4).cuda(), device_ids=[0], gradient_as_bucket_view=is_view
+            )
         x = numbers(2, 4)
 
         def backward():
@@ -1337,6 +1338,20 @@ def test_collectives_of_distributed_data_parallel_are_captured(world, tmp_path, 
         graph.debug_dump(str(tmp_path / "graph"))
     assert "c10d.allreduce_" in (tmp_path / "graph").read_text("utf-8")
     assert gpu.faults == []
+
+
+def test_distributed_data_parallel_that_is_made_on_the_default_stream_is_refused(world):
+    """It keeps the nodes that accumulate its gradients (pytorch#180090)."""
+    with emulate() as gpu, cuda_is_cpu(gpu):
+        model, x = nn.parallel.DistributedDataParallel(nn.Linear(4, 4).cuda()), numbers(2, 4)
+        with (
+            pytest.raises(RuntimeError, match="has a stale reference to the default stream"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            model(x).sum().backward()
+    (fault,) = gpu.faults
+    assert fault.name == "stale stream in a capture"
+    assert "make that on another stream" in fault.message
 
 
 def check_right(program):

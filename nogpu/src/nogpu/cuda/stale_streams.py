@@ -3,8 +3,9 @@
 
 A node runs on the stream on which it was made. The node that accumulates a parameter's gradient
 lives as long as a graph of autograd that uses the parameter. So a loss of the warm-up that is still
-there lets the backward pass of a capture run on the stream of the warm-up. The default stream must
-not wait for captured work. PyTorch 2.14 raises an error of its own, and CUDA does for others.
+there lets the backward pass of a capture run on the stream of the warm-up. DistributedDataParallel
+keeps these nodes, too, from where it is made. The default stream must not wait for captured work.
+PyTorch 2.14 raises an error of its own, and CUDA does for others.
 """
 
 import gc
@@ -23,6 +24,14 @@ from nogpu.triton.torch_operators import is_plain
 Refuse = Callable[[str, str, str], None]
 LEAF = "AccumulateGrad"
 NAME = "stale stream in a capture"
+KEPT = (
+    "by a forward pass whose result is still there; delete that, such as by `del loss`, or warm up "
+    "on another stream"
+)
+KEPT_BY_DDP = (
+    "by DistributedDataParallel; make that on another stream, within `with "
+    "torch.cuda.stream(side):`"
+)
 
 
 def live_nodes() -> Iterator[Node]:
@@ -60,6 +69,18 @@ def nodes_on(stream: Stream, streams: Streams) -> list[Node]:
     return [node for node, number in found.values() if streams.of_number(number) is stream]
 
 
+def accumulators_of(module: torch.nn.Module) -> list[Node]:
+    """Return the nodes that accumulate the gradients of a module that keeps them."""
+    with torch.enable_grad(), torch._C.DisableTorchFunction():
+        views = [
+            p.view_as(p)
+            for p in module.parameters()
+            if p.requires_grad and is_plain(p) and places.is_on_device(p)
+        ]
+        nodes = [one.grad_fn.next_functions[0][0] for one in views if one.grad_fn is not None]
+    return [node for node in nodes if node is not None]
+
+
 class StaleStreams:
     """What a capture lets autograd's nodes of the default stream do: raise an error.
 
@@ -72,18 +93,23 @@ class StaleStreams:
         self.streams, self.refuse = streams, refuse
         self._hooks: list[RemovableHandle] = []
         if threading.current_thread() is threading.main_thread():  # whose nodes are numbered
-            for node in nodes_on(streams.default, streams):
-                self._hooks.append(node.register_prehook(self._check_of(node.name())))
+            self._watch(nodes_on(streams.default, streams), KEPT)
+        for module, stream in streams.of_modules.items():
+            if stream is streams.default:
+                self._watch(accumulators_of(module), KEPT_BY_DDP)
 
-    def _check_of(self, name: str) -> Callable[[tuple[Tensor | None, ...]], None]:
+    def _watch(self, nodes: list[Node], why: str) -> None:
+        for node in nodes:
+            self._hooks.append(node.register_prehook(self._check_of(node.name(), why)))
+
+    def _check_of(self, name: str, why: str) -> Callable[[tuple[Tensor | None, ...]], None]:
         def check(gradients: tuple[Tensor | None, ...]) -> None:
             has_any = any(one is not None and places.is_on_device(one) for one in gradients)
             if has_any and self.streams.is_capturing(self.streams.current) and not is_overridden():
                 self.refuse(
                     NAME,
                     f"the backward pass runs {name} on the default stream, where it was made "
-                    "before the capture, by a forward pass whose result is still there; delete "
-                    "that, such as by `del loss`, or warm up on another stream",
+                    f"before the capture, {why}",
                     f"During CUDA graph capture, autograd node '{name}' has a stale reference to "
                     "the default stream (stream 0) from warmup",
                 )

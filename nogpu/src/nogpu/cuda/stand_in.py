@@ -566,8 +566,8 @@ def _with_type(set_type: Function, watcher: Watcher) -> Function:
     return set_default
 
 
-def _without_devices(make: Callable[..., None]) -> Callable[..., None]:
-    """Let DistributedDataParallel take the CPU where a script names a device."""
+def _without_devices(make: Callable[..., None], watcher: Watcher) -> Callable[..., None]:
+    """Let DistributedDataParallel take the CPU where a script names a device; note its stream."""
 
     def init(
         self: DistributedDataParallel,
@@ -579,6 +579,7 @@ def _without_devices(make: Callable[..., None]) -> Callable[..., None]:
         for device in (*(device_ids or ()), output_device):
             _check_device(device)
         make(self, module, **kwargs)
+        watcher.context.streams.of_modules[self] = watcher.context.streams.current
 
     return init
 
@@ -645,6 +646,7 @@ def _grouped(module: ModuleType) -> Attributes:
 
 
 CUDA_VERSION = "13.0"  # said where PyTorch is built without CUDA
+MAKE_DDP = DistributedDataParallel.__init__
 INIT_DEFAULT = default_device.DeviceContext.__init__
 # The versions of torch that the names below were read in.
 MADE_FOR = ("2.11", "2.14")
@@ -687,7 +689,7 @@ def replacements(emulator: Emulator, watcher: Watcher) -> list[tuple[object, Att
         (Tensor, {"record_stream": lambda t, stream: None}),
         *((module, _grouped(module)) for module in GROUPING),
         (torch.random, {"fork_rng": _fork_of_cpu(torch.random.fork_rng)}),
-        (DistributedDataParallel, {"__init__": _without_devices(DistributedDataParallel.__init__)}),
+        (DistributedDataParallel, {"__init__": _without_devices(MAKE_DDP, watcher)}),
         (torch.distributed, {"init_process_group": _by_gloo(init_process_group)}),
         (autocast, {"__init__": _autocast_on_cpu(autocast.__init__)}),
         (torch.autograd, {"_engine_run_backward": _with_mode(graph._engine_run_backward, watcher)}),

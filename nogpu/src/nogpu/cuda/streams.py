@@ -8,7 +8,8 @@ GPU.
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -32,6 +33,7 @@ class Streams:
         default: the stream of work that names no other.
         host: the work that the program has waited for.
         refuse: called with the name of what waits for the GPU, before it does; it may raise.
+        of_modules: where modules of DistributedDataParallel were made.
         forks: called with a stream, one that it waits for, and whether that one's work is captured.
         is_capturing: whether a stream's work is captured.
     """
@@ -41,6 +43,7 @@ class Streams:
         self.forks: Callable[[Stream, Stream, bool], None] = lambda *streams: None
         self.is_capturing: Callable[[Stream], bool] = lambda stream: False
         self.host: Clock = {}
+        self.of_modules: MutableMapping[torch.nn.Module, Stream] = WeakKeyDictionary()
         self._local = threading.local()
         self.Stream: type[Stream] = type("Stream", (Stream,), {"_streams": self})
         self.Event: type[Event] = type("Event", (Event,), {"_streams": self})
