@@ -113,6 +113,23 @@ def test_casts_round_once(dtype: torch.dtype):
 
 
 @of_each_dtype
+@pytest.mark.parametrize("order", [1, 2, float("inf")])
+def test_a_norm_may_name_its_operands_own_dtype(order: float, dtype: torch.dtype):
+    """The rule computes in float32, which PyTorch does not narrow."""
+    x, mask = torch.tensor([3.0, -4.0, 12.0], dtype=dtype), torch.tensor([True, True, False])
+
+    def norms() -> list[Tensor]:
+        largest = torch.linalg.vector_norm(x, order, dtype=dtype)
+        wide = torch.linalg.vector_norm(x, order, dtype=torch.float64)
+        return [largest, wide, torch.masked.norm(x, order, 0, mask=mask)]
+
+    with exact.mode():
+        found = norms()
+    for one, native in zip(found, norms(), strict=True):
+        assert (one.dtype, one.item()) == (native.dtype, native.item())
+
+
+@of_each_dtype
 def test_sums_round_once(dtype: torch.dtype):
     """Of integers, whose sum float64 holds, as PyTorch's rounding to float32 does not."""
     eps = torch.finfo(dtype).eps

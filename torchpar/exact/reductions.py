@@ -112,8 +112,8 @@ def _norm(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     if order == math.inf:
-        largest: Tensor = torch.linalg.vector_norm(x, order, dims, keepdim, dtype=dtype)
-        return largest
+        largest: Tensor = torch.linalg.vector_norm(x, order, dims, keepdim)
+        return largest.to(dtype or x.dtype)
     if order not in (1, 2):
         raise ConfigError(
             f"the order of a norm is {order}, expected 1, 2 or infinity in exact arithmetic"
