@@ -82,9 +82,10 @@ def wrong(
 
     An error against float64 may be twice that of the reference in the candidate's own precision,
     and four roundings of the largest number: by the PTX ISA `ex2.approx` and `div.full`, which
-    Triton's exp and division become, may each be off by two. Where sums of float32 are long, an error may also be
-    that of a plain loop: see `nogpu.check.compare.chain_error`. It may be twice what such a
-    rounding of the inputs changes, too, as where a mean is subtracted from equal numbers.
+    Triton's exp and division become, may each be off by two. Where sums of float32 are long, an
+    error may also be that of a plain loop: see `nogpu.check.compare.chain_error`. It may be twice
+    what such a rounding of the inputs changes, too, as where a mean is subtracted from equal
+    numbers.
 
     Args:
         exact: by float64; None: the reference has no such result, and its own counts as exact.
