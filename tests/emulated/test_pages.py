@@ -231,7 +231,7 @@ def test_the_example_of_graphs_is_what_the_command_prints(tmp_path, monkeypatch,
     assert capsys.readouterr().out == shown
 
 
-GRAPHS = ("watcher", "graph", "capture", "context")
+GRAPHS = ("watcher", "graph", "capture", "context", "stale_streams")
 
 
 def test_each_fault_of_graphs_is_explained():

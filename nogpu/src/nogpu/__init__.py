@@ -49,7 +49,7 @@ GPU, and `summary` says how.
 - What a graph has of its program: `steps` of optimizers, `captured_gradients`, `host_values`,
   `accesses` (races between streams), and `uncaptured` work. `by_shapes` computes without values.
 - What a GPU refuses: `places` of tensors and `devices` of operators, and in a capture
-  `capture_rules`, `reading_operators` and `host_copies`.
+  `capture_rules`, `reading_operators`, `host_copies` and `stale_streams`.
 
 `numba` stands beside `triton` for kernels of numba.cuda, which numba-cuda compiles. Below it
 `numba_stand_in` replaces the driver: `numba_driver` has its functions, `device_memory` the memory,

@@ -23,7 +23,6 @@ from nogpu.triton.torch_operators import is_plain
 
 Refuse = Callable[[str, str, str], None]
 LEAF = "AccumulateGrad"
-NAME = "stale stream in a capture"
 KEPT = (
     "by a forward pass whose result is still there; delete that, such as by `del loss`, or warm up "
     "on another stream"
@@ -107,7 +106,7 @@ class StaleStreams:
             has_any = any(one is not None and places.is_on_device(one) for one in gradients)
             if has_any and self.streams.is_capturing(self.streams.current) and not is_overridden():
                 self.refuse(
-                    NAME,
+                    "stale stream in a capture",
                     f"the backward pass runs {name} on the default stream, where it was made "
                     f"before the capture, {why}",
                     f"During CUDA graph capture, autograd node '{name}' has a stale reference to "

@@ -56,6 +56,7 @@ NAMES = {
     "unjoined work": "A capture ends before another stream that began work within it.",
     "work that is not captured": "Work within a capture is on a stream outside of it.",
     "empty graph": "Nothing on the device was captured.",
+    "stale stream in a capture": "A captured backward pass runs nodes of the default stream.",
     "state made in a capture": "An optimizer makes its state within a capture.",
     "result before a replay": "A result of a graph is read before a replay has computed it.",
     "freed input": "A graph uses memory of a tensor that has been freed.",
