@@ -57,7 +57,11 @@ def test_a_profiled_run_has_the_same_bits(ranks, data, tmp_path):
         assert TRACED_AS in names
         assert any(re.fullmatch(PRODUCT, one) for one in names)
         assert sum(name.startswith("ProfilerStep#") for name in names) == 10
-    assert re.search(rf"^ +({PRODUCT}) ", out, re.MULTILINE)
+    # Which operators cost the most depends on the machine and its load.
+    table = out.partition("costliest operators of rank 0\n")[2]
+    listed = re.findall(r"^ +((?:aten|mkldnn)::\w+) ", table, re.MULTILINE)
+    assert len(listed) > 2
+    assert {*listed} <= {*names_in(profiles / "rank-0.json.gz")}
 
 
 def test_a_step_is_divided_at_its_backward_pass(monkeypatch):

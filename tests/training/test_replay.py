@@ -521,7 +521,7 @@ def averaged(page: Path, late: float = 0.0, shares: bool = False) -> Counter[tup
 
 def test_buckets_and_who_waits_for_whom(ranks, tmp_path):
     page = tmp_path / "step.html"
-    counted = ranks(2, averaged, page, 0.05)
+    counted = ranks(2, averaged, page, 0.3)  # far above what a busy machine delays rank 0
     assert counted[0] == counted[1]
     gradients = 4 * (20 * 600 + 600 + 600 * 600 + 600 + 600 * 5 + 5)
     assert sum(n * count for (_, n), count in counted[0].items()) == gradients
