@@ -70,6 +70,7 @@ def test_the_first_stages_take_eight_minutes_at_most():
 
 @pytest.mark.slow
 def test_ranks_by_nccl_need_two_gpus(tmp_path):
+    pytest.importorskip("tyro", reason="the lessons need tyro")
     status, printed = validate("out", "nccl", cwd=tmp_path)
     first, last = printed.splitlines()
     assert (status, last) == (1, "failed: nccl (status 2)")
