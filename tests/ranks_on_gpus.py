@@ -207,12 +207,12 @@ def judged(part: Part, gpus: dict[str, Any], cpus: dict[str, Any], device: str =
             return f"{where}: {found['reason']}"
     if part.judge == "killed":
         return ""
-    if device == "cuda" and (backend := gpus.get("backend", "no backend")) != "nccl":
-        return f"{backend} is seen to connect the ranks on the GPUs, expected nccl"
     what = "hashes" if part.judge == "bits" else "losses"
     ours, expected = gpus.get(what, []), cpus.get(what, [])
     if not ours or len(ours) != len(expected):
         return f"{len(ours)} {what} on the GPUs, and {len(expected)} on the CPUs"
+    if device == "cuda" and (backend := gpus.get("backend", "no backend")) != "nccl":
+        return f"{backend} is seen to connect the ranks on the GPUs, expected nccl"
     return "" if ours == expected else difference(part.judge, ours, expected)
 
 
