@@ -349,7 +349,8 @@ def test_runs_on_unlike_machines(expected, tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()[:2]
     assert lines == [
         said,
-        "outside of torchpar.exact.mode() other machines or threads alone can change bits",
+        "outside of torchpar.exact.mode() other machines or threads alone can change bits: record "
+        "both in the mode, or with the same of these; if they still part:",
     ]
 
 
@@ -400,16 +401,21 @@ def test_an_error_ends_the_recording_with_its_step(tmp_path, capsys):
     (rank,) = read_ranks(tmp_path)
     assert [*rank.steps] == [0, 1, 2]
     assert not rank.steps[2].is_complete
-    with pytest.raises(ZeroDivisionError), exact.record(tmp_path / "b"):
-        fail(nn.Linear(2, 1)(torch.ones(1, 2)))  # before an optimizer's step
+    for name, x in (("b", 1.0), ("c", 2.0)):
+        torch.manual_seed(0)
+        with pytest.raises(ZeroDivisionError), exact.record(tmp_path / name):
+            fail(nn.Linear(2, 1)(torch.full((1, 2), x)))  # before an optimizer's step
     (rank,) = read_ranks(tmp_path / "b")
     assert [(one.is_broken, one.is_complete) for one in rank.steps.values()] == [(True, False)]
-    assert main([str(tmp_path / "b"), str(tmp_path / "b")]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[1:] == [
-        "an error ended the second run in step 0, of which only the weights are compared",
-        "the same in 0 steps, by 2 checksums",
-    ]
+    said = "an error ended the second run in step 0, of which that is compared which both have"
+    for name, status, last in (
+        ("b", 2, "no step is complete in both; the 4 checksums of both are the same"),
+        ("c", 1, "parted in step 0: input 0 of Linear"),
+    ):
+        assert main([str(tmp_path / "b"), str(tmp_path / name)]) == status
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[1] == said
+        assert lines[2].startswith(last)
     hooks = nn.modules.module
     assert not hooks._global_forward_hooks
     assert not hooks._global_forward_pre_hooks

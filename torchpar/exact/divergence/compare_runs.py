@@ -107,11 +107,18 @@ def compare(a: Path, b: Path) -> int:
     parted = [one for one in compared if one.first() < len(one.pairs)]
     if not parted:
         count = sum(len(one.pairs) for one in compared)
-        both = min(length(ranks_a), length(ranks_b))
+        if not (both := min(length(ranks_a), length(ranks_b))):
+            print(
+                f"no step is complete in both; what both have is the same, by {count:,} checksums"
+            )
+            return 2
         print(f"the same in {counted(both, 'step')}, by {count:,} checksums")
         return 0
     if unlike(ranks_a, ranks_b):
-        print("outside of torchpar.exact.mode() other machines or threads alone can change bits")
+        print(
+            "outside of torchpar.exact.mode() other machines or threads alone can change bits: "
+            "record both in the mode, or with the same of these; if they still part:"
+        )
     if len(ranks_a) != len(ranks_b):
         print("record both on the same number of ranks to compare inputs and activations, too")
     earliest = min(parted, key=lambda one: (one.step, one.first(), one.ranks))
@@ -134,8 +141,11 @@ def compare_step(step: int, a: RecordedRank, b: RecordedRank, is_same_mesh: bool
         ConfigError: the weights have other names, shapes or dtypes.
     """
     check_same_model(a, b, step)
-    by_name_a, by_name_b = by_name(a.steps[step]), by_name(b.steps[step])
-    if not (a.steps[step].is_complete and b.steps[step].is_complete):
+    of_step = a.steps[step], b.steps[step]
+    by_name_a, by_name_b = map(by_name, of_step)
+    # Of a step that an error has ended, what both have.
+    is_broken = any(one.is_broken for one in of_step)
+    if not (is_broken or all(one.is_complete for one in of_step)):
         kinds = {"weight"}
     else:
         kinds = set(HINTS) if is_same_mesh else set(OF_ALL_RANKS)
@@ -145,13 +155,13 @@ def compare_step(step: int, a: RecordedRank, b: RecordedRank, is_same_mesh: bool
         of_b = by_name_b.get(key, [])
         if key[0] not in kinds:
             continue
-        if len(of_a) != len(of_b):
+        if len(of_a) != len(of_b) and not is_broken:
             alone[key[0]] += abs(len(of_a) - len(of_b))
             continue
-        for (place, one, sum_a), (_, other, sum_b) in zip(of_a, of_b, strict=True):
+        for (place, one, sum_a), (_, other, sum_b) in zip(of_a, of_b, strict=not is_broken):
             places.append((place, Pair(one, other, sum_a, sum_b)))
     for key, of_b in by_name_b.items():
-        if key not in by_name_a and key[0] in kinds:
+        if key not in by_name_a and key[0] in kinds and not is_broken:
             alone[key[0]] += len(of_b)
     places.sort(key=lambda one: one[0])
     return Compared(step, (a.rank, b.rank), [pair for _, pair in places], alone)
@@ -193,11 +203,11 @@ def notes(
     for name, ranks in (("first", ranks_a), ("second", ranks_b)):
         if broken := {n for rank in ranks for n, step in rank.steps.items() if step.is_broken}:
             yield (
-                f"an error ended the {name} run in step {min(broken)}, of which only the weights "
-                "are compared"
+                f"an error ended the {name} run in step {min(broken)}, of which that is compared "
+                "which both have"
             )
     of_a, of_b = (length(ranks) for ranks in (ranks_a, ranks_b))
-    if of_a != of_b:
+    if of_a != of_b and min(of_a, of_b):
         first = "the first is" if min(of_a, of_b) == 1 else f"the first {min(of_a, of_b)} are"
         yield f"{of_a} and {of_b} steps: {first} compared"
     alone = sum((one.alone for one in compared), Counter[str]())

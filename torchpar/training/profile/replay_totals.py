@@ -66,7 +66,7 @@ class Totals:
                 "count",
                 "bytes",
                 "ms",
-                "without waiting",
+                "share without a wait",
             ]
             tables.append(
                 {"title": "Messages of the same step", "columns": columns, "rows": messages}
@@ -172,10 +172,12 @@ class Totals:
         name = "rank" if stages == len(self._ranks) else "stage"
         shares = []
         for stage, found in enumerate(by_stage):
-            waiting, other, outside = (sum(part) / len(found) for part in zip(*found, strict=True))
+            # Rounded first, so that the sum is that of the shown parts.
+            parts = [round(100 * sum(part) / len(found)) for part in zip(*found, strict=True)]
+            waiting, other, outside = parts
             shares.append(
-                f"on {name} {stage} {waiting + other + outside:.0%} of the step ({waiting:.0%} "
-                f"waiting, {other:.0%} in other code, {outside:.0%} {BESIDE})"
+                f"on {name} {stage} {sum(parts)}% of the step ({waiting}% waiting, {other}% in "
+                f"other code, {outside}% {BESIDE})"
             )
         m = 1 + max(
             b.key[2] for step in self._steps for b in step.boxes if b.kind == "forward" and b.key
@@ -184,7 +186,8 @@ class Totals:
         sentences = [
             f"The layers are cut into {stages} stages, and a batch into {m} micro-batches, so that "
             "the stages can work at the same time. A number in parentheses is a micro-batch's.",
-            f"The bubble is the time in which a rank runs no layer: {', '.join(shares)}. With "
+            f"The bubble is the time in which a rank waits or runs other code: "
+            f"{', '.join(shares)}. With "
             f"p = {stages} stages of equal work, m = {m} micro-batches, and messages that take no "
             f"time, it would be (p − 1)/(m + p − 1) = {ideal:.0%}: a stage has no work while the "
             "first micro-batch is on its way to it, and the last gradient on its way back.",
