@@ -204,6 +204,44 @@ def test_constant_memory_is_filled_before_and_between_launches():
     assert gpu.faults == []
 
 
+ELEMENT_TYPES = {  # by how the source names float: what stands before the kernel, and the instance
+    "typedef": ("typedef float REAL;", "copy"),
+    "using": ("using real = float; using REAL = real;", "copy"),
+    "macro": ("#define REAL float  // of all arrays", "copy"),
+    "template": ("template <typename REAL, int N>", "copy<float, 3>"),
+    "default": ("template <class REAL = float>", "copy<>"),
+}
+
+
+@pytest.mark.parametrize("way", ELEMENT_TYPES)
+def test_an_array_of_another_type_than_the_named_one_is_refused(way):
+    before, name = ELEMENT_TYPES[way]
+    code = "__global__ void copy(const REAL* x, REAL* out) { out[threadIdx.x] = x[threadIdx.x]; }"
+    kernels = nogpu.cuda.compile(f"{before}\n{code}")
+    x, out = np.arange(4, dtype=np.float32), np.zeros(4, np.float32)
+    with nogpu.emulate():
+        kernels[name][1, 4](x, out)
+    np.testing.assert_array_equal(out, x)
+    with (
+        nogpu.emulate(),
+        pytest.raises(TypeError, match=r"x of .* is float\*, and got an array of float64; expect"),
+    ):
+        kernels[name][1, 4](x.astype(np.float64), out)
+
+
+def test_an_element_type_of_two_meanings_is_not_checked():
+    """Which one is meant is the compiler's to know, as of a macro that the options set."""
+    code = "__global__ void copy(const REAL* x, REAL* out) { out[threadIdx.x] = x[threadIdx.x]; }"
+    either = "#ifdef DOUBLE\n#define REAL double\n#else\n#define REAL float\n#endif\n"
+    x, out = np.arange(4.0), np.zeros(4)
+    default = "#ifndef REAL\n#define REAL float\n#endif\n"
+    for source, option in ((either, "-DDOUBLE"), (default, "-DREAL=double")):
+        out.fill(0)
+        with nogpu.emulate():
+            nogpu.cuda.compile(source + code, options=[option])["copy"][1, 4](x, out)
+        np.testing.assert_array_equal(out, x)
+
+
 def test_constant_memory_refuses_what_does_not_fit():
     kernels = nogpu.cuda.compile(CONSTANT)
     with pytest.raises(KeyError, match=r"no variable 'weight' .* its variables: .*weights"):

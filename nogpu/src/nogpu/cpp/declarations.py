@@ -2,14 +2,15 @@
 """Declarations of kernels in CUDA C++: the names and the types of their parameters.
 
 PTX has the sizes of parameters, and no names. The declarations improve messages, and let an array
-of another type than its pointer's be refused. Limitation: macros are not expanded.
+of another type than its pointer's be refused. Limitation: only macros that name
+types are expanded.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -131,6 +132,49 @@ def declarations(source: str) -> list[Declaration]:
             )
         )
     return found
+
+
+@lru_cache(64)
+def own_types(source: str) -> dict[str, str]:
+    """Return what the source's own names of types stand for: by typedef, using and #define.
+
+    A name that the source gives two meanings, as by #ifdef, is omitted.
+    """
+    text, kind = COMMENT.sub(blank, source), r"((?:[A-Za-z_][\w:]*[ \t]*)+?)"
+    found: dict[str, set[str]] = {}
+    for pattern in (
+        rf"\btypedef\s+{kind}\s+(\w+)\s*;",
+        rf"#[ \t]*define[ \t]+(\w+)[ \t]+{kind}[ \t]*$",
+    ):
+        for first, second in re.findall(pattern, text, re.MULTILINE):
+            name, of = (second, first) if "typedef" in pattern else (first, second)
+            found.setdefault(name, set()).add(" ".join(of.split()))
+    for name, of in re.findall(rf"\busing\s+(\w+)\s*=\s*{kind}\s*;", text):
+        found.setdefault(name, set()).add(" ".join(of.split()))
+    return {name: kinds.pop() for name, kinds in found.items() if len(kinds) == 1}
+
+
+def parameters_of(declared: Declaration, instance: str, types: Mapping[str, str]) -> list[Declared]:
+    """Return a kernel's parameters with the types that its instance gives them.
+
+    Args:
+        instance: such as "scale<float, 3>"; the name alone if the kernel is no template.
+        types: what other names of types stand for, as `own_types` returns it.
+    """
+    types = dict(types)
+    given = _declarators(instance.partition("<")[2].rpartition(">")[0].replace("=", ""))
+    for i, one in enumerate(declared.template.split(",") if declared.template else ()):
+        if match := re.match(r"\s*(?:typename|class)\s+(\w+)\s*(?:=\s*(.+))?$", one):
+            value = given[i] if i < len(given) and given[i] else match[2] or ""
+            types[match[1]] = " ".join(value.split())
+
+    def resolved(one: Declared) -> Declared:
+        kind, stars = one.type.rstrip("*"), one.type.count("*")
+        for _ in types:  # a name may stand for another one
+            kind = " ".join(w for w in types.get(kind, kind).split() if w not in QUALIFIERS)
+        return Declared(one.name, kind + "*" * stars)
+
+    return [resolved(one) for one in declared.parameters]
 
 
 def _declared(text: str) -> Declared:

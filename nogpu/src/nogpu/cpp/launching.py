@@ -34,6 +34,8 @@ from nogpu.cpp.declarations import (
     declarations,
     itemsize,
     kind_of_number,
+    own_types,
+    parameters_of,
     shared_arrays,
     structures,
     variable_types,
@@ -90,6 +92,12 @@ class Module:
     def declared(self) -> dict[str, Declaration]:
         """The kernels as the source declares them, by name."""
         return {one.name: one for one in declarations(self.source)}
+
+    @cached_property
+    def types(self) -> dict[str, str]:
+        """What the source's own names of types stand for, except for macros of the options."""
+        given = {one[2:].partition("=")[0].strip() for one in self.options if one[:2] == "-D"}
+        return {name: of for name, of in own_types(self.source).items() if name not in given}
 
     @property
     def names(self) -> list[str]:
@@ -365,7 +373,7 @@ class BoundKernel:
         return convert(
             self.kernel.name,
             kernel.signature,
-            declared.parameters,
+            parameters_of(declared, self.kernel.name, module.types),
             structures(module.source),
             arguments,
             device,
