@@ -74,12 +74,12 @@ def test_a_right_program_has_the_costs_of_one_process_and_its_messages_by_time(t
         (
             "gradients.sum(0) / n",
             "gradients.mean(0) / n",
-            r"it has the cost \S+ on 2 processes in iteration 2, and \S+ on 1; sums over shares",
+            r"it prints the cost \S+ on 2 processes as its cost 2 of \d+, and \S+ on 1; sums over",
         ),
         (
             "    comm.Bcast(w)",
             "    pass",  # the other process keeps the first weights
-            r"it has the cost \S+ on 2 processes in iteration 2, and \S+ on 1; ",
+            r"it prints the cost \S+ on 2 processes as its cost 2 of \d+, and \S+ on 1; ",
         ),
         (
             "    comm.Bcast(w)",
@@ -123,11 +123,19 @@ def test_costs_are_the_numbers_behind_their_word(text, costs):
     "one, two, reason",
     [
         ([3.0, 2.0, 1.0], [3.0, 2.0, 1.00002], ""),
-        ([3.0, 2.0, 1.0], [3.0, 2.0, 1.001], "1.001 on 2 processes in iteration 3, and 1 on 1"),
+        ([3.0, 2.0, 1.0], [3.0, 2.0, 1.001], "1.001 on 2 processes as its cost 3 of 3, and 1 on 1"),
         ([3.0, 2.0], [3.0, 2.0, 1.0], "prints 2 costs on 1 process, and 3 on 2"),
         ([3.0, 2.0], [3.0, 3.0], "do not fall on 2 processes: 3 to 3"),
-        ([3.0, float("nan")], [3.0, 2.0], "nan on 1 process in iteration 2; look for a logarithm"),
-        ([3.0, 2.0], [3.0, float("inf")], "inf on 2 processes in iteration 2; look for a logarit"),
+        (
+            [3.0, float("nan")],
+            [3.0, 2.0],
+            "nan on 1 process, as its cost 2 of 2; look for a logarit",
+        ),
+        (
+            [3.0, 2.0],
+            [3.0, float("inf")],
+            "inf on 2 processes, as its cost 2 of 2; look for a logar",
+        ),
         ([3.0], [3.0, 2.0], "prints 1 costs on 1 process, expected one of each iteration"),
     ],
 )

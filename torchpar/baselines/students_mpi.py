@@ -178,8 +178,9 @@ def compare(one: Started, two: Started) -> str:
             )
         if unknown := [i for i, cost in enumerate(costs, 1) if not math.isfinite(cost)]:
             raise Failed(
-                f"has the cost {costs[unknown[0] - 1]:g} on {who} in iteration {unknown[0]}; look "
-                "for a logarithm of 0, too high a rate, or a buffer of another dtype"
+                f"prints the cost {costs[unknown[0] - 1]:g} on {who}, as its cost {unknown[0]} of "
+                f"{len(costs)}; look for a logarithm of 0, too high a rate, or a buffer of another "
+                "dtype"
             )
         if not costs[-1] < costs[0]:
             raise Failed(f"has costs that do not fall on {who}: {costs[0]:g} to {costs[-1]:g}")
@@ -190,8 +191,9 @@ def compare(one: Started, two: Started) -> str:
     for i, (a, b) in enumerate(pairs):
         if not off[i] <= TOLERANCE:
             raise Failed(
-                f"has the cost {b:g} on 2 processes in iteration {i + 1}, and {a:g} on 1; sums "
-                "over shares must be those of all processes, divided by the number of all samples"
+                f"prints the cost {b:g} on 2 processes as its cost {i + 1} of {len(off)}, and "
+                f"{a:g} on 1; sums over shares must be those of all processes, divided by the "
+                "number of all samples"
             )
     return f"the costs of 2 processes are those of 1, to {max(off):.0e}"
 

@@ -108,9 +108,7 @@ def compare(a: Path, b: Path) -> int:
     if not parted:
         count = sum(len(one.pairs) for one in compared)
         if not (both := min(length(ranks_a), length(ranks_b))):
-            print(
-                f"no step is complete in both; what both have is the same, by {count:,} checksums"
-            )
+            print(f"no step is complete in both; the {count:,} checksums of both are the same")
             return 2
         print(f"the same in {counted(both, 'step')}, by {count:,} checksums")
         return 0
