@@ -162,9 +162,13 @@ def advance_pages(cache, pages, out, stride, STEPS, BLOCK: tl.constexpr):
 def test_an_offset_of_a_small_tensor_that_overflows_is_followed_back(kernel, factor, page, is_slow):
     """The message names what was meant; and nothing is said of an offset that is simply wrong."""
     cache, stride = torch.zeros(2**16 + 5), 16_384
-    pages, out = torch.tensor([page], dtype=torch.int32), torch.empty(3, 128)
     exact = page * stride * factor
     found = (exact + 2**31) % 2**32 - 2**31
+    # The kernel's load would be of `out`, if that were where it goes by mistake.
+    wrong, tried = cache.data_ptr() + 4 * found, [torch.empty(3, 128)]
+    while wrong - tried[-1].nbytes < tried[-1].data_ptr() < wrong + 3 * 512:
+        tried.append(torch.empty(3, 128))
+    pages, out = torch.tensor([page], dtype=torch.int32), tried[-1]
     with in_python() if is_slow else nullcontext(), emulate("sm_90") as gpu:
         kernel[(1,)](cache, pages, out, stride, 3, 128)
     messages = [fault.message for fault in gpu.faults if fault.name == "out of bounds"]
