@@ -26,7 +26,7 @@ from torch.optim import SGD, Optimizer
 
 from torchpar import exact
 from torchpar.errors import ConfigError
-from torchpar.exact.dispatch import ordinary
+from torchpar.ops.matrix import ordinary
 from torchpar.optim import Muon
 from torchpar.parallel.split.layers import ColumnParallelLinear, RowParallelLinear
 from torchpar.parallel.split.parts import part_of

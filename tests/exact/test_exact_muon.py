@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from torchpar import exact
 from torchpar.errors import ConfigError
-from torchpar.exact.dispatch import ordinary
 from torchpar.exact.tensor_parallel import Linear
+from torchpar.ops.matrix import ordinary
 from torchpar.optim import Muon, orthogonalize
 from torchpar.optim import exchange as exchange_module
 from torchpar.optim.chained import ChainedOptimizer

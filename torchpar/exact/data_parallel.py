@@ -20,10 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchpar.errors import ConfigError
-from torchpar.exact.dispatch import is_active, ordinary
+from torchpar.exact.dispatch import is_active
 from torchpar.library.sharding import is_dtensor
 from torchpar.ops.exact_digits import DIGITS, rounded_to
 from torchpar.ops.exact_squares import exponents_of
+from torchpar.ops.matrix import ordinary
 from torchpar.parallel.launch.agreement import check_same_bits
 
 _WIDTH = 30

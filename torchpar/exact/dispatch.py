@@ -47,7 +47,6 @@ from torchpar.exact.registry import (
 from torchpar.exact.watch import Watch, marks
 from torchpar.exact.within import within
 from torchpar.ops.exact_digits import DIGITS, rounded_to
-from torchpar.ops.matrix import ordinary as ordinary
 
 _FUNCTIONS: dict[object, Callable[..., Tensor]] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,

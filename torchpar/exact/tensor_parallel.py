@@ -18,9 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchpar.exact.dispatch import ordinary
 from torchpar.ops import exact_digits, exact_matmul
-from torchpar.ops.matrix import rows
+from torchpar.ops.matrix import ordinary, rows
 from torchpar.parallel.split.parts import mark_slice, slice_along
 from torchpar.parallel.split.reduction import all_reduce
 

@@ -186,11 +186,11 @@ class Totals:
         sentences = [
             f"The layers are cut into {stages} stages, and a batch into {m} micro-batches, so that "
             "the stages can work at the same time. A number in parentheses is a micro-batch's.",
-            f"The bubble is the time in which a rank waits or runs other code: "
-            f"{', '.join(shares)}. With "
-            f"p = {stages} stages of equal work, m = {m} micro-batches, and messages that take no "
-            f"time, it would be (p − 1)/(m + p − 1) = {ideal:.0%}: a stage has no work while the "
-            "first micro-batch is on its way to it, and the last gradient on its way back.",
+            "The bubble is the time in which a rank waits or runs other code: "
+            f"{', '.join(shares)}. With p = {stages} stages of equal work, m = {m} micro-batches, "
+            f"and messages that take no time, it would be (p − 1)/(m + p − 1) = {ideal:.0%}: a "
+            "stage has no work while the first micro-batch is on its way to it, and the last "
+            "gradient on its way back.",
         ]
         if any(kept):
             each = ", ".join(

@@ -2,8 +2,7 @@
 """Declarations of kernels in CUDA C++: the names and the types of their parameters.
 
 PTX has the sizes of parameters, and no names. The declarations improve messages, and let an array
-of another type than its pointer's be refused. Limitation: only macros that name
-types are expanded.
+of another type than its pointer's be refused. Limitation: only macros that name types are expanded.
 """
 
 from __future__ import annotations
@@ -142,14 +141,11 @@ def own_types(source: str) -> dict[str, str]:
     """
     text, kind = COMMENT.sub(blank, source), r"((?:[A-Za-z_][\w:]*[ \t]*)+?)"
     found: dict[str, set[str]] = {}
-    for pattern in (
-        rf"\btypedef\s+{kind}\s+(\w+)\s*;",
-        rf"#[ \t]*define[ \t]+(\w+)[ \t]+{kind}[ \t]*$",
-    ):
-        for first, second in re.findall(pattern, text, re.MULTILINE):
-            name, of = (second, first) if "typedef" in pattern else (first, second)
-            found.setdefault(name, set()).add(" ".join(of.split()))
-    for name, of in re.findall(rf"\busing\s+(\w+)\s*=\s*{kind}\s*;", text):
+    pairs = [(name, of) for of, name in re.findall(rf"\btypedef\s+{kind}\s+(\w+)\s*;", text)]
+    pairs += re.findall(rf"\busing\s+(\w+)\s*=\s*{kind}\s*;", text)
+    macro = rf"#[ \t]*define[ \t]+(\w+)[ \t]+{kind}[ \t]*$"
+    pairs += re.findall(macro, text, re.MULTILINE)
+    for name, of in pairs:
         found.setdefault(name, set()).add(" ".join(of.split()))
     return {name: kinds.pop() for name, kinds in found.items() if len(kinds) == 1}
 
@@ -162,7 +158,7 @@ def parameters_of(declared: Declaration, instance: str, types: Mapping[str, str]
         types: what other names of types stand for, as `own_types` returns it.
     """
     types = dict(types)
-    given = _declarators(instance.partition("<")[2].rpartition(">")[0].replace("=", ""))
+    given = _declarators(instance.partition("<")[2].rpartition(">")[0])
     for i, one in enumerate(declared.template.split(",") if declared.template else ()):
         if match := re.match(r"\s*(?:typename|class)\s+(\w+)\s*(?:=\s*(.+))?$", one):
             value = given[i] if i < len(given) and given[i] else match[2] or ""

@@ -71,7 +71,8 @@ class Limits:
         yield from self._of_launch(launch)
 
     def _of_launch(self, launch: Launch) -> Iterator[str]:
-        yield from _over(None, *_sectors(launch), self.max_sectors)
+        if self.max_sectors is not None:
+            yield from _over(None, *_sectors(launch), self.max_sectors)
         least = launch.bounds[0]
         yield from _over(None, str(least), least.least, self.max_microseconds)
         by_ptxas = self.max_registers, self.max_spilled_bytes, self.min_programs
