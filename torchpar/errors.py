@@ -6,6 +6,7 @@ The message of an error is one line: what was wrong, what was expected, what to 
 
 import math
 import operator
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -137,3 +138,24 @@ def writing(path: Path, flag: str) -> Iterator[None]:
         raise ConfigError(
             f"{path} cannot be written ({reason}); make room there, or name another place by {flag}"
         ) from e
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Refuse a file that cannot be written, before the work whose result it is to hold.
+
+    The folder is made. A file that does not exist is not made: several ranks may ask.
+
+    Args:
+        flag: the flag that names the file.
+
+    Raises:
+        ConfigError: the folder or the file cannot be written.
+    """
+    with writing(path, flag):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.stat()
+        except FileNotFoundError:
+            tempfile.TemporaryFile(dir=path.parent).close()
+        else:
+            path.open("a").close()

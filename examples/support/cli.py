@@ -21,7 +21,7 @@ from support.ending import WrongFlags, ending, line_of, parsing
 
 from torchpar import __version__
 from torchpar.data.files import Dataset
-from torchpar.errors import AllRanksError, ConfigError, TorchparError, writing
+from torchpar.errors import AllRanksError, ConfigError, TorchparError, check_writable, writing
 from torchpar.parallel.launch.rank_info import find_rank_info
 
 try:
@@ -72,16 +72,17 @@ class Needs(NamedTuple):
 
 
 class Output(NamedTuple):
-    """A place that is created, and tried, before the run."""
+    """A place that is tried before the run. A folder is created."""
 
     is_folder: bool
 
     def check(self, flag: str, value: Path) -> None:
-        folder = value if self.is_folder else value.parent
+        if not self.is_folder:
+            check_writable(value, flag)
+            return
         with writing(value, flag):
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) if self.is_folder else value.open("a"):
-                pass
+            value.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=value).close()
 
 
 class Free(NamedTuple):

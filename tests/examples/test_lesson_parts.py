@@ -4,6 +4,7 @@
 import dataclasses
 import math
 
+from support.cli import Output
 from support.learning_rate import LRSchedule, lr_scheduler
 from support.orthogonality import add_orthogonality_gradient, orthogonality_penalty
 
@@ -72,3 +73,17 @@ def test_flags_are_completed_before_they_are_checked(tmp_path):
     assert not (tmp_path / "metrics").exists()
     with pytest.raises(ConfigError, match="--plain sets --optimizer to sgd; drop one of the two"):
         dataclasses.replace(flags(plain=True), crop=3, pool=2, optimizer="adam").completed()
+
+
+def test_a_place_is_tried_before_the_run_and_no_file_is_left(tmp_path):
+    page, kept = tmp_path / "new" / "step.html", tmp_path / "kept.html"
+    kept.write_text("the page of an earlier run")
+    for path in (page, kept):
+        Output(is_folder=False).check("--replay", path)
+    assert not [*page.parent.iterdir()]
+    assert kept.read_text() == "the page of an earlier run"
+    Output(is_folder=True).check("--report", tmp_path / "pages")
+    assert (tmp_path / "pages").is_dir()
+    for name, is_folder in (("kept.html/a", False), ("kept.html", True), ("n" * 300, False)):
+        with pytest.raises(ConfigError, match="cannot be written .* another place by --replay"):
+            Output(is_folder).check("--replay", tmp_path / name)

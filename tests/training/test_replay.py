@@ -196,6 +196,7 @@ def test_a_short_loop_has_fewer_records(steps, recorded, tmp_path):
             profile.replay(page, model, optimizer),
         ):
             train(model, optimizer, steps)
+        assert not page.exists()
         return
     with profile.replay(page, model, optimizer):
         train(model, optimizer, steps)

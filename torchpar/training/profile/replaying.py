@@ -4,7 +4,6 @@
 import linecache
 import sys
 import sysconfig
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 
 from torchpar.data import samples
 from torchpar.decorating import context_manager
-from torchpar.errors import ConfigError, writing
+from torchpar.errors import ConfigError, check_writable
 from torchpar.ops import environment
 from torchpar.training import fused
 from torchpar.training.profile.marks import Boxes
@@ -563,7 +562,7 @@ def replay(
     check_name(page, "replay: the page")
     given_by = "replay's path"
     if not dist.is_initialized() or dist.get_rank() == 0:
-        _try(page, given_by)
+        check_writable(page, given_by)
     with Replay(model, optimizer, world) as recorder:
         yield recorder
     found = recorder.gather(title)
@@ -571,14 +570,6 @@ def replay(
         write(page, found, given_by=given_by)
     elif not dist.is_initialized() or dist.get_rank() == 0:
         raise ConfigError(f"replay: {TOO_FEW}")
-
-
-def _try(page: Path, given_by: str) -> None:
-    """Raise ConfigError if a page cannot be written, before the steps that it shows are trained."""
-    with writing(page, given_by):
-        page.parent.mkdir(parents=True, exist_ok=True)
-        with page.open("a") if page.exists() else tempfile.TemporaryFile(dir=page.parent):
-            pass
 
 
 def _restore(where: Any, name: str, ours: Any, before: Any) -> None:
