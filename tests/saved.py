@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+_OTHERS = r"random\.\w+\.\d+|random\.(python|numpy)"
+
 
 def latest(folder: Path) -> str:
     """Return the name of the newest checkpoint, "" if there is none yet."""
@@ -22,12 +24,14 @@ def steps(folder: Path) -> list[str]:
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Read the full tensors of a checkpoint by PyTorch's own reader, but of random states rank 0's
-    only."""
+    """Read the full tensors of a checkpoint by PyTorch's own reader.
+
+    Of random states PyTorch's of rank 0 is taken: those of Python and NumPy begin with chance.
+    """
     with tempfile.NamedTemporaryFile() as file:
         dcp_to_torch_save(checkpoint, file.name)
         found = torch.load(file.name)
-    return {name: t for name, t in found.items() if not re.fullmatch(r"random\.\w+\.\d+", name)}
+    return {name: t for name, t in found.items() if not re.fullmatch(_OTHERS, name)}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

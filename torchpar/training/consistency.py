@@ -6,7 +6,7 @@ without an error, and without effect.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ def check_consistency(
     optimizer: Optimizer,
     lr_scheduler: LRScheduler | None,
     task: object,
+    stateful: Mapping[str, object],
     epochs: int,
     steps_per_epoch: int,
 ) -> None:
@@ -56,7 +57,7 @@ def check_consistency(
     if isinstance(lr_scheduler, LRScheduler):  # not one by another library
         _check_optimizer(lr_scheduler, optimizer)
         _check_length(lr_scheduler, epochs, steps_per_epoch)
-    if isinstance(task, Classification):
+    if isinstance(task, Classification) and not any(x is task.predict for x in stateful.values()):
         _check_predict(task.predict, model)
 
 
@@ -189,8 +190,8 @@ def _check_predict(predict: Any, model: nn.Module) -> None:
     if wrong:
         raise ConfigError(
             f"Classification(predict=…) is a {type(judged).__name__} whose {wrong[0]} is not the "
-            "run's model's, and would judge another model; leave predict out, or give a function "
-            "that calls the other model"
+            "run's model's, and would judge another model; leave predict out, or give the module "
+            "to Run(…, stateful=…), too"
         )
 
 

@@ -37,7 +37,7 @@ from torchpar.errors import ConfigError, first_line
 from torchpar.library.sharding import local
 from torchpar.parallel.launch.world import hold_communicators
 from torchpar.training.leaf_gradients import LeafGradients
-from torchpar.training.state import optimizers_of
+from torchpar.training.optimizer_state import optimizers_of
 from torchpar.training.step_effects import HOST, OutsideTensor, StepEffects, stepped_optimizers
 
 T = TypeVar("T")

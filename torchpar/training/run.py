@@ -26,14 +26,16 @@ afterwards the random state is the saved one.
 
 import json
 import math
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from types import FrameType
 from typing import Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -48,10 +50,13 @@ from torchpar.training import state
 from torchpar.training.answers import answering_signals
 from torchpar.training.consistency import check_consistency, has_gradients, lengths
 from torchpar.training.graphed import count_replays
+from torchpar.training.optimizer_state import evaluation_weights
 from torchpar.training.outcome import EpochResult, Evaluation, Stopped
 from torchpar.training.replicas import check_replicas
-from torchpar.training.state import TrainState
+from torchpar.training.stateful import check_stateful
 from torchpar.training.stop import StopSignal
+from torchpar.training.train_state import TrainState
+from torchpar.training.unsaved import Unsaved
 
 
 class Task(Protocol):
@@ -105,6 +110,10 @@ class Run:
             (docs/checkpoints.md).
         config: values that identify the run, as JSON, the same on all ranks; a checkpoint with
             other values is refused.
+        stateful: other objects that the checkpoints hold, by name: whatever has ``state_dict`` and
+            ``load_state_dict``, such as an `AveragedModel`, a `GradScaler` or a second optimizer,
+            and generators of PyTorch, NumPy and Python. The process's own generators are saved
+            without it. Modules are evaluated in evaluation mode, as the model is.
 
     Attributes:
         resumed_from: the step at which the run was resumed; None if it was not.
@@ -115,8 +124,9 @@ class Run:
             run, or a task that judges another model; in the optimizer's first step, a model
             without gradients, gradients that differ between the ranks of "dp", or those of whole
             parameters between the ranks of "tp"; a checkpoint that is damaged, of another run or
-            of more epochs; a model or an optimizer of which a checkpoint would lose something. On
-            every rank.
+            of more epochs; a model or an optimizer of which a checkpoint would lose something; an
+            average of the model, a scaler or another module that the loop changes, and that
+            ``stateful`` lacks. On every rank.
         DivergedError: the training or the test loss of an epoch is not finite, or a weight or a
             loss when it is to be saved. On every rank.
         RuntimeError: a loop that leaves out a step's end, or an epoch's beginning or end, or was
@@ -135,8 +145,10 @@ class Run:
         epochs: int,
         checkpoint: CheckpointConfig | None = None,
         config: dict[str, Any] | None = None,
+        stateful: Mapping[str, Any] | None = None,
     ):
         _check_kinds(model, optimizer, world, checkpoint)
+        kept = check_stateful(stateful)
         identity = {**(config or {}), **task.config}
         try:
             saved = json.loads(json.dumps(identity))
@@ -146,15 +158,16 @@ class Run:
             numbers = {"epochs": epochs, "batch_size": task.batch_size}
             given = task.config | {name: whole_or_text(value) for name, value in numbers.items()}
             given["checkpoint"] = str(checkpoint)
+            given["stateful"] = {name: type(x).__name__ for name, x in kept.items()}
             check_same_on_all_ranks(None, "the ranks' runs", given)
         # What is wrong on one rank alone has been found to differ.
         epochs = check_whole("epochs", epochs)
         check_whole("batch_size", task.batch_size)
         task.check(world)
         steps_per_epoch = math.ceil(task.samples / task.batch_size)
-        parts = model, optimizer, lr_scheduler, task
+        parts = model, optimizer, lr_scheduler, task, kept
         world.gather_results(lambda: check_consistency(*parts, epochs, steps_per_epoch))
-        self.state = TrainState(model, optimizer, lr_scheduler, world, saved)
+        self.state = TrainState(model, optimizer, lr_scheduler, world, saved, stateful=kept)
         self.world = world
         self.task = task
         self.num_epochs = epochs
@@ -171,6 +184,7 @@ class Run:
         self._replays = 0  # of the optimizer, when the last batch was taken
         self._save_is_late = False  # until the optimizer has stepped
         self._is_first_step = True
+        self._unsaved = Unsaved(self.state, task)
         if checkpoint is not None:
             state.check_saveable(self.state)
             self._stack.callback(optimizer.register_step_post_hook(self._note_step).remove)
@@ -260,8 +274,11 @@ class Run:
                 "call run.end_epoch() after the batches of each epoch"
             )
         first = self.state.step
+        self._unsaved.begin(sys._getframe(1))
+        if callable(train := getattr(self.state.optimizer, "train", None)):
+            train()  # an optimizer of two modes, as those without a schedule are
         if first:  # the epoch's body may have drawn random numbers
-            state.restore_random_states(self.state.random_states)
+            state.restore_random_states(self.state)
         self._first, self._start = first, time.perf_counter()
         self._is_within_epoch = True
         self._begin_step()
@@ -298,7 +315,7 @@ class Run:
         if step == self._first + 1:
             self._check_replicas()
         if step < self.steps_per_epoch:  # the last step's comes after the evaluation
-            self._save_if_due()
+            self._save_if_due(sys._getframe(1))
             self._begin_step()
 
     def end_epoch(self) -> EpochResult:
@@ -333,33 +350,46 @@ class Run:
         )
         self.results.append(result)
         self.state.step, self.state.loss_sum = 0, 0.0
-        self._save_if_due()
+        self._save_if_due(sys._getframe(1))
         return result
 
     def evaluate(self) -> Evaluation:
         """Judge the model by the task, on every rank, in evaluation mode.
 
-        Buffers, such as BatchNorm's statistics, are first copied from the first rank of "dp" to the
-        others, as DistributedDataParallel copies them before each forward pass: the ranks evaluate,
-        and save, one model.
+        An optimizer that has ``train()`` and ``eval()`` is switched, too. Buffers, such as
+        BatchNorm's statistics, are first copied from the first rank of "dp" to the others, as
+        DistributedDataParallel copies them before each forward pass: the ranks evaluate, and save,
+        one model.
         """
         self._share_buffers()
-        model = self.state.model
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
+        model, optimizer = self.state.model, self.state.optimizer
+        judged = [*self.state.modules.values()]
+        judged += [x for x in (getattr(self.task, "predict", None),) if isinstance(x, nn.Module)]
+        modes = {module: module.training for one in judged for module in one.modules()}
+        for module in judged:
+            module.eval()
         try:
-            return self.task.evaluate(model, self.world)
+            with evaluation_weights(optimizer):
+                return self.task.evaluate(model, self.world)
         finally:
-            for module, training in modes:
+            for module, training in modes.items():
                 module.training = training
-            reshard(model)
+            for module in judged:
+                reshard(module)
 
-    def _save_if_due(self) -> None:
+    def _save_if_due(self, loop: FrameType) -> None:
+        """Save if it is time to.
+
+        Args:
+            loop: the frame that ends the step or the epoch.
+        """
         if self._checkpoints is None or self._stop is None:
             return
         every = self._checkpoints.config.every or self.steps_per_epoch
         stopping, at_end = self._stop.wait(), len(self.results) == self.num_epochs
-        if not (stopping or at_end or self._save_is_late or self.total_steps % every == 0):
+        is_due = stopping or at_end or self._save_is_late or self.total_steps % every == 0
+        self._unsaved.check(loop, bool(is_due))
+        if not is_due:
             return
         # Gradients that no step has taken are not saved: wait for the step.
         has_stepped = self._has_stepped or count_replays(self.state.optimizer) != self._replays
@@ -401,7 +431,7 @@ class Run:
     def _share_buffers(self) -> None:
         """Copy the buffers of the first rank of "dp" to the others."""
         if self.world.dp_size > 1:
-            for buffer in self.state.model.buffers():
+            for buffer in (b for one in self.state.modules.values() for b in one.buffers()):
                 dist.broadcast(buffer, group=self.world.mesh.get_group("dp"), group_src=0)
 
     def _check_gradients(

@@ -127,6 +127,19 @@ class Checkpoint:
         except CheckpointException as e:
             raise ValueError(_cause(e)) from e
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtypes of the tensors, by name.
+
+        Raises:
+            ValueError: the metadata cannot be read.
+        """
+        try:
+            metadata = _Reader(self.path).read_metadata().state_dict_metadata
+        except Exception as e:  # of any kind: it may be forged
+            raise ValueError(first_line(e)) from e
+        tensors = {n: t for n, t in metadata.items() if isinstance(t, TensorStorageMetadata)}
+        return {name: tensor.properties.dtype for name, tensor in tensors.items()}
+
 
 class Checkpoints:
     """Checkpoints in a folder that all ranks see. All ranks call every method."""
