@@ -22,6 +22,7 @@ SCRIPTS = {
     "endings": ["forgets", "goes-on"],
     "emulator": ["minimum", "silent"],
     "captures": ["bound", "lists", "nodes", "pageable", "pinned", "straight", "table"],
+    "resumes": ["loses", "rounds", "forgets", "blind"],
     "recorders": ["blind", "draws"],
     "graphed": ["copies", "gradients", "others", "pool", "steps", "unpassed"],
 }
@@ -35,7 +36,7 @@ SEEDS = {"bits": 1, "rows": 19, "checkpoint": 3, "exp": 5, "steps": 1352, "unpas
 ALONE = ("transposed", "last-bit")
 
 # Processes that start and end others, and that remove folders at their end, are not forked.
-OWN_PROCESS = ("training", "flags", "endings", "optimizers")
+OWN_PROCESS = ("training", "flags", "endings", "optimizers", "resumes")
 # Run a script with several flags, each in a fork of a process that has imported PyTorch's samples,
 # which takes seconds. Write each output into a file, and print the exit statuses.
 EACH_FORKED = """

@@ -2,8 +2,10 @@
 """Training: tasks, optimizers, and the `Run` that evaluates, saves and resumes.
 
 `run` holds the position of a loop. `classification` is a task, `consistency` checks that the parts
-of a run fit, `replicas` compares ranks, `state` saves and resumes, and `outcome` holds the figures
-of an epoch. `stop` and `answers` end a run by signals. `optimizers` makes SGD and Muon, and `fused`
+of a run fit, and `replicas` compares ranks. `state` saves and resumes, with `train_state` and
+`optimizer_state` for their tensors, `stateful` for other objects and generators, `same_run` for
+checkpoints of other runs, and `unsaved` for what nobody gave. `outcome` holds the figures of an
+epoch. `stop` and `answers` end a run by signals. `optimizers` makes SGD and Muon, and `fused`
 computes gradients by hand. `graphed` captures a step in a CUDA graph, with `leaf_gradients` and
 `step_effects`, and applies functions to the tensors in nested arguments. `profile` measures steps.
 """

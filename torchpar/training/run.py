@@ -274,7 +274,8 @@ class Run:
                 "call run.end_epoch() after the batches of each epoch"
             )
         first = self.state.step
-        self._unsaved.begin(sys._getframe(1))
+        if self._checkpoints is not None:
+            self._unsaved.begin(sys._getframe(1))
         if callable(train := getattr(self.state.optimizer, "train", None)):
             train()  # an optimizer of two modes, as those without a schedule are
         if first:  # the epoch's body may have drawn random numbers
@@ -387,9 +388,7 @@ class Run:
             return
         every = self._checkpoints.config.every or self.steps_per_epoch
         stopping, at_end = self._stop.wait(), len(self.results) == self.num_epochs
-        is_due = stopping or at_end or self._save_is_late or self.total_steps % every == 0
-        self._unsaved.check(loop, bool(is_due))
-        if not is_due:
+        if not (stopping or at_end or self._save_is_late or self.total_steps % every == 0):
             return
         # Gradients that no step has taken are not saved: wait for the step.
         has_stepped = self._has_stepped or count_replays(self.state.optimizer) != self._replays
@@ -399,6 +398,7 @@ class Run:
         if self.state.step:  # at an epoch's end the evaluation has done so
             self._share_buffers()
         self._check_finite()
+        self._unsaved.check(loop)
         state.save(self.state, self._checkpoints, self.total_steps)
         if stopping and not at_end:
             self._checkpoints.wait()

@@ -27,6 +27,14 @@ from torchpar.training.train_state import TrainState
 _DEEPEST = 4  # objects within objects: a function within a dict of an attribute of a variable
 _MOST = 10_000  # objects that are looked at
 _FRAMES = 20  # functions between the loop and the end of its step
+# What a resumed run would lose of objects, by their kind.
+_LOST: dict[type, str] = {
+    AveragedModel: "the average of the weights",
+    GradScaler: "the scale of the gradients",
+    Optimizer: "the state of an optimizer",
+    LRScheduler: "the state of a learning-rate scheduler",
+    nn.Module: "the values of a module, which the loop changes",
+}
 # Objects of these packages hold no averages or scalers of a program.
 _FOREIGN = {"torch", "numpy", "torchvision", *sys.stdlib_module_names}
 
@@ -42,53 +50,50 @@ class Unsaved:
     def __init__(self, state: TrainState, task: object):
         self._state, self._task = state, task
         self._loop: CodeType | None = None
-        self._sums: dict[nn.Module, int] | None = None  # of modules, after the first step
+        self._sums: dict[int, int] = {}  # of objects before the first step, by their ids
+        self._held: list[Any] = []  # these objects, so that no other one gets the id of one
 
     def begin(self, loop: FrameType) -> None:
-        """Remember which function has the loop."""
-        self._loop = loop.f_code
+        """Remember the function that has the loop, and its variables before the first step."""
+        if self._loop is None:
+            self._loop = loop.f_code
+            self._held = [value for _, value in self._beside(loop)]
+            self._sums = {id(value): _sum(value) for value in self._held}
 
-    def check(self, step: FrameType, is_saved: bool) -> None:
-        """Look at the variables of the loop at the end of a step.
+    def check(self, step: FrameType) -> None:
+        """Look at the variables of the loop before a step is saved. Every rank must call this.
 
         Args:
             step: the frame that ends the step.
-            is_saved: whether the step is saved. Every rank then calls this.
 
         Raises:
             ConfigError: on every rank: a resumed run would lose something.
         """
-        if not is_saved and self._sums is not None:
-            return
-        found = [*self._beside(step)]
-        if self._sums is None:
-            self._sums = {x: _sum(x) for _, x in found if _is_module(x)}
-        if is_saved:
-            self._state.world.gather_results(lambda: self._refuse(found))
+        self._state.world.gather_results(lambda: self._refuse(step))
 
-    def _refuse(self, found: Iterable[tuple[str, Any]]) -> None:
-        for name, value in found:
-            if lost := self._lost(value):
-                kind = type(value).__name__
-                raise ConfigError(
-                    f"a resumed run would lose {lost}: {name}, of type {kind}, is in no "
-                    f'checkpoint; give Run(…, stateful={{"{name}": {name}}})'
-                )
+    def _refuse(self, step: FrameType) -> None:
+        for name, value in self._beside(step):
+            lost = next(words for kind, words in _LOST.items() if isinstance(value, kind))
+            if not self._is_used(value):
+                continue
+            kind = type(value).__name__
+            raise ConfigError(
+                f"a resumed run would lose {lost}: {name}, of type {kind}, is in no checkpoint; "
+                f'give Run(…, stateful={{"{name}": {name}}})'
+            )
 
-    def _lost(self, value: object) -> str:
-        """The state that a resumed run would lose, in words; none if it is ""."""
+    def _is_used(self, value: Any) -> bool:
+        """Whether the loop changes an object, or will: what is left of another run stays as it is.
+
+        An object that is newer than the first step may be made in each step, except for an average
+        and a scaler.
+        """
+        before = self._sums.get(id(value))
         if isinstance(value, AveragedModel):
-            return "the average of the weights"
+            return not int(value.n_averaged) or before != _sum(value)
         if isinstance(value, GradScaler):
-            return "the scale of the gradients" * value.is_enabled()
-        if isinstance(value, Optimizer):
-            return "the state of an optimizer"
-        if isinstance(value, LRScheduler):
-            return "the state of a learning-rate scheduler"
-        assert isinstance(value, nn.Module)
-        assert self._sums is not None
-        is_changed = value in self._sums and self._sums[value] != _sum(value)
-        return "the values of a module, which the loop changes" * is_changed
+            return value.is_enabled() and (before or 0) != _sum(value)
+        return before is not None and before != _sum(value)
 
     def _beside(self, step: FrameType) -> Iterator[tuple[str, Any]]:
         """The objects with a state that the task or the loop has, and the run does not."""
@@ -98,12 +103,12 @@ class Unsaved:
         kept |= {id(value) for _, value in _reachable([*state.stateful.items()])}
         own = {id(p) for p in state.model.parameters()}
         for name, value in _reachable([*self._variables(step), ("task", self._task)]):
-            if id(value) in kept or not isinstance(
-                value, nn.Module | GradScaler | Optimizer | LRScheduler
-            ):
-                continue
             # The model in another module, or the optimizer in another one, is the run's.
-            if not any(id(p) in own for p in _parameters(value)):
+            if (
+                isinstance(value, tuple(_LOST))
+                and id(value) not in kept
+                and not any(id(p) in own for p in _parameters(value))
+            ):
                 yield name, value
 
     def _variables(self, step: FrameType) -> Iterator[tuple[str, Any]]:
@@ -119,16 +124,10 @@ class Unsaved:
             yield from _globals(one.f_code, one.f_globals)
 
 
-def _is_module(value: object) -> bool:
-    """Whether it is a module, but for an average, which the loop changes at any time."""
-    return isinstance(value, nn.Module) and not isinstance(value, AveragedModel)
-
-
 def _parameters(value: object) -> list[Tensor]:
     if isinstance(value, Optimizer):
         return [p for group in value.param_groups for p in group["params"]]
-    is_copy = isinstance(value, AveragedModel)  # whose first parameters may be the model's
-    return [*value.parameters()] if isinstance(value, nn.Module) and not is_copy else []
+    return [*value.parameters()] if isinstance(value, nn.Module) else []
 
 
 def _globals(code: CodeType, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -156,7 +155,11 @@ def _within(name: str, value: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(value, FunctionType):
         cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
         held = [(word, cell.cell_contents) for word, cell in cells if _is_full(cell)]
-        held += _globals(value.__code__, value.__globals__)
+        held += [(name, one) for one in value.__defaults__ or ()]
+        held += [
+            *(value.__kwdefaults__ or {}).items(),
+            *_globals(value.__code__, value.__globals__),
+        ]
     elif isinstance(value, MethodType):
         held = [(name, value.__self__), (name, value.__func__)]
     elif isinstance(value, partial):
@@ -182,8 +185,18 @@ def _is_full(cell: Any) -> bool:
     return True
 
 
-def _sum(module: nn.Module) -> int:
-    """A checksum of the values of a module."""
-    tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
-    dense = [local(t) for t in tensors if t.layout == torch.strided and t.device.type != "meta"]
+def _sum(value: Any) -> int:
+    """A checksum of the state of an object; 0 of a scaler that has not scaled yet."""
+    if isinstance(value, LRScheduler):
+        return hash(value.last_epoch)
+    if isinstance(value, GradScaler):
+        # PyTorch's scaler makes its scale when it is first used.
+        is_new = getattr(value, "_scale", value) is None
+        return 0 if is_new else hash(tuple(value.state_dict().values()))
+    buffers = [*value.buffers()] if isinstance(value, nn.Module) else []
+    dense = [
+        local(t)
+        for t in (*_parameters(value), *buffers)
+        if t.layout == torch.strided and t.device.type != "meta"
+    ]
     return hash(tuple(checksum(t) for t in dense))
