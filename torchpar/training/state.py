@@ -11,6 +11,7 @@ other bits. Besides, it takes the tensors of split layers, which are no DTensors
 """
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import chain
@@ -167,6 +168,9 @@ def resume(state: TrainState, checkpoints: Checkpoints) -> bool:
         ) from e
     state.random_states = random
     restore_random_states(state)
+    if world.rank == 0 and "random.python" not in shapes:
+        said = f"checkpoint: {folder} is of an earlier version, which saved no random numbers of"
+        print(f"{said} Python and NumPy; these begin anew", file=sys.stderr, flush=True)
     if len(losses) == world.world_size:
         state.loss_sum = losses[world.rank]
     elif world.rank == 0:
