@@ -2,6 +2,7 @@
 """Models, optimizers and schedules of resumed runs, and the first difference of two outcomes."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,10 +79,10 @@ class Counting(torch.optim.SGD):
         return super().step(closure)
 
 
-def chain(model: nn.Module) -> torch.optim.Optimizer:
+def chain(muon: Any, model: nn.Module) -> torch.optim.Optimizer:
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
-    return ChainedOptimizer(Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.01))
+    return ChainedOptimizer(muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.01))
 
 
 def pair(model: nn.Module) -> torch.optim.Optimizer:
@@ -113,7 +114,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "RMSprop, centered": of("RMSprop", lr=0.01, centered=True, momentum=0.5),
     "LBFGS": of("LBFGS", lr=0.1, max_iter=3, history_size=3),
     "LBFGS, line search": of("LBFGS", max_iter=2, line_search_fn="strong_wolfe"),
-    "Muon and AdamW": chain,
+    "Muon and AdamW": partial(chain, Muon),
+    "PyTorch's Muon and AdamW": partial(chain, torch.optim.Muon),
     "SparseAdam and Adagrad": pair,
     "two modes": lambda model: TwoModes(model.parameters()),
     "values of other kinds": lambda model: Counting(model.parameters(), lr=0.05),

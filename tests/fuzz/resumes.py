@@ -88,7 +88,7 @@ def draw(rng: random.Random) -> Drawn:
         rng.choice([*SCHEDULES]),
         average,
         rng.choice(("none", "PyTorch's", "ours")) if not by_closure else "none",
-        rng.choice([*DTYPES]) if "Sparse" not in optimizer else "float32",
+        rng.choice([*DTYPES]),
         rng.random() < 0.5 and not by_closure,
         rng.choice(("none", "torch", "python", "numpy", "own", "own of NumPy")),
         rng.choice(
