@@ -215,6 +215,7 @@ def public_names() -> set[str]:
         "nn",
         "optim",
         "parallel",
+        "parallel.split.styles",
         "exact",
         "training",
         "errors",

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from layer_tools import LAYERS, OF_PYTORCH, STAND_INS, ByInheritance, outcome
 
 from torchpar.baselines import numpy_mlp
 from torchpar.nn import MLP, Linear, LinearMaxout, LinearSigmoid
@@ -134,6 +135,47 @@ def test_biases_begin_at_0_or_are_left_out():
     maxout = LinearMaxout(3, 4, bias=False)
     assert list(maxout.state_dict()) == ["weight"]
     assert maxout(torch.randn(2, 3)).shape == (2, 4)
+
+
+# What tools make of the layers. tests/test_clients.py has the tools for which others stand in.
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_tools_that_know_linear_layers_are_right_or_raise(layer):
+    of_stand_ins = {name: outcome(tool, LAYERS[layer]) for name, tool in STAND_INS.items()}
+    assert of_stand_ins == {
+        "adapter": "raises",
+        "replacement": "left as it is",
+        "initialization": "right",
+    }
+    of_pytorch = [outcome(tool, LAYERS[layer]) for tool in OF_PYTORCH.values()]
+    assert of_pytorch == ["right", "left as it is", "right"]
+
+
+def test_tools_are_wrong_with_a_layer_that_inherits_from_linear_or_is_not_asked():
+    wrong = [outcome(STAND_INS[name], ByInheritance) for name in ("adapter", "replacement")]
+    assert wrong == ["wrong"] * 2
+    assert [outcome(tool, Linear) for tool in STAND_INS.values()] == ["right"] * 3
+    not_asked = type("NotAsked", (LinearSigmoid,), {"_is_hf_initialized": False})
+    assert outcome(STAND_INS["initialization"], not_asked) == "wrong"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_looks_like_a_linear_layer(layer):
+    own, of_torch = LAYERS[layer](5, 3), torch.nn.Linear(5, 3)
+    assert not isinstance(own, torch.nn.Linear)
+    assert str(own) == str(of_torch).replace("Linear", layer)
+    assert [*own.state_dict()] == [*of_torch.state_dict()]
+    assert (own.in_features, own.out_features) == (5, 3)
+    assert str(LAYERS[layer](5, 3, bias=False)).endswith("bias=False)")
+
+
+@pytest.mark.parametrize("hidden", ["sigmoid", "relu", "tanh", "maxout"])
+def test_a_traced_mlp_has_the_values_of_the_mlp(hidden):
+    model, x = MLP([5, 7, 3], hidden), torch.randn(4, 5)
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(x), model(x))
+    assert not torch.equal(traced(-x), model(x))
 
 
 @pytest.mark.parametrize(

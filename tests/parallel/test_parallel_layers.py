@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from torchpar import reference
-from torchpar.nn import MLP, Linear, LinearMaxout, LinearSigmoid
+from torchpar.nn import HIDDEN_LAYERS, MLP, Linear, LinearMaxout, LinearSigmoid
 from torchpar.parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -181,6 +181,51 @@ def the_plain_references_are_right() -> None:
         assert_close(p.grad, q.grad, **TIGHT)
 
 
+def styles_and_shards_have_the_values_of_the_whole_model() -> None:
+    """`parallelize_module` by our styles, and `fully_shard`, of each kind of hidden layer."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    from torchpar.parallel.split import styles
+
+    mesh = tp_mesh()
+    orders = [styles.ColwiseParallel, styles.RowwiseParallel] * 2
+    for hidden in HIDDEN_LAYERS:
+        torch.manual_seed(0)
+        whole = MLP([6, 10, 8, 4], hidden, dtype=torch.float64)
+        x = torch.randn(5, 6, dtype=torch.float64)
+        expected = results(whole, x, None)
+        refused(
+            "ColwiseParallel currently only support",
+            ColwiseParallel()._apply,
+            whole.layers[0],
+            mesh,
+        )
+        sharded = copy.deepcopy(whole)
+        fully_shard(sharded.layers[0], mesh=mesh)
+        same_as_whole(fully_shard(sharded, mesh=mesh), x, expected)
+        for first in range(2):
+            plan = {f"layers.{i}": orders[first + i]() for i in range(3)}
+            given = mine(x, 1) if first else x
+            split = parallelize_module(copy.deepcopy(whole), mesh, plan)
+            same_as_whole(split, given, expected)
+            with torch.no_grad():
+                split.layers[0].weight.mul_(1.1)
+            with pytest.raises(AssertionError):
+                same_as_whole(split, given, expected)
+
+
+def same_as_whole(model: Any, x: Tensor, expected: dict[str, Tensor]) -> None:
+    """Compare a model of DTensors, whose last layer may return a shard, with the whole model."""
+    y = model(x)
+    is_shard = y.shape != expected["y"].shape
+    assert_close(y, mine(expected["y"], 1) if is_shard else expected["y"], **TIGHT)
+    y.sum().backward()
+    for name, p in model.named_parameters():
+        assert_close(p.grad.full_tensor(), expected[name], **TIGHT)
+        p.grad = None
+
+
 # Refusals
 
 
@@ -300,6 +345,7 @@ def different_shapes_are_refused_before_they_are_sent() -> None:
         (layers_keep_their_slices_of_the_weight_that_all_draw, 3),
         (errors_under_autocast_are_those_of_the_whole_model, 2),
         (the_plain_references_are_right, 2),
+        (styles_and_shards_have_the_values_of_the_whole_model, 2),
         (bad_arguments_are_named, 2),
         (second_derivatives_are_refused, 2),
         (different_layers_are_refused, 2),

@@ -44,7 +44,7 @@ SAME_WEIGHTS = (
 )
 
 
-class _ParallelLinear(nn.Linear):
+class _ParallelLinear(nn.LinearParameters):
     """A layer whose parameters are shards of an unsharded layer's parameters.
 
     Attributes:
@@ -97,7 +97,8 @@ class _ParallelLinear(nn.Linear):
             ValueError: another kind of layer, a second activation, different weights on different
                 ranks, or an error of the constructor.
         """
-        if not isinstance(linear, torch.nn.Linear) or type(linear) not in LINEAR_LAYERS:
+        known = isinstance(linear, torch.nn.Linear | nn.LinearParameters)
+        if not known or type(linear) not in LINEAR_LAYERS:
             raise ConfigError(
                 f"cannot split a {type(linear).__name__}, expected torch.nn.Linear or "
                 "torchpar.nn.Linear, LinearSigmoid, LinearReLU or LinearTanh"
@@ -120,7 +121,7 @@ class _ParallelLinear(nn.Linear):
         split._copy_shards(linear)
         return split.train(linear.training)
 
-    def _copy_shards(self, unsharded: torch.nn.Linear) -> None:
+    def _copy_shards(self, unsharded: torch.nn.Module) -> None:
         sizes = f"{type(self).__name__} of {self.in_features} to {self.out_features} features"
         drawn = {
             f"the {name} of a {sizes}": p
