@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
+from torchpar.library.flops import Formula
 from torchpar.library.kernel_search import TritonKernels
 from torchpar.library.private import (
     FunctionalTensorMode,
@@ -104,6 +105,7 @@ def triton_op(
     opaque: Callable[..., bool] = ...,
     trusted: bool = False,
     played: bool = True,
+    flops: Formula | None = None,
 ) -> Callable[[Function], "CustomOpDef"]: ...
 
 
@@ -119,6 +121,7 @@ def triton_op(
     opaque: Callable[..., bool] = ...,
     trusted: bool = False,
     played: bool = True,
+    flops: Formula | None = None,
 ) -> "CustomOpDef": ...
 
 
@@ -133,6 +136,7 @@ def triton_op(
     opaque: Callable[..., bool] = lambda *args, **kwargs: False,
     trusted: bool = False,
     played: bool = True,
+    flops: Formula | None = None,
 ) -> "CustomOpDef | Callable[[Function], CustomOpDef]":
     """Make an operator of a function that launches Triton kernels: `torch.library.triton_op`.
 
@@ -162,6 +166,7 @@ def triton_op(
             called for the first three calls with operands of the same layouts, or for the first if
             it is trusted. Give False for a function that depends on more than the layouts of its
             tensors and its other arguments, or that has an effect beside its results.
+        flops: what `FlopCounterMode` counts for a call, as `CustomOpDef.register_flops` takes it.
 
     Returns:
         A `CustomOpDef`, or a decorator that makes one.
@@ -214,6 +219,8 @@ def triton_op(
         triton_ops_to_kernels[op._qualname] = found  # type: ignore[assignment]
         if not takes_wrap:
             op.register_fake(fn)
+        if flops is not None:
+            op.register_flops(flops)
         return op
 
     return make if fn is None else make(fn)

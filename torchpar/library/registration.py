@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from torchpar.library.call_path import DispatchedOp, key_of
+from torchpar.library.flops import Formula, register_formula
 from torchpar.library.rules import Function, Gradient, VmapInfo
 from torchpar.library.sharding import sharding_rules
 from torchpar.library.tape import operators
@@ -217,6 +218,20 @@ class CustomOpDef(DispatchedOp):
         for device in ("cpu", "cuda") if device_type is None else (device_type,):
             rule = partial(self._autocast, device, cast_inputs, cast)
             self._lib.impl(self._name, rule, f"Autocast{key_of(device)}")
+
+    def register_flops(self, formula: Formula) -> Formula:
+        """Register what `torch.utils.flop_counter.FlopCounterMode` counts for a call.
+
+        Args:
+            formula: a function of the operator's arguments as a call gives them, with shapes in the
+                place of tensors, and of ``out_shape``, the shape of the result, or a tuple of
+                shapes. It returns the number of floating-point operations. All overloads of a name
+                share one formula. PyTorch counts 2·m·n·k for a product, and 0 for elementwise
+                operators.
+        """
+        base, _, _ = self._name.partition(".")
+        register_formula(getattr(getattr(torch.ops, self._namespace), base), formula)
+        return formula
 
     def register_sharding(self, rule: _F) -> _F:
         """Register a rule of sharding: the placements of DTensors that the operator can take.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The namespace of the operators, and their registration by `torchpar.library`."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,17 +15,20 @@ from torch.overrides import _get_current_function_mode_stack
 
 from torchpar.kernels import Wrap
 from torchpar.library import CustomOpDef, triton_op
+from torchpar.library.flops import Formula
 from torchpar.library.private import count_dispatch_modes, dispatch_modes
 from torchpar.library.rules import Context, Function
 from torchpar.library.transforms import is_plain
 
 NAMESPACE = "torchpar"
+Shape = tuple[int, ...]
 
 
 def operator(
     schema: str,
     *,
     kernels: Callable[[], ModuleType],
+    flops: Formula,
     opaque: Callable[..., bool] = lambda *args, **kwargs: False,
 ) -> Callable[[Function], CustomOpDef]:
     """`torchpar.library.triton_op` in this namespace.
@@ -33,6 +37,7 @@ def operator(
         schema: as in `torch.library.define`, without the namespace.
         kernels: imports the module that has the operator's kernels, for compilers' cache keys. It
             needs Triton.
+        flops: what `FlopCounterMode` counts for a call.
         opaque: a function of the arguments; where it returns True, compilers do not look into the
             operator.
     """
@@ -49,6 +54,7 @@ def operator(
         kernels=partial(_kernels, kernels),
         opaque=is_opaque,
         trusted=True,
+        flops=flops,
     )
 
 
@@ -61,6 +67,19 @@ def overloads(schema: str, **options: Any) -> Callable[[Function], list[CustomOp
     star = "" if "*" in arguments else "*, "
     schemas = schema, f"{arguments}, {star}str? precision{arrow}{result}"
     return lambda function: [operator(one, **options)(function) for one in schemas]
+
+
+def no_flops(*args: object, **kwargs: object) -> int:
+    """The floating-point operations of an elementwise operator, which PyTorch counts as 0, too."""
+    return 0
+
+
+def product_flops(a_shape: Shape, b_shape: Shape, *args: object, **kwargs: object) -> int:
+    """The floating-point operations of ``a @ b.mT``: 2·m·n·k for ``a (*, m, k)``, ``b (*, n, k)``.
+
+    What an operator adds to the product, or applies to it, is not counted, as by PyTorch.
+    """
+    return 2 * math.prod(a_shape) * b_shape[-2]
 
 
 # Inductor of torch 2.11 fails for an integer above int32 among the arguments of a kernel; Inductor

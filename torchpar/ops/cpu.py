@@ -10,6 +10,7 @@ The lower triangle of a symmetric product is computed in parts, and mirrored.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -171,17 +172,16 @@ def in_chains(terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None) ->
     return out
 
 
+def _is_halved_from(rows: int, columns: int) -> bool:
+    if columns >= _MANY_COLUMNS:
+        return rows >= _HALVED_FROM_WIDE
+    return rows >= _HALVED_FROM and (columns >= _FEW_COLUMNS or rows >= _HALVED_FROM_NARROW)
+
+
 def is_halved(x: Tensor) -> bool:
     """Whether X·Xᵀ is computed by its lower triangle, which compilers should leave alone."""
-    rows, columns = x.shape[-2:]
     # A compiler guards each answer, so that each question may cost another graph.
-    if x.is_cuda:
-        return False
-    if columns >= _MANY_COLUMNS:
-        is_large = rows >= _HALVED_FROM_WIDE
-    else:
-        is_large = rows >= _HALVED_FROM and (columns >= _FEW_COLUMNS or rows >= _HALVED_FROM_NARROW)
-    if not is_large:
+    if x.is_cuda or not _is_halved_from(*x.shape[-2:]):
         return False
     # AMX multiplies all rows as fast as half of the result in blocks.
     return computed_in(x.dtype) != torch.bfloat16 or not has_amx()
@@ -269,6 +269,22 @@ def _lower_triangle(lo: int, hi: int, blocks: int) -> Iterator[tuple[slice, slic
     yield slice(middle, hi), slice(lo, middle)
     yield from _lower_triangle(lo, middle, blocks // 2)
     yield from _lower_triangle(middle, hi, blocks - blocks // 2)
+
+
+def symmetric_flops(shape: tuple[int, ...]) -> int:
+    """The floating-point operations of X·Xᵀ, or of another symmetric product, by X's shape alone.
+
+    For ``(*, n, k)`` they are 2·k for each element that is computed: for all n² of them, or for
+    those of the blocks of `_HALF_BLOCK` rows on and below the diagonal, from the sizes on from
+    which a CPU computes the lower triangle in blocks. oneDNN's blocks are larger, and a kernel's
+    tiles have other sizes.
+    """
+    n, k = shape[-2:]
+    computed = n * n
+    if _is_halved_from(n, k):
+        parts = _lower_triangle(0, n, max(round(n / _HALF_BLOCK), 1))
+        computed = sum((rows.stop - rows.start) * (to.stop - to.start) for rows, to in parts)
+    return 2 * math.prod(shape[:-2]) * computed * k
 
 
 def mirror_(h: Tensor) -> Tensor:

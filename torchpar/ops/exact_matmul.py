@@ -19,7 +19,7 @@ from torchpar.kernels import Wrap
 from torchpar.library import batch_first, sample
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.ops import exact_digits
-from torchpar.ops._operator import check_strided, operator, save_operands
+from torchpar.ops._operator import check_strided, operator, product_flops, save_operands
 from torchpar.ops.sizes import check_alike, has_symbols
 
 
@@ -115,6 +115,7 @@ def _kernels() -> ModuleType:
 @operator(
     "exact_matmul(Tensor a, Tensor b) -> Tensor",
     kernels=_kernels,
+    flops=product_flops,  # of the plain product, for any number of products of digits
     opaque=lambda a, b: not a.is_cuda,
 )
 def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:

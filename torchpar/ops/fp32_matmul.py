@@ -21,7 +21,7 @@ from torch import Tensor
 from torchpar.kernels import Wrap
 from torchpar.library import batch_first
 from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
-from torchpar.ops._operator import is_emulating, operator, runs_kernels
+from torchpar.ops._operator import is_emulating, operator, product_flops, runs_kernels
 from torchpar.ops.matrix import fp32_precision, rows
 
 
@@ -36,7 +36,11 @@ def _kernels() -> ModuleType:
     return fp32_matmul
 
 
-@operator("fp32_matmul(Tensor a, Tensor b, *, str precision) -> Tensor", kernels=_kernels)
+@operator(
+    "fp32_matmul(Tensor a, Tensor b, *, str precision) -> Tensor",
+    kernels=_kernels,
+    flops=product_flops,
+)
 def _op(a: Tensor, b: Tensor, *, precision: str, wrap: Wrap) -> Tensor:
     shape = *a.shape[:-1], b.shape[-2]
     if 0 in shape or a.shape[-1] == 0:  # the kernel expects a number

@@ -34,8 +34,10 @@ from torchpar.ops._operator import (
     is_emulating,
     is_exact,
     is_seen_whole,
+    no_flops,
     operator,
     overloads,
+    product_flops,
     runs_kernels,
     supports_tma,
 )
@@ -221,7 +223,9 @@ def _compute(
 
 
 _op, _op_of_precision = overloads(
-    "linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", kernels=_kernels
+    "linear_sigmoid(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    kernels=_kernels,
+    flops=product_flops,
 )(_compute)
 _sigmoid_gradient = torch.ops.aten.sigmoid_backward.default
 
@@ -344,7 +348,9 @@ def _backward_kernels() -> ModuleType:
 
 
 @operator(
-    "linear_sigmoid_backward(Tensor g, Tensor y) -> (Tensor, Tensor)", kernels=_backward_kernels
+    "linear_sigmoid_backward(Tensor g, Tensor y) -> (Tensor, Tensor)",
+    kernels=_backward_kernels,
+    flops=no_flops,
 )
 def _backward_op(g: Tensor, y: Tensor, *, wrap: Wrap) -> tuple[Tensor, Tensor]:
     if not runs_kernels(y):

@@ -26,7 +26,14 @@ from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import needs_formula
 from torchpar.ops import cpu, fp32
-from torchpar.ops._operator import is_emulating, operator, overloads, runs_kernels, supports_tma
+from torchpar.ops._operator import (
+    is_emulating,
+    operator,
+    overloads,
+    product_flops,
+    runs_kernels,
+    supports_tma,
+)
 from torchpar.ops.matrix import (
     check_dtype,
     fp32_precision,
@@ -133,7 +140,10 @@ def _compute(x: Tensor, *, precision: str | None = None, wrap: Wrap) -> Tensor:
 # Inductor would fuse the blocks of the CPU path into one slower kernel, and compile it for half a
 # minute.
 _op, _op_of_precision = overloads(
-    "matmul_t(Tensor x) -> Tensor", kernels=_kernels, opaque=lambda x, **_: cpu.is_halved(x)
+    "matmul_t(Tensor x) -> Tensor",
+    kernels=_kernels,
+    flops=lambda x_shape, **_: cpu.symmetric_flops(x_shape),
+    opaque=lambda x, **_: cpu.is_halved(x),
 )(_compute)
 
 
@@ -202,6 +212,8 @@ def _backward_formula(g: Tensor, x: Tensor, precision: str | None = None) -> Ten
 @operator(
     "matmul_t_backward(Tensor g, Tensor x) -> Tensor",
     kernels=_kernels,
+    # All of (G + Gᵀ)·X. A GPU takes two such products of float16.
+    flops=lambda g_shape, x_shape, **_: product_flops(g_shape, (*x_shape[:-2], *x_shape[:-3:-1])),
     opaque=lambda g, x: cpu.is_halved(x),
 )
 def _backward_op(g: Tensor, x: Tensor, *, wrap: Wrap) -> Tensor:

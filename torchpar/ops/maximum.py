@@ -29,6 +29,7 @@ from torchpar.library.transforms import needs_formula
 from torchpar.ops._operator import (
     check_strided,
     is_emulating,
+    no_flops,
     operator,
     runs_kernels,
     save_operands,
@@ -96,7 +97,7 @@ def _kernels() -> ModuleType:
     return maximum
 
 
-@operator("maximum(Tensor a, Tensor b) -> Tensor", kernels=_kernels)
+@operator("maximum(Tensor a, Tensor b) -> Tensor", kernels=_kernels, flops=no_flops)
 def _op(a: Tensor, b: Tensor, *, wrap: Wrap) -> Tensor:
     if not (a.is_cuda or b.is_cuda or is_emulating(a, b)):
         device = _device(a, b)
@@ -250,6 +251,7 @@ def _maximum_sharding(a: Spec, b: Spec) -> list[Sharding]:
     "maximum_backward(Tensor g, Tensor a, Tensor b, bool need_a=True, bool need_b=True)"
     " -> (Tensor, Tensor)",
     kernels=_kernels,
+    flops=no_flops,
 )
 def _backward_op(
     g: Tensor, a: Tensor, b: Tensor, need_a: bool = True, need_b: bool = True, *, wrap: Wrap

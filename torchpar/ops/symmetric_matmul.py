@@ -239,6 +239,7 @@ _op, _op_of_precision = overloads(
     "symmetric_matmul(Tensor a, Tensor b, Tensor? c=None, *, float alpha=1.0, float? beta=None) "
     "-> Tensor",
     kernels=_kernels,
+    flops=lambda a_shape, *args, **kwargs: cpu.symmetric_flops(a_shape),
     opaque=lambda a, *args, **kwargs: cpu.is_halved(a),
 )(_compute)
 
@@ -315,6 +316,7 @@ for _each in (_op, _op_of_precision):
     "symmetric_addmm_(Tensor(a!) h, Tensor a, Tensor b, *, float alpha, float beta, "
     "str? precision=None) -> ()",
     kernels=_kernels,
+    flops=lambda h_shape, a_shape, *args, **kwargs: cpu.symmetric_flops(a_shape),
     opaque=lambda *args, **kwargs: True,
 )
 def _addmm_op(

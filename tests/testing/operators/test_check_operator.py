@@ -39,6 +39,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 
 GRADIENTS = faulty.GRADIENTS
 SAMPLES = [(normal(5, 4), normal(6, 4, seed=1))]
+NO_FORMULA = (
+    "FlopCounterMode counts 0 operations for it; register_flops of torchpar.library, or "
+    "triton_op(…, flops=…), takes a formula"
+)
 
 
 def outcomes(table: OperatorTable) -> dict[str, str]:
@@ -442,7 +446,7 @@ def test_the_command(capsys: Any) -> None:
         == 1
     )
     found = json.loads(capsys.readouterr().out)
-    assert (found["ok"], found["notes"]) == (False, [])
+    assert (found["ok"], found["notes"]) == (False, [NO_FORMULA])
     assert [row["outcome"] for row in found["rows"]] == ["works", "wrong"]
     assert _command_in_process("torchpar", "--samples", f"{here}SAMPLES")[0] == 2
 
@@ -643,6 +647,15 @@ def test_a_limit_is_a_positive_number_of_seconds(limit: str, capsys: Any) -> Non
     assert f"--limit: '{limit}', expected a positive number of seconds\n" in capsys.readouterr().err
 
 
+def test_a_table_says_that_an_operator_has_no_formula_of_its_operations() -> None:
+    op = faulty.make("counted")
+    assert NO_FORMULA in check_operator(op, SAMPLES, rules="values").notes
+    of_pytorch = check_operator(torch.add, SAMPLES_OF_ONE_SHAPE, rules="values")
+    assert NO_FORMULA not in of_pytorch.notes
+    op.register_flops(lambda *shapes, **_: 0)
+    assert NO_FORMULA not in check_operator(op, SAMPLES, rules="values").notes
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the note is another where there is a GPU")
 def test_a_table_says_that_no_kernel_for_a_gpu_has_run() -> None:
     table = check_operator(torch.ops.torchpar.matmul_t.default, [(normal(4, 3),)], rules="values")
@@ -655,10 +668,11 @@ def test_a_table_says_that_no_kernel_for_a_gpu_has_run() -> None:
     assert table.played.endswith("has run if a tape can hold them, which --emulate sm_90 tries")
     assert table.as_dict()["notes"] == list(table.notes)
     op = faulty.make("of_cuda")
-    assert check_operator(op, SAMPLES, rules="values").notes == ()
+    assert check_operator(op, SAMPLES, rules="values").notes == (NO_FORMULA,)
     op.register_kernel("cuda", faulty.kernel)
     table = check_operator(op, SAMPLES, rules="values")
     assert table.notes == (
+        NO_FORMULA,
         "no GPU: the operator's CUDA kernels were not run; "
         'emulate="sm_90", or --emulate sm_90, executes Triton kernels on this CPU',
     )

@@ -98,7 +98,8 @@ def check_operator(
         with warnings.catch_warnings(action="ignore"), _without_warnings_of_loops():
             if emulate is None:
                 counted = WATCHED.counted(names, "rows", len(names))
-                rows, notes = [try_rule(rule, cases) for rule in counted], _notes(overload, cases)
+                rows = [try_rule(rule, cases) for rule in counted]
+                notes = (*_flop_notes(overload), *_notes(overload, cases))
             else:
                 rows, notes = emulated_rows(names, cases, emulate), ()
             return OperatorTable(cases[0].name, rows, notes, _played(cases[0], emulate))
@@ -184,3 +185,15 @@ def _notes(overload: Operator | None, cases: list[Case]) -> tuple[str, ...]:
     kind = "Triton" if is_triton else "CUDA"
     way = 'emulate="sm_90", or --emulate sm_90, executes Triton kernels on this CPU'
     return (f"{reason}: the operator's {kind} kernels were not run; {way}",)
+
+
+def _flop_notes(overload: Operator | None) -> tuple[str, ...]:
+    """A sentence on an operator of which `FlopCounterMode` knows no formula."""
+    from torch.utils.flop_counter import flop_registry  # imports Triton
+
+    if overload is None or overload.namespace in BUILT_IN:
+        return ()
+    if overload._overloadpacket in flop_registry:
+        return ()
+    way = "register_flops of torchpar.library, or triton_op(…, flops=…), takes a formula"
+    return (f"FlopCounterMode counts 0 operations for it; {way}",)
