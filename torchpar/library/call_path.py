@@ -2,6 +2,8 @@
 """Dispatch of a call: from autograd through an operator's rules to its kernel, and errors."""
 
 import re
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from inspect import getmodule
 from traceback import walk_tb
@@ -217,10 +219,13 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
             and not self._mutated
             and is_transformed(args)
         )
+        is_exporting = _is_in_onnx_export()
         if self._formula and (
-            transformed or (self._decompose and self._decompose(*args, **kwargs))
+            transformed or is_exporting or (self._decompose and self._decompose(*args, **kwargs))
         ):
             return self._formula(*args, **kwargs)
+        if is_exporting:
+            self._warn_of_onnx()
         if transformed:
             return self._call_transformed(keyset, args, kwargs)
         if torch.is_grad_enabled() and _any_requires_grad(args):
@@ -420,6 +425,18 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
             "no tensors; register one by register_vmap"
         )
 
+    def _warn_of_onnx(self) -> None:
+        """Warn that PyTorch cannot translate this operator for ONNX, unless somebody tells it how.
+
+        Whether a translation is given, only the exporter knows.
+        """
+        warnings.warn(
+            f"{self._qualname} has no formula, and stays one operator in the export to ONNX; "
+            f"translate it by custom_translation_table={{torch.ops.{self._opoverload}: …}}, or "
+            "register a formula by register_autograd",
+            stacklevel=2,
+        )
+
     def _refusal_of_transforms(self) -> str:
         return (
             f"{self._qualname} writes to an argument, which torch.func and forward mode cannot "
@@ -445,6 +462,12 @@ class DispatchedOp(torch.library.CustomOpDef):  # type: ignore[name-defined, mis
                 f"{self._qualname} has no kernel for the CPU; register one by "
                 'register_kernel("cpu"), or execute its Triton kernels by python -m nogpu'
             )
+
+
+def _is_in_onnx_export() -> bool:
+    """`torch.onnx.is_in_onnx_export`, without the import of `torch.onnx`."""
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
 
 
 def _any_requires_grad(values: Iterable[object]) -> bool:
