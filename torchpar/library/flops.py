@@ -56,5 +56,5 @@ class _CounterFinder(MetaPathFinder):
             while _waiting:
                 _register(counter, *_waiting.popitem())
 
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_register  # type: ignore[assignment, method-assign]
         return spec

@@ -97,8 +97,9 @@ class _ParallelLinear(nn.LinearParameters):
             ValueError: another kind of layer, a second activation, different weights on different
                 ranks, or an error of the constructor.
         """
-        known = isinstance(linear, torch.nn.Linear | nn.LinearParameters)
-        if not known or type(linear) not in LINEAR_LAYERS:
+        if type(linear) not in LINEAR_LAYERS or not isinstance(
+            linear, torch.nn.Linear | nn.LinearParameters
+        ):
             raise ConfigError(
                 f"cannot split a {type(linear).__name__}, expected torch.nn.Linear or "
                 "torchpar.nn.Linear, LinearSigmoid, LinearReLU or LinearTanh"

@@ -9,6 +9,7 @@ others. These styles do the same with them. They are in no `__init__`, since DTe
 import.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -65,7 +66,7 @@ def _distributed(
     style: Any,
     layer: LinearParameters,
     mesh: DeviceMesh,
-    placements: dict[str, Placement],
+    placements: Mapping[str, Placement],
     needed: Placement,
 ) -> Module:
     """Shard a layer's parameters, and convert its input and its result.
@@ -83,13 +84,13 @@ def _distributed(
             )
             module.register_parameter(name, Parameter(sharded, requires_grad=p.requires_grad))
 
-    def take(_: Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> Tensor:
+    def take(_: Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> Any:
         x = inputs[0]
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, mesh, style.input_layouts, run_check=False)
         return x.redistribute(placements=[needed])
 
-    def give(_: Module, y: DTensor, __: DeviceMesh) -> Tensor:
+    def give(_: Module, y: DTensor, __: DeviceMesh) -> Any:
         y = y.redistribute(placements=style.output_layouts)
         return y.to_local() if style.use_local_output else y
 
