@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from torchpar.console import cache_remedy, can_print, stop_printing
 from torchpar.errors import AllRanksError, ConfigError, RankLostError, TorchparError, first_line
+from torchpar.parallel.launch.processes import restarts_left
 from torchpar.parallel.launch.rank_info import RankInfo, find_rank_info
 from torchpar.training.outcome import Stopped
 
@@ -39,7 +40,8 @@ def ending() -> Iterator[None]:
     and longer with wrong flags: if rank 0 has failed too, the launcher has ended this rank by then.
     mpirun may not; then wrong flags are of this rank alone where rank 0 waits for it. It
     does not wait with an error of its own, of which rank 0 would only say that this rank is lost.
-    SIGINT ends with status 130, and a pipe whose reader has left, such as head, with 141.
+    A run that a signal has stopped ends with 128 and the number of the signal, as a shell reports
+    it: SIGINT with 130, SIGTERM with 143, and a pipe whose reader has left, such as head, with 141.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -59,8 +61,11 @@ def ending() -> Iterator[None]:
         _end(line_of(_reason(e)), is_own=_is_own(e))
     except Stopped as e:
         if _rank() == 0:
-            print(f"{e}; the state is saved, the same command resumes from it", flush=True)
-        sys.exit(130 if e.signal == signal.SIGINT else 0)
+            said = f"{e}; the state is saved, the same command resumes from it"
+            _is_told_by_torchrun(f"{Path(sys.argv[0]).name}: {said}\n", time.time())
+            with suppress(OSError):  # the terminal was closed, which SIGHUP tells
+                print(said, flush=True)
+        sys.exit(128 + e.signal)
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports SIGINT
 
@@ -174,11 +179,7 @@ def _is_told_by_torchrun(said: str, failed: float) -> bool:
     torchrun ends count as failed, too, by whole seconds; so this one has failed a second before.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    starts, restarts = (
-        int(os.environ.get(f"TORCHELASTIC_{name}", "0"))
-        for name in ("RESTART_COUNT", "MAX_RESTARTS")
-    )
-    if not file or starts < restarts:
+    if not file or restarts_left():
         return False
     more = {"py_callstack": f"\n{said.rstrip()}", "timestamp": str(int(failed) - 1)}
     Path(file).write_text(json.dumps({"message": {"message": said, "extraInfo": more}}))

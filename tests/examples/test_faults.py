@@ -50,6 +50,7 @@ def train_alone(rank: int, world_size: int, port: int, *flags: str) -> tuple[int
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(address, RANK=str(rank), WORLD_SIZE=str(world_size))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     return lesson("train_parallel", *flags)
 
 
@@ -129,11 +130,14 @@ FAULTS = [  # flags, fault of one rank, exit status of the others, the line abou
     ),
     pytest.param(
         "--pp 3 --micro-batches 5 --async-save",
-        *(2, signal.SIGTERM, 0, "stopped by SIGTERM; the state is saved"),
+        *(2, signal.SIGTERM, 143, "stopped by SIGTERM; the state is saved"),
         marks=slow,
     ),
     pytest.param(
         "--tp 3", 0, signal.SIGINT, 130, "stopped by SIGINT; the state is saved", marks=slow
+    ),
+    pytest.param(
+        "--dp 2", 1, signal.SIGHUP, 129, "stopped by SIGHUP; the state is saved", marks=slow
     ),
     pytest.param("--dp 2", 0, signal.SIGKILL, 2, "rank 0 does not answer", marks=slow),
 ]
@@ -203,6 +207,25 @@ def test_torchrun_is_stopped_and_the_same_command_goes_on(ranks, data, undisturb
     assert latest(folder) != f"step-{STEPS}"
     assert ranks(2, train, *command) == ["", ""]
     is_undisturbed(folder, undisturbed("--dp 2"))
+
+
+@slow
+@pytest.mark.parametrize("number, restarts", [(signal.SIGTERM, 0), (signal.SIGQUIT, 3)])
+def test_a_run_that_is_stopped_by_a_signal_to_one_rank_is_no_success(
+    data, tmp_path, number, restarts
+):
+    """Nor is it started again. torchrun would do either, by the status of the ranks."""
+    folder = tmp_path / "saved"
+    command = [TRAIN, *data, "--epochs", "1000", *saving(folder, every=5)]
+    process = torchrun(f"--max_restarts={restarts}", *command)
+    wait_for(lambda: latest(folder), 0.01)
+    os.kill(living_ranks(process.pid)[-1], number)
+    out, err = process.communicate(timeout=60)
+    line = f"stopped by {number.name}; the state is saved, the same command resumes from it"
+    assert (process.returncode, out.count(line), "resumed" in out) == (1, 1, False), out + err
+    assert latest(folder) == steps(folder)[-1]
+    end = f"got signal: {number}" if restarts else f"train_parallel.py: {line}"
+    assert end in "".join(err.splitlines()[-2:]), err  # the last lines of torchrun's report
 
 
 def choose_moment(folder: Path, generator: random.Random, ended: Callable[[], bool]) -> None:

@@ -1,12 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""Signals that end a command: put off while processes start, raised, ignored, and never lost."""
+"""Signals that end a command: put off while processes start, raised, ignored, and never lost.
+
+And the one that ends torchrun with a run that was stopped.
+"""
 
 import signal
+import subprocess
+import sys
 import time
+from unittest.mock import patch
 
 import pytest
 
-from torchpar.parallel.launch.processes import ENDING, Terminated, putting_off_signals, terminable
+from torchpar.parallel.launch import processes
+from torchpar.parallel.launch.processes import (
+    ENDING,
+    Terminated,
+    putting_off_signals,
+    stop_torchrun,
+    terminable,
+)
 
 pytestmark = pytest.mark.usefixtures("ending_signals")
 
@@ -54,3 +67,33 @@ def test_an_ignored_signal_stays_ignored():
         handler = signal.getsignal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     assert signal.getsignal(signal.SIGTERM) != handler  # the block's
+
+
+@pytest.mark.parametrize(
+    "starts, restarts, parent, is_sent",
+    [
+        ("0", "3", sys.executable, True),
+        ("3", "3", sys.executable, False),  # torchrun starts nothing again
+        ("0", "3", "/bin/sh", False),  # a script between torchrun and its rank
+        (None, None, sys.executable, False),
+    ],
+)
+def test_torchrun_is_stopped_where_it_would_start_the_ranks_again(
+    monkeypatch, starts, restarts, parent, is_sent
+):
+    for name, value in (("RESTART_COUNT", starts), ("MAX_RESTARTS", restarts)):
+        monkeypatch.delenv(f"TORCHELASTIC_{name}", raising=False)
+        if value is not None:
+            monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    wait = ["-c", "input()"] if parent == sys.executable else ["-c", "read line"]
+    with subprocess.Popen([parent, *wait], stdin=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 30
+        while parent == sys.executable and not processes._runs_python(process.pid):  # it forks
+            assert time.monotonic() < deadline
+        with (
+            patch.object(processes.os, "getppid", lambda: process.pid),
+            patch.object(processes.os, "kill") as kill,
+        ):
+            stop_torchrun(signal.SIGHUP)
+        process.stdin.close()
+    assert [call.args for call in kill.mock_calls] == [(process.pid, signal.SIGHUP)] * is_sent

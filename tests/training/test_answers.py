@@ -18,6 +18,7 @@ from torchpar.training.outcome import Stopped
 from torchpar.training.stop import StopSignal
 
 SAVES = "received {}: the run stops after the next step, and saves it; "
+HANDLED = answers.STOPPING
 ENDS = "received {}: the run ends when the present operation has ended; "
 
 
@@ -55,7 +56,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Heard]:
     one = Heard()
     monkeypatch.setattr(answers, "PATIENCE", 0.01)
     monkeypatch.setattr(answers, "logger", SimpleNamespace(warning=one.say))
-    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    defaults = dict.fromkeys(HANDLED, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
     before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield one
     for number, handler in before.items():
@@ -70,7 +71,7 @@ def world(rank: int = 0) -> Any:
 
 def handle() -> None:
     """As `StopSignal` does, keep the signals from ending the program."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in HANDLED:
         signal.signal(number, lambda *_: None)
 
 
@@ -79,6 +80,8 @@ def handle() -> None:
     [
         (signal.SIGINT, False, f"{SAVES}press Ctrl-C again to end it at once, without saving"),
         (signal.SIGTERM, False, f"{SAVES}SIGKILL ends it at once"),
+        (signal.SIGHUP, False, f"{SAVES}SIGKILL ends it at once"),
+        (signal.SIGQUIT, False, f"{SAVES}SIGKILL ends it at once"),
         (signal.SIGINT, True, f"{SAVES}torchrun kills it after 7 s"),
         (signal.SIGTERM, True, f"{SAVES}torchrun kills it after 7 s"),
     ],
@@ -87,20 +90,23 @@ def test_a_run_that_saves_says_when_it_stops(monkeypatch, heard, number, torchru
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(torchrun))
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "7")
     handle()
-    with answering_signals(world(), saves=True):
+    with answering_signals(world(), HANDLED):
         heard.compute(number)
         assert heard.lines == [line.format(number.name)]
 
 
 def test_a_run_without_a_checkpoint_says_that_it_ends(heard):
-    with pytest.raises(KeyboardInterrupt), answering_signals(world(), saves=False):
+    with pytest.raises(KeyboardInterrupt), answering_signals(world(), ()):
         heard.compute(signal.SIGINT)
     line = ENDS.format("SIGINT") + "press Ctrl-C again to end it at once"
     assert heard.lines == [line]
 
 
 def test_a_run_after_one_that_was_stopped_is_answered_too(heard):
-    with contextlib.suppress(Stopped), StopSignal(SimpleNamespace(device="cpu")) as stop:
+    with (
+        contextlib.suppress(Stopped),
+        StopSignal(SimpleNamespace(device="cpu", local_rank=0)) as stop,
+    ):
         stop._largest = signal.SIGINT  # as after the all-reduce of its step
         raise Stopped(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
@@ -115,7 +121,7 @@ def test_another_rank_is_silent_and_every_rank_ends_at_a_second_ctrl_c(monkeypat
         answers, "os", SimpleNamespace(**vars(os) | {"_exit": lambda n: heard.say(ended.append(n))})
     )
     handle()
-    with answering_signals(world(rank=1), saves=True):
+    with answering_signals(world(rank=1), HANDLED):
         os.kill(os.getpid(), signal.SIGINT)  # which this thread handles at once
         heard.compute(signal.SIGINT)
         assert ended == [130]
@@ -130,7 +136,7 @@ def test_a_program_that_catches_ctrl_c_is_not_ended(monkeypatch, heard):
         answers, "os", SimpleNamespace(**vars(os) | {"_exit": lambda n: heard.say(ended.append(n))})
     )
     monkeypatch.setattr(answers, "PATIENCE", 0.2)
-    with answering_signals(world(), saves=False):
+    with answering_signals(world(), ()):
         for _ in range(3):
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
@@ -154,7 +160,7 @@ def test_a_handler_that_the_program_sets_in_a_run_is_its_own(heard):
     def own(number: int, _frame: object) -> None:
         received.append(number)
 
-    with answering_signals(world(), saves=False):
+    with answering_signals(world(), ()):
         signal.signal(signal.SIGINT, own)
         signal.raise_signal(signal.SIGINT)
         ctypes.CDLL(None).usleep(100_000)
@@ -169,7 +175,7 @@ def test_a_run_that_ends_at_once_says_nothing_and_others_still_hear_of_signals(m
     os.set_blocking(writing, False)
     before = signal.set_wakeup_fd(writing)
     try:
-        with answering_signals(world(), saves=True):
+        with answering_signals(world(), HANDLED):
             os.kill(os.getpid(), signal.SIGTERM)
         assert os.read(reading, 1) == bytes([signal.SIGTERM])
         assert signal.set_wakeup_fd(before) == writing
@@ -182,14 +188,19 @@ def test_a_run_that_ends_at_once_says_nothing_and_others_still_hear_of_signals(m
 
 
 def test_signals_of_others_are_not_answered(heard):
-    """A SIGINT that the program handles, a SIGTERM without a checkpoint, and a thread's run."""
+    """A SIGINT that the program handles, others without a checkpoint, and a thread's run."""
     handle()
-    with answering_signals(world(), saves=False):
-        for number in (signal.SIGINT, signal.SIGTERM):
+    with answering_signals(world(), ()):
+        for number in HANDLED:
             os.kill(os.getpid(), number)
 
+    with answering_signals(world(), [signal.SIGTERM]):  # the program handles the others
+        os.kill(os.getpid(), signal.SIGHUP)
+        ctypes.CDLL(None).usleep(100_000)
+    assert heard.lines == []
+
     def within_a_thread() -> None:
-        with answering_signals(world(), saves=True):
+        with answering_signals(world(), HANDLED):
             assert "answering_signals" not in [one.name for one in threading.enumerate()]
 
     thread = threading.Thread(target=within_a_thread)

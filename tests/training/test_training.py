@@ -4,6 +4,7 @@ refused."""
 
 import contextlib
 import dataclasses
+import faulthandler
 import gc
 import itertools
 import math
@@ -233,6 +234,60 @@ def test_signals_are_ignored_only_while_the_process_leaves(world):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    "lost, local_rank, sent", [(False, 0, [signal.SIGHUP]), (True, 0, []), (False, 1, [])]
+)
+def test_the_first_rank_of_a_machine_stops_torchrun_unless_it_has_ended(
+    world, monkeypatch, lost, local_rank, sent
+):
+    stopped: list[int] = []
+    monkeypatch.setattr("torchpar.training.stop.stop_torchrun", stopped.append)
+    monkeypatch.setattr("torchpar.training.stop.has_lost_torchrun", lambda: lost)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        of_rank = dataclasses.replace(world, local_rank=local_rank)
+        with contextlib.suppress(Stopped), StopSignal(of_rank) as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            received.start_all_reduce()
+            raise Stopped(received.wait())
+        with StopSignal(world) as received:  # of a run that goes on to its end
+            os.kill(os.getpid(), signal.SIGHUP)
+            received.start_all_reduce()
+            assert received.wait() == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert stopped == sent
+
+
+HANDLED = {  # by what happens at SIGHUP before the run; whether the run takes it
+    "the process ends": (signal.SIG_DFL, True),
+    "nohup ignores it": (signal.SIG_IGN, False),
+    "the program handles it": (print, False),
+    "faulthandler writes a traceback": (faulthandler, False),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
+@pytest.mark.parametrize("handler, is_taken", HANDLED.values(), ids=HANDLED)
+def test_sighup_and_sigquit_stop_a_run_where_they_would_end_it(world, number, handler, is_taken):
+    before = signal.signal(number, signal.SIG_DFL if handler is faulthandler else handler)
+    try:
+        if handler is faulthandler:
+            faulthandler.register(number)
+        of_program = signal.getsignal(number)
+        with StopSignal(world) as stop:
+            assert (signal.getsignal(number) != of_program) == (number in stop.signals) == is_taken
+            if is_taken:
+                os.kill(os.getpid(), number)
+            stop.start_all_reduce()
+            assert stop.wait() == (number if is_taken else 0)
+            stop._largest = 0  # as if the run had not stopped
+        assert signal.getsignal(number) == of_program
+    finally:
+        faulthandler.unregister(number)
+        signal.signal(number, before)
 
 
 def error_of_training(averaged: bool, changed_in: int, optimizer: str = "sgd") -> str:

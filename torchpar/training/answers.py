@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Answer SIGINT and SIGTERM at once, also while the main thread computes or waits.
+"""Answer signals at once that stop a run, also while the main thread computes or waits.
 
 Python calls the handlers of signals in the main thread, between two operations. One operation, such
 as a collective that waits for another rank, can take minutes. Python's C code writes the number of
@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
@@ -26,12 +26,18 @@ logger = logging.getLogger(__name__)
 PATIENCE = 0.5  # seconds in which most runs have ended, and need no answer
 AGAIN = 1.0  # seconds after a second SIGINT in which the main thread ends by itself
 HANDLED = b"\0"  # no signal has this number
+# Signals by which a run that has a checkpoint is saved, and ends. Windows has only the first two.
+STOPPING = [
+    signal.Signals[name]
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+    if hasattr(signal, name)
+]
 
 Handler = Callable[[int, FrameType | None], object]
 
 
 @contextmanager
-def answering_signals(world: World, saves: bool) -> Iterator[None]:
+def answering_signals(world: World, saves_at: Collection[int]) -> Iterator[None]:
     """Log on rank 0 how the run ends after a signal, and end this process at a second SIGINT.
 
     A program that catches the KeyboardInterrupt, such as a debugger, goes on, and no signal is left
@@ -39,8 +45,8 @@ def answering_signals(world: World, saves: bool) -> Iterator[None]:
     main thread, which alone may ask for signals, nothing is answered.
 
     Args:
-        saves: whether the run stops after a step and saves it, instead of ending by
-            KeyboardInterrupt.
+        saves_at: signals after which the run stops after a step and saves it. Where there are none,
+            it ends by KeyboardInterrupt.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -48,10 +54,10 @@ def answering_signals(world: World, saves: bool) -> Iterator[None]:
     restore_handlers()
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    handlers = _handlers(writer, saves)
+    handlers = _handlers(writer, saves_at)
     old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    answer = _Answer(reader, before, handlers, world.rank == 0, saves)
+    answer = _Answer(reader, before, handlers, world.rank == 0, bool(saves_at))
     thread = threading.Thread(target=answer.run, name="answering_signals", daemon=True)
     thread.start()
     try:
@@ -69,7 +75,7 @@ def restore_handlers() -> None:
     """Set the earlier handlers again, if the program has caught the `Stopped` of its run."""
     if isinstance(sys.exception(), Stopped):
         return
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPPING:
         handler = signal.getsignal(number)
         if isinstance(handler, partial) and handler.func is unless_stopped:
             signal.signal(number, handler.args[0])
@@ -83,7 +89,7 @@ def unless_stopped(before: Handler | int | None, number: int, _frame: FrameType 
     os.kill(os.getpid(), number)
 
 
-def _handlers(writer: socket.socket, saves: bool) -> dict[int, Handler]:
+def _handlers(writer: socket.socket, saves_at: Collection[int]) -> dict[int, Handler]:
     """By signal, the present handler, which first writes that it was called.
 
     Without a checkpoint SIGTERM, and a SIGINT that the program handles, are not ours.
@@ -97,11 +103,11 @@ def _handlers(writer: socket.socket, saves: bool) -> dict[int, Handler]:
 
         return call
 
-    present = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    present = {n: signal.getsignal(n) for n in {signal.SIGINT, *saves_at}}
     return {
         number: noting(handler)
         for number, handler in present.items()
-        if callable(handler) and (saves or handler is signal.default_int_handler)
+        if callable(handler) and (saves_at or handler is signal.default_int_handler)
     }
 
 

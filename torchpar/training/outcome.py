@@ -50,7 +50,7 @@ class EpochResult:
 
 
 class Stopped(Exception):
-    """A rank received SIGTERM or SIGINT. All ranks have saved the same step.
+    """A rank received a signal, such as SIGTERM. All ranks have saved the same step.
 
     Attributes:
         signal: its number.

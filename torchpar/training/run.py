@@ -131,7 +131,8 @@ class Run:
             loss when it is to be saved. On every rank.
         RuntimeError: a loop that leaves out a step's end, or an epoch's beginning or end, or was
             left in an epoch.
-        Stopped: after SIGTERM or SIGINT, if there is a ``checkpoint``. On every rank.
+        Stopped: after SIGTERM, SIGINT, SIGHUP or SIGQUIT, if there is a ``checkpoint``. On every
+            rank.
     """
 
     def __init__(
@@ -207,7 +208,9 @@ class Run:
                 stack.enter_context(naming_silent_ranks(self.world, self._steps_in_epoch))
             if self._checkpoints is not None:
                 self._stop = stack.enter_context(StopSignal(self.world))
-            stack.enter_context(answering_signals(self.world, self._checkpoints is not None))
+            stack.enter_context(
+                answering_signals(self.world, self._stop.signals if self._stop else ())
+            )
             self._stack = stack.pop_all()
         return self
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TICK = 0.3  # seconds between two looks whether torchrun lives
 _watched = 0  # the process whose launcher a thread watches; a fork has no such thread
+_launcher = 0  # this launcher
 # Windows has no SIGHUP.
 ENDING = [signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -55,10 +56,10 @@ def end_with_launcher(speaks: bool) -> None:
     Args:
         speaks: log why the ranks end: one rank on each machine.
     """
-    global _watched
+    global _watched, _launcher
     if _watched == os.getpid():
         return
-    _watched, launcher = os.getpid(), os.getppid()
+    _watched, _launcher = os.getpid(), (launcher := os.getppid())
 
     def watch() -> None:
         while os.getppid() == launcher:
@@ -83,12 +84,60 @@ def end_with_launcher(speaks: bool) -> None:
     threading.Thread(target=watch, name="end_with_launcher", daemon=True).start()
 
 
+def has_lost_torchrun() -> bool:
+    """Whether the torchrun of `end_with_launcher` has ended, so that this rank's signal is ours."""
+    return _watched == os.getpid() and os.getppid() != _launcher
+
+
 def shutdown_timeout() -> float:
     """The seconds that torchrun gives its ranks to end after a signal."""
     try:
         return max(float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")), 0.0)
     except ValueError:
         return 30.0
+
+
+def restarts_left() -> bool:
+    """Whether torchrun would start the ranks again if one ended with another status than 0."""
+    starts, restarts = (
+        int(os.environ.get(f"TORCHELASTIC_{name}", "0"))
+        for name in ("RESTART_COUNT", "MAX_RESTARTS")
+    )
+    return starts < restarts
+
+
+def stop_torchrun(number: int) -> None:
+    """End torchrun by the signal ``number`` if it would start the ranks again that were stopped.
+
+    torchrun takes ranks that end with status 0 for a success, and starts ranks again that end with
+    another status. When it has received a signal it does neither: it ends with status 1, whatever
+    its ranks return. One rank on each machine calls this, as soon as no rank needs another.
+
+    Nothing is sent where torchrun did not start this process itself, such as by a shell script.
+    """
+    launcher = os.getppid()
+    if restarts_left() and _runs_python(launcher):
+        os.kill(launcher, number)
+
+
+def _runs_python(pid: int) -> bool:
+    """Whether a process runs the same Python: no shell, and not who adopts the orphans."""
+    if sys.platform != "linux":
+        return pid != 1
+    with suppress(OSError):
+        return os.path.samefile(f"/proc/{pid}/exe", "/proc/self/exe")
+    return False
+
+
+def has_default_handler(number: int) -> bool:
+    """Whether a signal has its default effect, and neither Python nor C handles it."""
+    if signal.getsignal(number) != signal.SIG_DFL:
+        return False
+    with suppress(OSError):  # faulthandler.register sets handlers that Python does not know
+        status = Path("/proc/self/status").read_text()
+        handled = int(status.partition("SigCgt:")[2].split()[0], 16)
+        return not handled >> (number - 1) & 1
+    return True
 
 
 def die_with_parent(number: signal.Signals) -> None:
