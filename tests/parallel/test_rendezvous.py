@@ -60,6 +60,17 @@ MASTER = {"MASTER_ADDR": "m", "MASTER_PORT": "1234"}
         (MPICH | MASTER | {"PMI_SIZE": "4"}, (1, 1, 4, 2, "m", 1234, "mpich")),
         ({"SLURM_PROCID": "0"}, None),  # a shell in an allocation
         (SLURM | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),  # salloc
+        # srun -n 1, and shells of salloc, in a job of several tasks
+        (SLURM | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, None),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "interactive"}, None),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "job.sbatch"}, None),
+        ({"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, None),
+        ({"MV2_COMM_WORLD_RANK": "0", "MV2_COMM_WORLD_SIZE": "1"}, None),
+        # Ranks that mpirun starts in a job of SLURM, or where WORLD_SIZE is exported.
+        (
+            OPENMPI | {"SLURM_NTASKS": "2", "WORLD_SIZE": "2"},
+            (1, 1, 2, 2, "127.0.0.1", None, "openmpi"),
+        ),
     ],
 )
 def test_rank_info_of_each_launcher(env, expected):
@@ -87,6 +98,20 @@ def test_rank_info_of_each_launcher(env, expected):
         (MPICH | {"PMI_SIZE": "4", "MASTER_ADDR": "m"}, "-genv MASTER_ADDR"),
         (SLURM, "srun started several tasks"),
         (SLURM | {"PMI_RANK": "4", "PMI_SIZE": "7"}, "srun started several tasks"),  # --mpi=pmi2
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "srun started several tasks"),
+        (
+            {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "job.sbatch"},
+            "this job of SLURM has 4 tasks (SLURM_NTASKS), and srun did not start this process; ",
+        ),
+        (
+            MASTER | {"WORLD_SIZE": "2", "LOCAL_RANK": "1"},
+            "WORLD_SIZE is 2 and RANK is not set, expected both; start the ranks by torchrun or",
+        ),
+        ({"WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, "RANK is not set"),
+        (
+            {"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2"},
+            "MVAPICH2 started 2 processes (MV2_COMM_WORLD_SIZE), expected torchrun, or mpirun of",
+        ),
     ],
 )
 def test_bad_variables_are_named(env, message):

@@ -58,7 +58,8 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
 
     Raises:
         ConfigError: a variable is missing or out of range, the ranks span machines without
-            MASTER_ADDR and MASTER_PORT, or srun started several tasks without torchrun.
+            MASTER_ADDR and MASTER_PORT, or this is one of several processes that nothing here
+            tells its rank: of srun without torchrun, of MVAPICH2, or with a WORLD_SIZE alone.
     """
     # mpirun comes before SLURM: in an allocation its ranks inherit the SLURM variables of its
     # daemons.
@@ -70,11 +71,8 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
         launcher, job = "openmpi", env.get("PMIX_NAMESPACE")
     elif "PMI_RANK" in env and ("MPI_LOCALRANKID" in env or "SLURM_STEP_ID" not in env):
         launcher = "mpich"  # it names no job; srun --mpi=pmi2 sets PMI_RANK, too
-    elif env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-        raise ConfigError(
-            "srun started several tasks, expected one torchrun per node: examples/cluster"
-        )
     else:
+        _check_alone(env)
         return None
     rank, world_size, local_rank, local_world_size = (
         _number_in_environment(env, name) for name in _VARIABLES[launcher]
@@ -104,6 +102,37 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
     return RankInfo(
         rank, local_rank, world_size, local_world_size, address or "127.0.0.1", port, launcher
     )
+
+
+def _check_alone(env: Mapping[str, str]) -> None:
+    """Refuse one of several processes that nothing tells its rank.
+
+    Each of them would train alone, on all samples, and write the same files.
+    """
+    if env.get("SLURM_STEP_NUM_TASKS", "1") != "1" or env.get("SLURM_PROCID", "0") != "0":
+        raise ConfigError(
+            "srun started several tasks, expected one torchrun per node: examples/cluster"
+        )
+    if env.get("MV2_COMM_WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            f"MVAPICH2 started {env['MV2_COMM_WORLD_SIZE']} processes (MV2_COMM_WORLD_SIZE), "
+            "expected torchrun, or mpirun of Open MPI or MPICH; start the ranks by one of them"
+        )
+    if env.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            f"WORLD_SIZE is {env['WORLD_SIZE']} and RANK is not set, expected both; start the "
+            "ranks by torchrun or mpirun, or set RANK on each, or unset WORLD_SIZE for one process"
+        )
+    # srun -n 1 is a step of one task. In a shell of salloc a person starts processes one by one.
+    is_step = "SLURM_STEP_NUM_TASKS" in env or "SLURM_STEP_ID" in env
+    if not is_step and env.get("SLURM_JOB_NAME") not in ("interactive", "bash"):
+        tasks = env.get("SLURM_NTASKS", "1")
+        if tasks != "1":
+            raise ConfigError(
+                f"this job of SLURM has {tasks} tasks (SLURM_NTASKS), and srun did not start this "
+                "process; start one torchrun per node as examples/cluster does, or one process by "
+                "srun -n 1"
+            )
 
 
 def _number_in_environment(env: Mapping[str, str], name: str) -> int:
