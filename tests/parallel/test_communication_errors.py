@@ -67,6 +67,32 @@ def test_a_lost_rank_comes_with_what_to_do(
         assert "\n" not in said
 
 
+@pytest.mark.parametrize("local_world_size", [1, 2])
+def test_machines_that_gloo_does_not_connect_are_told_of_its_address(
+    monkeypatch: pytest.MonkeyPatch, local_world_size: int
+) -> None:
+    """On one machine the other rank has ended."""
+    monkeypatch.setattr(rendezvous, "missing_ranks", lambda *_: [1])
+    monkeypatch.setattr(rendezvous, "gloo_address", lambda: "10.7.0.1")
+    error = RuntimeError(
+        "Gloo connectFullMesh failed with [/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:9] "
+        "timed out connecting: SO_ERROR: Connection refused, remote=[172.17.0.1]:23462$1"
+    )
+    assert is_communication_error(error)
+    info = RankInfo(0, 0, 2, local_world_size, "127.0.0.1", 1, "env")
+    said = str(_explain(error, dist.HashStore(), info))  # type: ignore[attr-defined]
+    if local_world_size == 2:
+        assert said.startswith("rank 1 does not answer (Gloo connectFullMesh failed with ")
+        assert said.endswith("); look at the output of rank 1")
+    else:
+        assert said == (
+            "gloo did not connect rank 0 to rank 1 (timed out connecting: SO_ERROR: Connection "
+            "refused, remote=[172.17.0.1]:23462$1); look at the output of rank 1; where it runs, "
+            "let GLOO_SOCKET_IFNAME on each machine name the interface that leads to the others, "
+            "such as eth0: gloo listens at 10.7.0.1 here"
+        )
+
+
 def test_an_interface_that_is_not_there_is_a_plain_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none")
     error = error_of(

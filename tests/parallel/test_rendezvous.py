@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -28,7 +29,14 @@ from torch.distributed import DistError
 
 from torchpar.errors import ConfigError, RankLostError
 from torchpar.parallel import join_world
-from torchpar.parallel.launch import local, processes, rendezvous, settings, world
+from torchpar.parallel.launch import (
+    interface,
+    local,
+    processes,
+    rendezvous,
+    settings,
+    world,
+)
 from torchpar.parallel.launch.local import Ranks
 from torchpar.parallel.launch.rank_info import RankInfo, find_rank_info
 from torchpar.parallel.launch.rendezvous import connect, missing_ranks
@@ -45,6 +53,7 @@ OPENMPI |= {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "prterun-host-7
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 SLURM = {"SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_ID": "0"}
 MASTER = {"MASTER_ADDR": "m", "MASTER_PORT": "1234"}
+ELSEWHERE = "203.0.113.7"  # an address of documentation, which no machine has
 
 
 @pytest.mark.parametrize(
@@ -315,6 +324,65 @@ def test_ranks_with_the_same_settings_are_taken(agent):
         assert all(isinstance(one, dist.PrefixStore) for one in found), found
 
 
+@pytest.mark.parametrize(
+    "addresses, machines, ranks",
+    [
+        (["127.0.1.1", "10.7.0.2"], ["a", "b"], "rank 0"),
+        (["127.0.0.1", "::1"], ["a", "b"], "ranks 0, 1"),
+        (["127.0.0.1", "127.0.0.1"], ["a", "a"], ""),  # two torchruns on one machine
+        (["10.7.0.1", ""], ["a", "b"], ""),  # the second has GLOO_SOCKET_IFNAME
+        (["127.0.0.1", "127.0.0.1"], ["", ""], ""),  # it is not known
+    ],
+)
+def test_ranks_that_other_machines_do_not_reach_are_refused_by_each(
+    agent, monkeypatch, addresses, machines, ranks
+):
+    """gloo would wait for its timeout, and name a lost rank."""
+    monkeypatch.setattr(rendezvous, "LATER", 0.5)
+
+    def told(mine: Settings, **values: Any) -> Settings:
+        if "gloo" in values:
+            values = {"gloo": addresses[mine.rank], "machine": machines[mine.rank]}
+        return replace(mine, **values)
+
+    monkeypatch.setattr(rendezvous, "replace", told)
+    found = outcomes_of(agent.port, of(2, 2, local_size=1), "torchrun")
+    if not ranks:
+        assert all(isinstance(one, dist.PrefixStore) for one in found), found
+        return
+    name = re.escape(addresses[0])
+    for error in found:
+        assert isinstance(error, ConfigError), error
+        line = rf"^gloo listens at {name} on {ranks}, since the host's name has no other address "
+        assert re.match(
+            line + r"there \(process \d+ on .*\), .* export GLOO_SOCKET_IFNAME on", str(error)
+        )
+
+
+@pytest.mark.parametrize(
+    "found, given, address",
+    [
+        (["127.0.1.1"], "", "127.0.1.1"),
+        ([ELSEWHERE, "127.0.0.1"], "", "127.0.0.1"),
+        ([ELSEWHERE], "", "127.0.0.1"),
+        ([], "", "127.0.0.1"),
+        (["127.0.1.1"], "eth0", ""),
+    ],
+)
+def test_the_address_of_gloo_is_that_of_the_host_name(monkeypatch, found, given, address):
+    def look_up(name: str, port: None, **_: Any) -> list[Any]:
+        if not found:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [resolve(one, port, type=socket.SOCK_STREAM)[0] for one in found]
+
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", given)
+    assert interface.gloo_address() == address
+    assert interface.is_loopback(address) == bool(address)
+    assert not interface.is_loopback(ELSEWHERE)
+
+
 def test_versions_are_compared_without_their_builds(monkeypatch):
     infos = [RankInfo(rank, rank, 2, 2, "127.0.0.1", 1, "env") for rank in range(2)]
     mine = Settings.of(infos[0])
@@ -422,6 +490,9 @@ def test_a_host_that_cannot_be_found_is_named_at_once_on_each_rank(monkeypatch, 
         pass
     with pytest.raises(ConfigError, match=r"resolve the MASTER_ADDR 'x+' \(.*label too long"):
         ask("x" * 64, rank)
+    of_torchrun = RankInfo(rank, rank, 2, 2, "no.invalid", 29400, "torchrun")
+    with pytest.raises(ConfigError, match=r"start torchrun with --local_addr and that add"):
+        connect(of_torchrun, timedelta(seconds=60))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(2))
     with pytest.raises(ConfigError, match=r"resolve the MASTER_ADDR 'a' \(no answer within 0\.1 s"):
         ask("a", rank)
@@ -434,9 +505,6 @@ def test_a_name_server_that_answers_later_is_asked_again(monkeypatch):
     monkeypatch.setattr(rendezvous, "TCPStore", Mock(side_effect=OSError("has been found")))
     with pytest.raises(ConfigError, match="has been found"):
         ask("a")
-
-
-ELSEWHERE = "203.0.113.7"  # an address of documentation, which no machine has
 
 
 def test_rank_0_on_a_machine_without_the_address_says_so(monkeypatch):

@@ -5,6 +5,7 @@ import errno
 import importlib.util
 import json
 import runpy
+import socket
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -73,6 +74,34 @@ def test_situations(area, name, replaced, by, finding):
     assert found.state == state
     assert found.value.startswith(value)
     assert found.remedy.startswith(remedy)
+
+
+@pytest.mark.parametrize(
+    "found, state, value",
+    [
+        ("127.0.0.1", "ok", "box, 127.0.0.1; ranks on several machines need GLOO_SOCKET_IFNAME"),
+        ("203.0.113.7", "note", "box has only addresses of other machines; torchrun takes them"),
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "problem",
+         "box has no address (Name or service not known); torchrun waits for one, and starts no"),
+        (TimeoutError(), "problem", "box has no address (no answer within 10 s); torchrun waits"),
+    ],
+)  # fmt: skip
+def test_a_host_name_for_which_torchrun_waits(monkeypatch, found, state, value):
+    def look_up(name: str, port: None, **_: object) -> object:
+        assert name == "box"
+        if isinstance(found, Exception):
+            raise found
+        return resolve(found, port, type=socket.SOCK_STREAM)
+
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(socket, "gethostname", lambda: "box")
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    finding = doctor.host_name()
+    assert (finding.name, finding.state) == ("host name", state)
+    assert finding.value.startswith(value)
+    remedy = "torchrun --local_addr=127.0.0.1 for ranks on this machine, or write the name into "
+    assert finding.remedy == ("" if state == "ok" else remedy + "/etc/hosts")
+    assert next(doctor.communication()) == finding
 
 
 @pytest.mark.parametrize(

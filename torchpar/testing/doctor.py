@@ -13,6 +13,7 @@ import io
 import json
 import os
 import platform
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -27,6 +28,8 @@ from torchpar.errors import ConfigError, first_line
 from torchpar.library import player
 from torchpar.ops.environment import cpuinfo
 from torchpar.optional import INSTALL_NOGPU, has_nogpu
+from torchpar.parallel.launch.interface import address_of_host, is_loopback
+from torchpar.parallel.launch.rendezvous import LOOKUP, run_in_daemon
 from torchpar.testing.operators.compare import accurate, same_bits
 from torchpar.testing.operators.tensors import normal_like
 
@@ -210,6 +213,7 @@ def emulator() -> Iterator[Finding]:
 
 
 def communication() -> Iterator[Finding]:
+    yield host_name()
     try:
         group: Any = dist.ProcessGroupGloo(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]
         group.allreduce([torch.ones(1)]).wait()
@@ -219,6 +223,26 @@ def communication() -> Iterator[Finding]:
         if "GLOO_SOCKET_IFNAME" in os.environ:
             remedy = "unset GLOO_SOCKET_IFNAME, which names no interface"
         yield Finding("gloo", first_line(e), "problem", remedy)
+
+
+def host_name() -> Finding:
+    """Whether this host's name has an address, which torchrun takes for that of rank 0."""
+    name = socket.gethostname()
+    remedy = (
+        "torchrun --local_addr=127.0.0.1 for ranks on this machine, or write the name into "
+        "/etc/hosts"
+    )
+    try:
+        address = run_in_daemon(address_of_host).result(LOOKUP)
+    except (OSError, UnicodeError) as e:  # TimeoutError is an OSError
+        reason = getattr(e, "strerror", None) or str(e) or f"no answer within {LOOKUP:g} s"
+        fault = f"{name} has no address ({reason}); torchrun waits for one, and starts no rank"
+        return Finding("host name", fault, "problem", remedy)
+    if not address:
+        fault = f"{name} has only addresses of other machines; torchrun takes them for this one's"
+        return Finding("host name", fault, "note", remedy)
+    more = "; ranks on several machines need GLOO_SOCKET_IFNAME" if is_loopback(address) else ""
+    return Finding("host name", f"{name}, {address}{more}")
 
 
 def operators() -> Iterator[Finding]:

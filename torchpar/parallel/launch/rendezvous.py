@@ -19,24 +19,29 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from torchpar.errors import ConfigError, RankLostError
+from torchpar.parallel.launch.interface import (
+    Address,
+    gloo_address,
+    is_of_this_machine,
+    machine,
+)
 from torchpar.parallel.launch.rank_info import RankInfo
 from torchpar.parallel.launch.settings import (
     Settings,
     find_fault,
     find_local_fault,
+    find_unreachable,
     two_processes,
 )
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-# Family, kind, protocol, canonical name, and host and port: of `socket.getaddrinfo`.
-_Address = tuple[Any, Any, int, str, Any]
 POLL = 0.02  # seconds between two requests to the store
 KNOCK = 0.1  # seconds between two attempts to reach a host that does not listen yet
 LOOKUP = 10.0  # seconds for a name server that does not answer, or not now
@@ -62,7 +67,8 @@ def connect(info: RankInfo, timeout: timedelta, backend: str = "") -> Store:
     Raises:
         ConfigError: settings that differ between ranks, or a RANK that two processes have; a name
             that cannot be resolved, an address that is not that of rank 0's machine, no store at
-            the address, or a port that is taken or privileged.
+            the address, a port that is taken or privileged, or ranks on several machines of which
+            one lets gloo listen at its loopback interface.
         RankLostError: a rank did not join.
     """
     # torchrun's agent keeps its server over restarts (torch.distributed.elastic's
@@ -76,9 +82,11 @@ def connect(info: RankInfo, timeout: timedelta, backend: str = "") -> Store:
     hosts = info.rank == 0 and info.launcher != "torchrun"
     limit = timeout.total_seconds() + LATER
     mine = Settings.of(info, backend)
+    if backend == "gloo" and info.local_world_size < info.world_size:
+        mine = replace(mine, machine=machine(), gloo=gloo_address_within(timeout))
     addresses = _resolve(info, min(LOOKUP, timeout.total_seconds()))
     try:
-        if hosts and not any(map(_is_of_this_machine, addresses)):
+        if hosts and not any(map(is_of_this_machine, addresses)):
             _check_reaches_itself(info)
         if not hosts:
             _wait_for_host(info, timeout)
@@ -103,6 +111,13 @@ def connect(info: RankInfo, timeout: timedelta, backend: str = "") -> Store:
     return PrefixStore(f"start{start}", store)
 
 
+def gloo_address_within(timeout: timedelta) -> str:
+    """Return `gloo_address`, or "" where the name server does not answer."""
+    with suppress(TimeoutError):
+        return run_in_daemon(gloo_address).result(min(LOOKUP, timeout.total_seconds()))
+    return ""
+
+
 def _code_of(error: Exception) -> str:
     return errno.errorcode.get(error.errno or 0, "") if isinstance(error, OSError) else ""
 
@@ -124,7 +139,7 @@ def _why_not_connected(error: Exception) -> str:
     return line
 
 
-def _resolve(info: RankInfo, patience: float) -> list[_Address]:
+def _resolve(info: RankInfo, patience: float) -> list[Address]:
     """Return the addresses of the store's host.
 
     PyTorch would try again until its timeout, and then not say that the name is the fault.
@@ -137,7 +152,7 @@ def _resolve(info: RankInfo, patience: float) -> list[_Address]:
     """
     deadline = time.monotonic() + patience
 
-    def look_up() -> list[_Address]:
+    def look_up() -> list[Address]:
         while True:
             try:
                 return socket.getaddrinfo(info.address, info.port, type=socket.SOCK_STREAM)
@@ -150,19 +165,13 @@ def _resolve(info: RankInfo, patience: float) -> list[_Address]:
         return run_in_daemon(look_up).result(patience + KNOCK)
     except (OSError, UnicodeError) as e:  # UnicodeError: what no name may be, such as 64 letters
         reason = getattr(e, "strerror", None) or str(e) or f"no answer within {patience:g} s"
+        how = "set MASTER_ADDR on each rank, to 127.0.0.1"
+        if info.launcher == "torchrun":  # which takes the name of its machine
+            how = "start torchrun with --local_addr and that address, 127.0.0.1"
         raise ConfigError(
             f"rank {info.rank} cannot resolve the MASTER_ADDR {info.address!r} ({reason}), "
-            "expected the name or the address of rank 0's machine; set MASTER_ADDR on each rank, "
-            "to 127.0.0.1 for ranks on one machine"
+            f"expected the name or the address of rank 0's machine; {how} for ranks on one machine"
         ) from e
-
-
-def _is_of_this_machine(address: _Address) -> bool:
-    family, kind, protocol, _, (host, _, *scope) = address
-    with suppress(OSError), socket.socket(family, kind, protocol) as s:
-        s.bind((host, 0, *scope))
-        return True
-    return False
 
 
 def _check_reaches_itself(info: RankInfo) -> None:
@@ -364,7 +373,7 @@ def _welcome(store: Store, mine: Settings, timeout: timedelta, hosts: bool) -> i
     if fault:
         roll.hear_late_ones()
         fault = roll.call()
-    fault = fault or find_local_fault(roll.answers)
+    fault = fault or find_local_fault(roll.answers) or find_unreachable(roll.answers)
     roll.close(fault=fault)
     if fault:
         raise ConfigError(fault)

@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 
+from torchpar.parallel.launch.interface import is_loopback
 from torchpar.parallel.launch.rank_info import RankInfo, first_difference
 
 # What every rank must have been given alike, by its name in messages, and what to do.
@@ -33,6 +34,8 @@ class Settings:
         shared: the values of `SHARED`, as text.
         process: where it runs, for messages.
         number: tells processes apart that come to one store.
+        machine: as `interface.machine`; "" where the ranks are on one machine, or nothing tells.
+        gloo: the address at which gloo listens, likewise.
     """
 
     rank: int
@@ -40,6 +43,8 @@ class Settings:
     shared: dict[str, str]
     process: str
     number: int = 0
+    machine: str = ""
+    gloo: str = ""
 
     @classmethod
     def of(cls, info: RankInfo, backend: str = "") -> Self:
@@ -105,3 +110,18 @@ def find_local_fault(by_rank: Sequence[Settings]) -> str:
     difference = first_difference([{"LOCAL_WORLD_SIZE": one.local_world_size} for one in by_rank])
     assert difference
     return f"{difference[1]}, expected the number of ranks on its machine; set it so on each rank"
+
+
+def find_unreachable(settings: Sequence[Settings]) -> str:
+    """The line about ranks that those on other machines do not reach by gloo; "" without any."""
+    machines = {one.machine for one in settings}
+    hidden = sorted((one for one in settings if is_loopback(one.gloo)), key=lambda one: one.rank)
+    if len(machines) == 1 or "" in machines or not hidden:
+        return ""
+    first, ranks = hidden[0], ", ".join(str(one.rank) for one in hidden)
+    return (
+        f"gloo listens at {first.gloo} on rank{'s' * (len(hidden) > 1)} {ranks}, since the host's "
+        f"name has no other address there ({first.process}), expected one that the other machines "
+        "reach; export GLOO_SOCKET_IFNAME on each machine, with the name of the network interface "
+        "that leads to the others, such as eth0"
+    )

@@ -282,6 +282,14 @@ def _explain(error: RuntimeError, store: Store, info: RankInfo) -> TorchparError
     ranks = f"rank {', '.join(map(str, missing))}" if missing else "the others"
     fault = f"{ranks} does not answer" if missing else "ranks lost each other"
     remedy = f"look at the output of {ranks}"
+    if "connectFullMesh" in reason and info.local_world_size < info.world_size:
+        fault = f"gloo did not connect rank {info.rank} to {ranks}"
+        reason = reason.partition("] ")[2] or reason  # behind gloo's own file
+        address = rendezvous.gloo_address_within(timedelta(seconds=PATIENCE))
+        remedy += (
+            "; where it runs, let GLOO_SOCKET_IFNAME on each machine name the interface that leads "
+            f"to the others, such as eth0: gloo listens at {address or 'that interface'} here"
+        )
     if "Timed out" in reason:  # it may only be slow
         remedy += ", or take a longer timeout"
     return RankLostError(f"{fault} ({reason}); {remedy}", missing)
