@@ -2,17 +2,23 @@
 """Checkpoints: every bit back, kills during saves, damage, forgery, full disks, and other
 meshes."""
 
+import errno
+import fcntl
 import json
 import os
 import pickle
 import resource
 import shutil
+import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -26,6 +32,7 @@ from torchpar.data import Samples
 from torchpar.errors import ConfigError
 from torchpar.nn import MLP
 from torchpar.parallel.launch.world import join_world
+from torchpar.parallel.save import checkpoint
 from torchpar.parallel.save.checkpoint import MANIFEST, Checkpoint, Checkpoints, write_manifest
 from torchpar.parallel.split.mlp import parallel_mlp
 from torchpar.parallel.split.pipeline import stage_mlp
@@ -326,10 +333,16 @@ def test_ranks_that_see_different_folders_are_told_so(ranks, tmp_path):
     assert not steps(tmp_path / "0")  # nor a part
 
 
-def make_run(model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: Any) -> Run:
+def make_run(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: Any,
+    checkpoint: CheckpointConfig | None = None,
+) -> Run:
     samples = Samples(torch.zeros(9, 2), torch.zeros(9, dtype=torch.int64), ("a",))
     scheduler = LambdaLR(optimizer, lambda step: 1 - step / 9)
-    return Run(model, optimizer, scheduler, world, Classification(samples, samples, 1), epochs=1)
+    task = Classification(samples, samples, 1)
+    return Run(model, optimizer, scheduler, world, task, epochs=1, checkpoint=checkpoint)
 
 
 def pass_on(
@@ -390,15 +403,86 @@ def test_a_checkpoint_goes_from_mesh_to_mesh_with_every_bit(ranks, tmp_path, opt
             ranks(2, partial(pass_on, tmp_path / "0", tmp_path / "other", others, optimizer, tp=2))
 
 
-def save_once(folder: Path) -> None:
-    with join_world("cpu") as world:
-        Checkpoints(CheckpointConfig(folder), world).save(3, content(3), {})
+HOLDS = """
+import fcntl, json, os, sys, time
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.lockf(file, fcntl.LOCK_EX)
+holder = {"process": os.getpid(), "launcher": int(sys.argv[2]), "host": sys.argv[3]}
+os.write(file, json.dumps(holder).encode())
+print(flush=True)
+time.sleep(float(sys.argv[4]))
+"""
 
 
-def test_one_run_at_a_time_saves_to_a_folder(ranks, two):
-    with pytest.raises(ConfigError, match=r"another run saves to .*use another folder"):
-        ranks(1, save_once, two.folder)
-    assert steps(two.folder) == ["step-1", "step-2"]
+@contextmanager
+def held(folder: Path, launcher: int = 0, host: str = "", seconds: float = 60.0) -> Iterator[int]:
+    """Let another process lock ``folder``, as the rank 0 of a run does, and end later."""
+    folder.mkdir(exist_ok=True)
+    where = host or socket.gethostname()
+    arguments = [str(folder / ".lock"), str(launcher), where, str(seconds)]
+    command = [sys.executable, "-c", HOLDS, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"\n"
+        yield process.pid
+        process.kill()
+
+
+@pytest.mark.parametrize("has_torchrun", [False, True])
+def test_one_run_at_a_time_saves_to_a_folder(world, tmp_path, monkeypatch, capsys, has_torchrun):
+    """The second one is refused before its first step, which waits for no save of the first."""
+    monkeypatch.setattr(checkpoint, "LINGER", 0.2)
+    with held(tmp_path, launcher=os.getpid() if has_torchrun else 0) as other:
+        message = (
+            rf"another run saves to .* \(process {other} on .*\); wait for its end, or use another"
+        )
+        config = CheckpointConfig(tmp_path)
+        model = MLP([4, 2])
+        optimizer = sgd(model, 0.1, 0.9, 0.0)
+        run = make_run(model, optimizer, world, config)
+        with pytest.raises(ConfigError, match=message), run:
+            run.resume()
+        with pytest.raises(ConfigError, match=message):
+            Checkpoints(config, world).save(3, content(3), {})
+    assert capsys.readouterr().err == ""
+    assert not [*tmp_path.glob("[!.]*")]
+    Checkpoints(config, world).save(3, content(3), {})
+    assert steps(tmp_path) == ["step-3"]
+
+
+@pytest.mark.parametrize("launcher, host", [(1, ""), (0, "elsewhere")])
+def test_a_run_waits_for_ranks_that_may_end(world, tmp_path, monkeypatch, capsys, launcher, host):
+    """Those of a torchrun that was killed, and those that this machine does not see."""
+    monkeypatch.setattr(checkpoint, "LINGER", 0.0)
+    checkpoints = Checkpoints(CheckpointConfig(tmp_path), world)
+    with held(tmp_path, launcher, host, seconds=0.5) as other:
+        checkpoints.lock()
+    where = host or socket.gethostname()
+    said = f"checkpoint: process {other} on {where} still saves to {tmp_path}; waiting up to 35 s\n"
+    assert capsys.readouterr().err == said
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0")
+    monkeypatch.setattr(checkpoint, "SLACK", 0.2)
+    folder = tmp_path / "other"
+    with held(folder, launcher, host), pytest.raises(ConfigError, match="another run saves to"):
+        Checkpoints(CheckpointConfig(folder), world).lock()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(two, tmp_path):
+    (tmp_path / "file").touch()
+    config = CheckpointConfig(tmp_path / "file" / "folder")
+    with pytest.raises(ConfigError, match=r"nothing can be saved to .*folder \(.*Not a directory"):
+        Checkpoints(config, two.world).lock()
+    read_only = OSError(errno.EROFS, "Read-only file system")
+    with patch.object(Checkpoints, "_lock", side_effect=read_only):
+        Checkpoints(two.config, two.world).lock()  # it may be the result of a run that has ended
+        with pytest.raises(ConfigError, match=r"nothing can be saved to .*Read-only"):
+            Checkpoints(CheckpointConfig(tmp_path / "new"), two.world).lock()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(world, tmp_path, monkeypatch, code):
+    monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(code, "no locks")))
+    with pytest.raises(ConfigError, match=r"cannot be locked \(.*no locks\); use a folder of"):
+        Checkpoints(CheckpointConfig(tmp_path), world).lock()
 
 
 def test_a_state_that_cannot_be_split_is_refused(world, tmp_path):

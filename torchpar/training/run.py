@@ -239,6 +239,7 @@ class Run:
             raise RuntimeError(
                 "the run was not entered, and would save nothing; use with Run(…) as run"
             )
+        self._checkpoints.lock()
         self._is_resumed = True
         planned = lengths(self.state.lr_scheduler)
         if not state.resume(self.state, self._checkpoints):

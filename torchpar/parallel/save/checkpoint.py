@@ -9,6 +9,7 @@ and the previous checkpoint is loaded. Unpickling uses allow-lists only: `torch.
 ``weights_only`` for tensors, and `_Unpickler` for the metadata.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,9 +17,12 @@ import os
 import pickle
 import re
 import shutil
+import socket
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -36,11 +40,16 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 
 from torchpar.errors import ConfigError, check_whole, first_line
+from torchpar.parallel.launch.processes import shutdown_timeout
 from torchpar.parallel.launch.rendezvous import run_in_daemon
 from torchpar.parallel.launch.world import World
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
+LOCK = ".lock"
+TICK = 0.1  # seconds between two attempts to lock a folder
+LINGER = 3.0  # seconds in which a run that was stopped has ended
+SLACK = 5.0  # seconds in which the system ends ranks that were killed
 COPY_AHEAD = 10_000_000  # bytes of a GPU's tensors, as PyTorch has it by default
 _UNSIGNED = "0" * 64  # in place of the manifest's SHA-256 while this is computed
 # The classes in torch.distributed.checkpoint's metadata of tensors. BytesStorageMetadata, for other
@@ -154,6 +163,27 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         self._locked = False  # by rank 0
 
+    def lock(self) -> None:
+        """Refuse other runs that save to this folder, until this process ends.
+
+        The ranks of a run whose torchrun was killed are waited for. A folder with checkpoints that
+        cannot be written is left as it is.
+
+        Raises:
+            ConfigError: on every rank: another run saves to the folder, or there can be no folder.
+        """
+
+        def lock() -> None:
+            try:
+                self._lock()
+            except OSError as e:  # which the first save reports where there are checkpoints
+                if not self._paths():
+                    raise ConfigError(
+                        f"nothing can be saved to {self.folder} ({e}); take another folder"
+                    ) from e
+
+        self._on_rank_0(lock)
+
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
         """Save as ``step-N``. If a process is killed, the checkpoint is complete or absent.
 
@@ -243,22 +273,35 @@ class Checkpoints:
             ) from e
 
     def _make_folder(self, unfinished: Path) -> None:
-        if not self._locked:
-            self._lock()
+        self._lock()
         for leftover in self.folder.glob("step-*.tmp"):  # of processes that were killed
             shutil.rmtree(leftover)
         unfinished.mkdir(parents=True)
 
     def _lock(self) -> None:
+        """Lock the folder, if this object has not."""
+        if self._locked:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         # Never closed: the kernel releases the lock when the process ends, also when it is killed.
-        lock = os.open(self.folder / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise ConfigError(
-                f"another run saves to {self.folder} ({e}); wait for its end, or use another folder"
-            ) from e
+        file = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        began, is_silent = time.monotonic(), True
+        while not _is_locked_by_this(file, self.folder):
+            holder, waited = _Holder.of(file), time.monotonic() - began
+            # The other ranks wait meanwhile.
+            patience = LINGER if holder.is_at_work() else shutdown_timeout() + SLACK
+            patience = min(patience, self.world.timeout / 2)
+            if waited > patience:
+                os.close(file)
+                raise ConfigError(
+                    f"another run saves to {self.folder} ({holder}); wait for its end, or use "
+                    "another folder"
+                )
+            if is_silent and patience > LINGER:
+                _warn(f"{holder} still saves to {self.folder}; waiting up to {patience:g} s")
+                is_silent = False
+            time.sleep(TICK)
+        _Holder.this().write(file)
         self._locked = True
 
     def _publish(self, unfinished: Path, path: Path, state: Mapping[str, object]) -> None:
@@ -289,6 +332,66 @@ class Checkpoints:
             # A half-removed checkpoint must not look damaged.
             os.replace(old, old.with_suffix(".tmp"))
             shutil.rmtree(old.with_suffix(".tmp"))
+
+
+def _is_locked_by_this(file: int, folder: Path) -> bool:
+    """Try to lock a file; return whether this process has locked it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        os.close(file)
+        raise ConfigError(
+            f"{folder} cannot be locked ({e}); use a folder of another file system"
+        ) from e
+    return True
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """The process that has locked a folder, as it has written into the file.
+
+    Attributes:
+        process: its number; 0 where it has not written yet.
+        launcher: that of its torchrun, or 0.
+    """
+
+    process: int = 0
+    launcher: int = 0
+    host: str = ""
+
+    @classmethod
+    def this(cls) -> "_Holder":
+        is_of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return cls(os.getpid(), os.getppid() if is_of_torchrun else 0, socket.gethostname())
+
+    @classmethod
+    def of(cls, file: int) -> "_Holder":
+        with suppress(OSError, ValueError, TypeError):  # of an older version, or not written yet
+            return cls(**json.loads(os.pread(file, 4096, 0)))
+        return cls()
+
+    def write(self, file: int) -> None:
+        with suppress(OSError):  # the disk is full
+            os.ftruncate(file, 0)
+            os.pwrite(file, json.dumps(vars(self)).encode(), 0)
+
+    def is_at_work(self) -> bool:
+        """Whether the process is seen here, and its torchrun, if it has one, lives.
+
+        The ranks of a torchrun that was killed end within `shutdown_timeout`.
+        """
+        if self.host != socket.gethostname():
+            return False
+        with suppress(OSError, ValueError):
+            status = Path(f"/proc/{self.process}/status").read_text()
+            parent = int(status.partition("PPid:")[2].split()[0])
+            return self.launcher in (0, parent)
+        return False
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host}" if self.process else "another process"
 
 
 class _Unpickler(pickle.Unpickler):
