@@ -19,7 +19,7 @@ SCRIPTS = {
     "sizes": ["compared", "unsummed"],
     "library": ["keywords", "twice"],
     "flags": ["unchecked", "any-number"],
-    "endings": ["forgets", "goes-on"],
+    "endings": ["forgets", "goes-on", "hangs-up", "looks-whole"],
     "emulator": ["minimum", "silent"],
     "captures": ["bound", "lists", "nodes", "pageable", "pinned", "straight", "table"],
     "resumes": ["loses", "rounds", "forgets", "blind"],

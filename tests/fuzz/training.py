@@ -8,8 +8,8 @@ A trial is one of five kinds:
 - replicas: a model with a replicated scale and a sparse embedding has on a random mesh the losses
   of one process; where a rank has only a part of the scale's gradient, it is refused by name;
 - mesh: random layers on a random mesh of dp × tp × pp ranks have the losses of one process;
-- kill: a run on one or two ranks is ended by SIGTERM or SIGKILL, some times, and resumed to its
-  end: the same bits as an undisturbed one, and no process and no shared memory is left behind;
+- kill: a run on one or two ranks is ended by SIGTERM, SIGHUP, SIGQUIT or SIGKILL, some times, and
+  resumed to its end: the same bits as an undisturbed one, and no process and no shared memory is left behind;
 - damage: bytes of its checkpoints are changed, cut off or removed: an older one is resumed from,
   with the same bits at the end, or one line names what is wrong.
 """
@@ -298,7 +298,7 @@ def end_at_some_moment(
     process: subprocess.Popen, folder: Path, rng: random.Random, mark: str
 ) -> signal.Signals:
     """Send a signal to a run: after a time, or a moment after it has saved another step."""
-    sent = rng.choice([signal.SIGTERM, signal.SIGKILL])
+    sent = rng.choice([signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGKILL])
     until, before = time.monotonic() + rng.uniform(0, 12), latest(folder)
     by_step, delay = rng.random() < 0.7, rng.uniform(0, 0.2)
     while process.poll() is None:
