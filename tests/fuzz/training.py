@@ -9,7 +9,8 @@ A trial is one of five kinds:
   of one process; where a rank has only a part of the scale's gradient, it is refused by name;
 - mesh: random layers on a random mesh of dp × tp × pp ranks have the losses of one process;
 - kill: a run on one or two ranks is ended by SIGTERM, SIGHUP, SIGQUIT or SIGKILL, some times, and
-  resumed to its end: the same bits as an undisturbed one, and no process and no shared memory is left behind;
+  resumed to its end: the same bits as an undisturbed one, and no process and no shared memory is
+  left behind;
 - damage: bytes of its checkpoints are changed, cut off or removed: an older one is resumed from,
   with the same bits at the end, or one line names what is wrong.
 """

@@ -37,7 +37,7 @@ def address_of_host() -> str:
         UnicodeError: it is no name, such as one of 64 letters.
     """
     addresses = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
-    return next((one[4][0] for one in addresses if is_of_this_machine(one)), "")
+    return next((str(one[4][0]) for one in addresses if is_of_this_machine(one)), "")
 
 
 def is_of_this_machine(address: Address) -> bool:

@@ -84,7 +84,7 @@ class CheckpointConfig:
         folder: the folder of the checkpoints, on a file system of all ranks. A run resumes from the
             newest checkpoint in it. A string becomes a path.
         every: steps between two saves; None saves after each epoch. A run is also saved at its end,
-            and when a rank receives SIGTERM or SIGINT.
+            and when a rank receives SIGTERM, SIGINT, SIGHUP or SIGQUIT.
         keep: number of checkpoints to keep; older checkpoints are removed after each save.
         asynchronous: write while training continues. A save waits for the previous save, and raises
             its error.
