@@ -51,6 +51,7 @@ SUITE = "".join(path.read_text() for path in sorted((ROOT / "tests").rglob("*.py
 FIGURES = ("p50_ms", "speedup", "seconds", "accuracy")
 OTHERS_FLAGS = {  # of the launchers, pip, pytest, Lightning and .ci/release
     *(
+        "local_addr",
         "nproc_per_node",
         "nnodes",
         "rdzv_backend",
