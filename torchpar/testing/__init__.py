@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Checks for optimizers and operators: many situations, each compared with what is right.
 
-`operators` tries an operator and `optimizers` an optimizer. `doctor` examines this machine,
-`explain` says who computes a product on a GPU, and `estimate` how long a kernel takes there. The
-public names load their modules, which import much of PyTorch, on first use.
+`operators` tries an operator and `optimizers` an optimizer; `table` holds the rows of both. `doctor`
+examines this machine, `explain` says who computes a product on a GPU, and `estimate` how long a
+kernel takes there. The public names load their modules, which import much of PyTorch, on first use.
 """
 
 import importlib
@@ -14,16 +14,17 @@ if TYPE_CHECKING:
     from torchpar.testing.operators.check_operator import check_operator
     from torchpar.testing.operators.table import OperatorTable
     from torchpar.testing.optimizers.check_optimizer import check_optimizer
-    from torchpar.testing.optimizers.conformance import Conformance, Row
+    from torchpar.testing.optimizers.conformance import Conformance
     from torchpar.testing.optimizers.formulas import Formula
     from torchpar.testing.optimizers.situations import SITUATIONS
+    from torchpar.testing.table import Row
 
 _MODULES = {
     "SITUATIONS": "optimizers.situations",
     "Conformance": "optimizers.conformance",
     "Formula": "optimizers.formulas",
     "OperatorTable": "operators.table",
-    "Row": "optimizers.conformance",
+    "Row": "table",
     "Sample": "operators.case",
     "check_operator": "operators.check_operator",
     "check_optimizer": "optimizers.check_optimizer",

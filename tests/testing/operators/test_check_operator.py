@@ -27,12 +27,11 @@ from torch.distributed.tensor import Replicate, Shard
 
 from torchpar import console, library
 from torchpar.errors import ConfigError
-from torchpar.testing import OperatorTable, Sample, check_operator
+from torchpar.testing import OperatorTable, Row, Sample, check_operator
 from torchpar.testing.operators import command_line
 from torchpar.testing.operators.attempts import OutcomeException
 from torchpar.testing.operators.compare import accurate, close
 from torchpar.testing.operators.rules import RULES
-from torchpar.testing.operators.table import RuleResult
 
 # PyTorch's compiler reads it.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -761,7 +760,7 @@ def test_a_cut_detail_keeps_what_it_is_about():
     detail = (
         "Batching rule not implemented for aten::flatten.using_ints; the fallback path doesn't "
     )
-    row = RuleResult("batched gradients", "refuses", f"{detail}work on out= or view ops.")
+    row = Row("batched gradients", "refuses", detail=f"{detail}work on out= or view ops.")
     assert "aten::flatten.using_ints" in str(OperatorTable("mylib.op", [row]))
 
     @library.custom_op("tests::same", mutates_args=())

@@ -13,7 +13,7 @@ from torchpar.testing.operators.attempts import OutcomeException
 from torchpar.testing.operators.case import Case
 from torchpar.testing.operators.gradients import pulled_back
 from torchpar.testing.operators.rules import try_cases, try_rule
-from torchpar.testing.operators.table import RuleResult
+from torchpar.testing.table import Row
 
 if TYPE_CHECKING:
     from nogpu import Emulator
@@ -75,7 +75,7 @@ def emulating(arch: str | None) -> AbstractContextManager[object]:
     return emulate(arch)
 
 
-def emulated_rows(names: Sequence[str], cases: Sequence[Case], arch: str) -> list[RuleResult]:
+def emulated_rows(names: Sequence[str], cases: Sequence[Case], arch: str) -> list[Row]:
     """The rows of the rules, whose calls run the operator's kernels, and the kernels' own rows."""
     import_nogpu(f"emulate={arch!r}")
     from nogpu import ARCHITECTURES, emulate, fault_rows, resource_row
@@ -101,6 +101,7 @@ def emulated_rows(names: Sequence[str], cases: Sequence[Case], arch: str) -> lis
     faults = [fault for gpu in gpus for fault in gpu.report().faults]
     launched = any(gpu.launches for gpu in gpus)
     for title, outcome, detail in fault_rows(faults):
-        rows.append(RuleResult(title, outcome if launched else "not run", detail))
-    rows.append(RuleResult(*resource_row(gpus)))
+        rows.append(Row(title, outcome if launched else "not run", detail=detail))
+    title, outcome, detail = resource_row(gpus)
+    rows.append(Row(title, outcome, detail=detail))
     return [row for row in rows if row.rule in names]

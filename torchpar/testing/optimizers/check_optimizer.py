@@ -12,7 +12,7 @@ import torch
 
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.local import Ranks
-from torchpar.testing.optimizers.conformance import Conformance, Row
+from torchpar.testing.optimizers.conformance import Conformance
 from torchpar.testing.optimizers.formulas import FORMULAS, Formula
 from torchpar.testing.optimizers.judge import (
     Key,
@@ -26,6 +26,7 @@ from torchpar.testing.optimizers.refusals import failures
 from torchpar.testing.optimizers.replay import replay, replay_shards
 from torchpar.testing.optimizers.situations import SITUATIONS
 from torchpar.testing.optimizers.trial import FAMILIES, Failure, Make, Record, Trial
+from torchpar.testing.table import Row
 
 GRACE = 5.0  # seconds for the other ranks, once a rank has failed
 

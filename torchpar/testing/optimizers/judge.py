@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from torchpar.optim.newton_schulz import COEFFICIENTS
-from torchpar.testing.optimizers.conformance import Row
 from torchpar.testing.optimizers.formulas import Formula
 from torchpar.testing.optimizers.situations import SITUATIONS
 from torchpar.testing.optimizers.trial import FAMILIES, Array, Failure, Record
+from torchpar.testing.table import Row
 
 DRAWS = 8  # of rounded gradients
 # An update rounds about 16 times in sequence: its input, and three products in each of five
@@ -75,7 +75,7 @@ def judge(name: str, records: dict[Key, Record], references: References) -> Row:
     excess, family, matrix, error, scale, rounded_error = max(found)
     if excess > 1:
         detail = f"{matrix}, {family}: update off by {error:.1e} (rounding {rounded_error:.1e})"
-        return Row(name, "wrong", compared, *numbers, f"{detail}, its norm by {scale:.1e}")
+        return Row(name, "wrong", compared, *numbers, detail=f"{detail}, its norm by {scale:.1e}")
     if references.mismatch:
         return Row(name, "wrong", compared, *numbers, references.mismatch)
     if not references.own[0].rounded:

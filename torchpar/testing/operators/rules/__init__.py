@@ -30,8 +30,9 @@ from torchpar.testing.operators.rules import (
 )
 from torchpar.testing.operators.rules.magnitudes import large_and_small_numbers
 from torchpar.testing.operators.rules.writes import undeclared_writes
-from torchpar.testing.operators.table import RuleResult, worst_of
+from torchpar.testing.operators.table import worst_of
 from torchpar.testing.operators.tensors import Memory
+from torchpar.testing.table import Row
 
 Rule = Callable[[Case], Attempts | str | None]
 _as_reference = partial(partial, Case.transformed)
@@ -91,12 +92,12 @@ attempts, each a label and a function that raises likewise, and returns nothing 
 ONCE = ("torch.compile by Inductor", "torch.export, save and load")  # for the first sample only
 
 
-def try_rule(name: str, cases: Sequence[Case]) -> RuleResult:
+def try_rule(name: str, cases: Sequence[Case]) -> Row:
     """The worst result of a rule over all cases."""
     return try_cases(name, RULES[name], cases[:1] if name in ONCE else cases)
 
 
-def try_cases(title: str, rule: Rule, cases: Sequence[Case]) -> RuleResult:
+def try_cases(title: str, rule: Rule, cases: Sequence[Case]) -> Row:
     """The worst result over the cases, in a row of this title.
 
     An operator may write to its operands: each attempt finds them as they were given. The operator
@@ -107,5 +108,6 @@ def try_cases(title: str, rule: Rule, cases: Sequence[Case]) -> RuleResult:
     for i, case in enumerate(cases):
         restore = Memory(case.operands).restore
         with WATCHED.calling(case.name, f"{title} on sample {i} of {shapes_of(case.operands)}"):
-            found.append(RuleResult(title, *outcome_of(partial(rule, case), restore), i))
+            outcome, detail = outcome_of(partial(rule, case), restore)
+        found.append(Row(title, outcome, detail=detail, sample=i))
     return worst_of(found)
