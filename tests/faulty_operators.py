@@ -2,9 +2,12 @@
 """A right operator, A·Bᵀ, of which each faulty one replaces one part by a wrong one."""
 
 import itertools
+import os
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from samples import normal
 from torch import Tensor
@@ -16,8 +19,13 @@ def kernel(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.mT
 
 
+def shape_of(a: Tensor, b: Tensor) -> tuple[int, ...]:
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return (*batch, *a.shape[-2:-1], b.shape[-2])
+
+
 def fake(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(*a.shape[:-1], b.shape[-2])
+    return a.new_empty(shape_of(a, b))
 
 
 def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -129,11 +137,12 @@ def backward_of_memory(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fake_on_a_cpu(a: Tensor, b: Tensor) -> Tensor:
-    return torch.empty(*a.shape[:-1], b.shape[-2], dtype=a.dtype, device="cpu")
+    return torch.empty(shape_of(a, b), dtype=a.dtype, device="cpu")
 
 
 def fake_of_numbers(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(*a.shape[:-1], int(b.shape[-2]))
+    *others, columns = shape_of(a, b)
+    return a.new_empty(*others, int(columns))
 
 
 def kernel_in_channels_last(a: Tensor, b: Tensor) -> Tensor:
@@ -209,6 +218,70 @@ BUFFERS: dict[object, Tensor] = {}
 def kernel_with_a_buffer(a: Tensor, b: Tensor) -> Tensor:
     result = kernel(a, b)
     return BUFFERS.setdefault((result.shape, result.dtype), result).copy_(result)
+
+
+def beyond(limit: int, t: Tensor) -> Tensor:
+    """Zeros in place of the elements beyond a limit, as a wrong mask or grid leaves them."""
+    flat = t.flatten()
+    return torch.where(torch.arange(len(flat)) < limit, flat, 0).view(t.shape)
+
+
+def kernel_with_a_limit(limit: int) -> Callable[..., Tensor]:
+    return lambda a, b: beyond(limit, kernel(a, b))
+
+
+def backward_with_a_limit(limit: int) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda ctx, g: tuple(beyond(limit, t) for t in backward(ctx, g))
+
+
+# Numbers of elements, drawn so that no row is fitted to them.
+LIMITS = [int(2 ** random.Random(i).uniform(5, 16)) for i in range(3)]
+
+
+def backward_of_positive_zeros(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+    (a, _), (da, db) = ctx.saved_tensors, backward(ctx, g)
+    return da.where((a != 0) | ~a.signbit(), 0), db
+
+
+def kernel_of_dimensions(count: int) -> Callable[..., Tensor]:
+    """The kernel, which errs for a first operand of ``count`` dimensions."""
+    return lambda a, b: kernel(a, b) * (2 if a.dim() == count else 1)
+
+
+def kernel_after(change: Callable[[Tensor], object]) -> Callable[..., Tensor]:
+    """The kernel, which leaves something behind in the process."""
+
+    def changing(a: Tensor, b: Tensor) -> Tensor:
+        result = kernel(a, b)
+        change(a)
+        return result
+
+    return changing
+
+
+def backward_that_seeds(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return backward(ctx, g)
+
+
+KEPT: list[Tensor] = []
+LEFT = {  # changes of the process, and words of the detail
+    "seed": (lambda a: torch.manual_seed(0), "the forward: changes PyTorch's random numbers"),
+    "draw": (lambda a: torch.rand(1), "changes PyTorch's random numbers"),
+    "python": (lambda a: random.random(), "changes Python's random numbers"),
+    "numpy": (lambda a: np.random.rand(), "changes NumPy's random numbers"),  # noqa: NPY002  # as others do
+    "denormal": (
+        lambda a: torch.set_flush_denormal(True),
+        "changes flush-denormal, from False to True",
+    ),
+    "precision": (
+        lambda a: torch.set_float32_matmul_precision("medium"),
+        "changes the float32 matmul precision, from highest to medium",
+    ),
+    "environment": (lambda a: os.environ.update(TORCHPAR_LEFT="1"), "environment variables"),
+    "operands": (lambda a: KEPT.append(a.detach()), "memory: each call keeps the memory of an "),
+    "buffers": (lambda a: KEPT.append(torch.empty(3)), "memory: 4 calls leave 4 tensors"),
+}
 
 
 GRADIENTS = "incoming gradients of any layout"
@@ -301,6 +374,52 @@ FAULTS: dict[str, tuple[dict[str, Callable[..., Any]], str, str]] = {
         MAXIMUM | {"backward": backward_that_takes_the_first},
         "ties and zeros",
         "the same numbers",
+    ),
+    **{
+        f"limit_of_{limit}": (
+            {"kernel": kernel_with_a_limit(limit)},
+            "larger sizes",
+            "is 0, expected",
+        )
+        for limit in LIMITS
+    },
+    "limit_of_the_gradient": (
+        {"backward": backward_with_a_limit(LIMITS[0])},
+        "larger sizes",
+        "is 0, expected",
+    ),
+    "infinity": (
+        {"kernel": lambda a, b: kernel(a.masked_fill(a.isneginf(), 0), b)},
+        "infinities",
+        "-inf in operand 0: off by inf",
+    ),
+    "negative_zeros": (
+        {"backward": backward_of_positive_zeros},
+        "ties and zeros",
+        "some negative zeros: [0] ",
+    ),
+    "one_dimension": (
+        {"kernel": kernel_of_dimensions(1)},
+        "layouts and sizes",
+        "operands (0,) of 1 dimensions: off by",
+    ),
+    "five_dimensions": (
+        {"kernel": kernel_of_dimensions(5)},
+        "layouts and sizes",
+        "of 5 dimensions: off by",
+    ),
+    **{
+        f"leaves_{name}": (
+            {"kernel": kernel_after(change)},
+            "settings left as they were",
+            words,
+        )
+        for name, (change, words) in LEFT.items()
+    },
+    "leaves_seed_in_backward": (
+        {"backward": backward_that_seeds},
+        "settings left as they were",
+        "the backward: changes PyTorch's random numbers",
     ),
     "one_dtype": (
         MAXIMUM | {"kernel": lambda a, b: torch.maximum(a, b.to(a.dtype))},

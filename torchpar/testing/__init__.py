@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Checks for optimizers and operators: many situations, each compared with what is right.
 
-`operators` tries an operator and `optimizers` an optimizer; `table` holds the rows of both. `doctor`
-examines this machine, `explain` says who computes a product on a GPU, and `estimate` how long a
-kernel takes there. The public names load their modules, which import much of PyTorch, on first use.
+`operators` tries an operator and `optimizers` an optimizer; `table` holds the rows of both.
+`doctor` examines this machine, `explain` says who computes a product on a GPU, and `estimate` how
+long a kernel takes there. The public names load their modules, which import much of PyTorch, on
+first use.
 """
 
 import importlib

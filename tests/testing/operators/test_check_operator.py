@@ -293,10 +293,12 @@ def test_there_is_nothing_wider_than_float64() -> None:
 @pytest.mark.parametrize("name", ["default_dtype", "deterministic_mode", "threads"])
 def test_settings_are_seen_without_a_reference(name: str) -> None:
     """The operator itself is then no excuse for other results."""
-    op = faulty.make(f"{name}_alone", **faulty.FAULTS[name][0])
+    alone: Any = {"formula": None}
+    op = faulty.make(f"{name}_alone", **faulty.FAULTS[name][0] | alone)
     (row,) = check_operator(op, SAMPLES, rules="global settings").rows
     assert row.outcome == "wrong", row
-    (row,) = check_operator(faulty.make("right_alone"), SAMPLES, rules="global settings").rows
+    right = faulty.make("right_alone", **alone)
+    (row,) = check_operator(right, SAMPLES, rules="global settings").rows
     assert row.outcome == "works", row
 
 
@@ -448,6 +450,84 @@ def test_the_command(capsys: Any) -> None:
     assert (found["ok"], found["notes"]) == (False, [NO_FORMULA])
     assert [row["outcome"] for row in found["rows"]] == ["works", "wrong"]
     assert _command_in_process("torchpar", "--samples", f"{here}SAMPLES")[0] == 2
+
+
+def tripled(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+    ga, gb = faulty.backward(ctx, g)
+    return 3 * ga, gb
+
+
+IN_FLOAT32 = [(normal(5, 4).float(), normal(6, 4, seed=1).float())]
+TRIPLED = faulty.make("tripled", backward=tripled, formula=None)
+TRIPLED_WITH_A_FORMULA = faulty.make("tripled_with_a_formula", backward=tripled)
+RIGHT_IN_FLOAT32 = faulty.make("right_in_float32", formula=None)
+
+
+def to_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    def converted(*tensors: Tensor) -> Any:
+        return function(*(t.float() for t in tensors)).to(tensors[0].dtype)
+
+    return converted
+
+
+# Right, but computed in float32, so that no difference is finite enough.
+ROUNDED = faulty.make("rounded", kernel=to_float32(faulty.kernel), formula=None)
+WITHOUT_BACKWARD = library.custom_op(
+    "torchpar_faulty::no_backward",
+    faulty.kernel,
+    mutates_args=(),
+    schema=faulty.SCHEMA,
+)
+MISSING = "; {}, or choose rows without gradients"
+
+
+@pytest.mark.parametrize(
+    "operator, status, rows, last",
+    [
+        ("TRIPLED", 1, {"gradcheck": "wrong", GRADIENTS: "not run"}, ""),
+        ("TRIPLED_WITH_A_FORMULA", 1, {"gradcheck": "wrong", GRADIENTS: "wrong"}, ""),
+        ("RIGHT_IN_FLOAT32", 0, {"gradcheck": "works", GRADIENTS: "not run"}, ""),
+        (
+            "ROUNDED",
+            1,
+            {"values": "works", "gradcheck": "not run", GRADIENTS: "not run"},
+            "no row compared a gradient (gradcheck: not run, the values of float64 are computed in "
+            "a lower precision)" + MISSING.format("give a reference"),
+        ),
+        (
+            "WITHOUT_BACKWARD",
+            1,
+            {"values": "works", "gradcheck": "refuses"},
+            "no row compared a gradient (gradcheck: refuses, Trying to backward through "
+            "torchpar_faulty::no_backward, but it has no backward)"
+            + MISSING.format("register a backward"),
+        ),
+    ],
+)
+def test_samples_of_float32_do_not_hide_a_wrong_gradient(
+    operator: str, status: int, rows: dict[str, str], last: str, capsys: Any
+) -> None:
+    """They are cast to float64, and the formula is the reference. What is not compared is said."""
+    given = ["--samples", f"{__name__}:IN_FLOAT32", "--rules", "values", "gradcheck", GRADIENTS]
+    assert command_line.main([f"{__name__}:{operator}", *given]) == status
+    out = capsys.readouterr().out
+    for row, outcome in rows.items():
+        assert re.search(rf"^{row} +{outcome} ", out, re.MULTILINE), out
+    if status == 0:
+        assert "the samples are cast to float64" in out
+    if last:
+        assert out.splitlines()[-1] == last
+    note = "the reference is the formula that the operator registers"
+    assert (note in out) == (operator == "TRIPLED_WITH_A_FORMULA")
+
+
+def test_a_table_that_compared_nothing_is_not_ok(capsys: Any) -> None:
+    given = ["--samples", f"{__name__}:IN_FLOAT32", "--rules", "torch.func: jvp"]
+    assert command_line.main([f"{__name__}:ROUNDED", *given, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ok"], found["missing"]) == (False, "none of 1 rows compared a result")
+    # An operator without gradients lacks none.
+    assert check_operator(torch.argmax, [(normal(3),)], rules=["values", "gradcheck"]).ok
 
 
 @pytest.mark.parametrize(
@@ -659,14 +739,15 @@ def test_a_table_says_that_an_operator_has_no_formula_of_its_operations() -> Non
 def test_a_table_says_that_no_kernel_for_a_gpu_has_run() -> None:
     table = check_operator(torch.ops.torchpar.matmul_t.default, [(normal(4, 3),)], rules="values")
     assert table.notes == (
+        "the reference is the formula that the operator registers",
         "no GPU: the operator's Triton kernels were not run; "
         'emulate="sm_90", or --emulate sm_90, executes Triton kernels on this CPU',
     )
-    assert str(table).splitlines()[-1] == table.notes[0]
+    assert str(table).splitlines()[-1] == table.notes[1]
     assert table.played in str(table)
     assert table.played.endswith("has run if a tape can hold them, which --emulate sm_90 tries")
     assert table.as_dict()["notes"] == list(table.notes)
-    op = faulty.make("of_cuda")
+    op = faulty.make("of_cuda", formula=None)
     assert check_operator(op, SAMPLES, rules="values").notes == (NO_FORMULA,)
     op.register_kernel("cuda", faulty.kernel)
     table = check_operator(op, SAMPLES, rules="values")
@@ -876,7 +957,9 @@ def test_a_reference_without_a_gradient_hides_no_wrong_gradient() -> None:
         assert (row.outcome, "Jacobian mismatch" in row.detail) == ("wrong", True)
 
 
-def test_reasons_for_which_a_rule_is_not_run(right: Any) -> None:
+def test_reasons_for_which_a_rule_is_not_run() -> None:
+    right = faulty.make("without_a_formula", formula=None)
+
     def reason(op: Any, sample: tuple[Tensor, ...], rule: str) -> str:
         (row,) = check_operator(op, [sample], rules=[rule]).rows
         assert row.outcome == "not run"
@@ -885,7 +968,10 @@ def test_reasons_for_which_a_rule_is_not_run(right: Any) -> None:
     integers = (torch.ones(3, 2).long(), torch.ones(3, 2).long())
     assert reason(right, integers, "low precision") == "no floating operand"
     single = (normal(3, 2).float(), normal(3, 2).float())
-    assert reason(right, single, "gradcheck") == "operands have to be float64"
+    exact = torch.ops.torchpar.exact_matmul.default
+    assert reason(exact, single, "gradcheck").startswith(
+        "eager mode refuses: torchpar::exact_matmul: "
+    )
     assert reason(right, single, "torch.func: jvp") == "no reference"
     assert reason(torch.add, (normal(3), normal(3)), "schema") == "no operator was called"
     assert reason(torch.argmax, (normal(3),), "gradgradcheck") == "no differentiable result"

@@ -3,7 +3,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -24,9 +24,11 @@ from torchpar.testing.operators.case import (
     shapes_of,
 )
 from torchpar.testing.operators.kernel_rules import KERNEL_ROWS, emulated_rows, emulating
-from torchpar.testing.operators.rules import RULES, try_rule
+from torchpar.testing.operators.rules import OF_GRADIENTS, RULES, try_rule
+from torchpar.testing.operators.settings import kept
 from torchpar.testing.operators.table import OperatorTable
 from torchpar.testing.operators.tensors import Memory
+from torchpar.testing.table import Row
 
 BUILT_IN = ("aten", "prim", "prims", "profiler")  # namespaces of PyTorch's own operators
 
@@ -41,16 +43,21 @@ def check_operator(
 ) -> OperatorTable:
     """Try an operator with every part of PyTorch, and compare the results with a reference.
 
-    Without a reference, values are compared with the operator's values on contiguous operands, and
+    Without a reference, that of an operator of `torchpar.library` is the formula that it registers.
+    Where it has none, values are compared with the operator's values on contiguous operands, and
     "gradcheck" and "gradgradcheck" with numerical derivatives; the other rules for derivatives are
     not run. The operator must not call a random generator.
+
+    The table is not ok where no row compared a result, or where rows of gradients are asked for and
+    none compared a gradient.
 
     Args:
         op: an operator of `torch.ops`, what `torch.library.custom_op` returns, or a function that
             calls one operator that does not belong to PyTorch. It must not write to its operands.
         samples: samples, or tuples of arguments. Derivatives are taken with respect to all floating
-            operands. Give operands of float64 for numerical derivatives, else of float32; in lower
-            precision right rows can fail.
+            operands. Give operands of float64, or of float32 if the operator takes no float64; in
+            lower precision right rows can fail. For numerical derivatives samples of another dtype
+            are cast to float64.
         reference: a differentiable function of the same arguments, of PyTorch's operators.
         rules: a name or names of rows, as the printed table has them; by default all.
         emulate: "sm_80", "sm_90" or "sm_100": execute the operator's Triton kernels as compiled for
@@ -85,13 +92,15 @@ def check_operator(
         if not callable(function) and (what == "operator" or function is not None):
             given = f"the {what} is an object of type {type(function).__name__}"
             raise ConfigError(f"{given}, expected a callable")
-    overload = find_overload(op, chosen[0])
+    with kept():
+        overload = find_overload(op, chosen[0])
     if overload is not None and overload._schema.is_mutable:
         way = "torch.library.opcheck takes it, and nogpu.check_kernel its kernel"
         raise ConfigError(
             f"{overload} writes to its operands, expected an operator that does not; {way}"
         )
-    cases = [Case(op, overload, reference, one) for one in chosen]
+    formula = _formula(op, overload) if reference is None else None
+    cases = [Case(op, overload, reference or formula, one) for one in chosen]
     disabled = logging.root.manager.disable
     logging.disable()  # the compiler's logs of errors, which are in the table
     try:
@@ -102,9 +111,44 @@ def check_operator(
                 notes = (*_flop_notes(overload), *_notes(overload, cases))
             else:
                 rows, notes = emulated_rows(names, cases, emulate), ()
-            return OperatorTable(cases[0].name, rows, notes, _played(cases[0], emulate))
+            if formula is not None:
+                notes = ("the reference is the formula that the operator registers", *notes)
+            played, missing = _played(cases[0], emulate), _missing_gradients(rows, cases)
+            return OperatorTable(cases[0].name, rows, notes, played, missing)
     finally:
         logging.disable(disabled)
+
+
+def _formula(op: Callable[..., object], overload: Operator | None) -> Callable[..., object] | None:
+    """The formula of an operator of `torchpar.library`, which takes the same arguments."""
+    if overload is None or (_overload_of(op) is None and not hasattr(op, "overloads")):
+        return None  # a function that calls the operator has arguments of its own
+    found: Callable[..., object] | None = getattr(operators.get(overload.name()), "_formula", None)
+    return found
+
+
+def _missing_gradients(rows: Sequence[Row], cases: Sequence[Case]) -> str:
+    """A sentence if rows of gradients were asked for, and none compared a gradient."""
+    asked = [row for row in rows if row.rule in (*OF_GRADIENTS, "kernel gradients")]
+    if not asked or any(row.outcome in ("works", "wrong") for row in asked):
+        return ""
+    if not any(map(_has_gradient, cases)):
+        return ""
+    refused = [row for row in asked if row.outcome != "not run"]
+    row = (refused or asked)[0]
+    way = "register a backward" if refused else "give a reference"
+    reason = row.detail.partition("; ")[0]
+    return (
+        f"no row compared a gradient ({row.rule}: {row.outcome}, {reason}); {way}, or choose rows "
+        "without gradients"
+    )
+
+
+def _has_gradient(case: Case) -> bool:
+    try:
+        return bool(case.floating) and any(case.is_smooth)
+    except Exception:  # of the operator or the reference, which the rows have met
+        return True
 
 
 @contextmanager
@@ -142,12 +186,17 @@ def _played(case: Case, emulate: str | None) -> str:
     return f"C++ plays its calls on a GPU, where python -m torchpar build has run{condition}"
 
 
-def find_overload(op: Callable[..., object], sample: Sample) -> Operator | None:
-    """The operator in PyTorch's registry; None if only PyTorch's operators are called."""
+def _overload_of(op: Callable[..., object]) -> Operator | None:
+    """The operator that an object stands for; None for a function that calls one."""
     for attribute in ("overload", "_opoverload"):
         op = getattr(op, attribute, op)
-    if isinstance(op, torch._ops.OpOverload):
-        return op
+    return op if isinstance(op, torch._ops.OpOverload) else None
+
+
+def find_overload(op: Callable[..., object], sample: Sample) -> Operator | None:
+    """The operator in PyTorch's registry; None if only PyTorch's operators are called."""
+    if (known := _overload_of(op)) is not None:
+        return known
     error: BaseException | None = None
     tensors = [t for t in tree_leaves((sample.args, sample.kwargs)) if isinstance(t, Tensor)]
     memory = Memory(tensors)

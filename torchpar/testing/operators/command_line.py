@@ -81,14 +81,19 @@ def _seconds(text: str) -> float:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the table. The exit status is 1 for wrong rows and crashes, 2 for wrong arguments.
+    """Print the table. The exit status is 1 if the table is not ok, and 2 for wrong arguments.
+
+    A table is ok if no row is wrong or crashes, some row compared a result, and, where rows of
+    gradients are asked for, some row compared a gradient. Otherwise the last line says what is
+    missing.
 
     After ten seconds lines on stderr say how many rows are done, and which one is tried.
     """
     parser = Parser(
         "python -m torchpar check",
         description="Try an operator with every part of PyTorch. "
-        "The exit status is 1 if a row is wrong or crashes, and 2 for wrong arguments.",
+        "The exit status is 1 if a row is wrong or crashes, or if no row compared a result or, of "
+        "those asked for, a gradient; it is 2 for wrong arguments.",
     )
     parser.add_argument("operator", help="MODULE:ATTRIBUTE, such as mylib.ops:op")
     parser.add_argument(
@@ -96,7 +101,11 @@ def main(arguments: Sequence[str]) -> int:
         required=True,
         help="MODULE:ATTRIBUTE, tuples of arguments, or a function that returns them",
     )
-    parser.add_argument("--reference", help="MODULE:ATTRIBUTE, the same by PyTorch's own operators")
+    parser.add_argument(
+        "--reference",
+        help="MODULE:ATTRIBUTE, the same by PyTorch's own operators; default: the formula that an "
+        "operator of torchpar.library registers",
+    )
     parser.add_argument(
         "--rules", nargs="+", metavar="RULE", help="rows of the table; default: all"
     )

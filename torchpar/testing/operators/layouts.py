@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchpar.testing.operators.attempts import Attempts
 from torchpar.testing.operators.case import Case
-from torchpar.testing.operators.tensors import Layout, Tensors, is_differentiable
+from torchpar.testing.operators.tensors import Layout, Tensors, is_differentiable, rolled
 
 
 def _permuted(t: Tensor, dims: list[int]) -> Tensor:
@@ -77,6 +77,36 @@ def _other_operands(case: Case) -> Iterator[tuple[str, Tensors]]:
         "operands without dimensions",
         tuple(t.flatten()[0] if t.numel() else t for t in case.operands),
     )
+    yield from _of_other_dimensions(case)
+
+
+MOST_DIMENSIONS = 5
+
+
+def _of_other_dimensions(case: Case) -> Iterator[tuple[str, Tensors]]:
+    """Operands of one and of five dimensions: all, each alone, and those of the most dimensions."""
+    every, most = range(len(case.operands)), max((t.dim() for t in case.operands), default=0)
+    longest = [i for i in every if case.operands[i].dim() == most]
+    for count, change in {1: _of_one_dimension, MOST_DIMENSIONS: _of_most_dimensions}.items():
+        changed: set[tuple[int, ...]] = set()
+        for chosen in ([*every], longest, *([i] for i in every)):
+            key = tuple(i for i in chosen if case.operands[i].dim() != count)
+            if key and key not in changed:
+                changed.add(key)
+                who = "operands" if len(key) == len(every) else f"operands {key}"
+                operands = [change(t) if i in key else t for i, t in enumerate(case.operands)]
+                yield f"{who} of {count} dimensions", tuple(operands)
+
+
+def _of_one_dimension(t: Tensor) -> Tensor:
+    return t[(0,) * (t.dim() - 1)] if t.dim() and t.numel() else t.flatten()
+
+
+def _of_most_dimensions(t: Tensor) -> Tensor:
+    """The tensor in a batch, in which each sample has the numbers in another order."""
+    batch = (2, 1, 3, 1, 2)[: max(MOST_DIMENSIONS - t.dim(), 0)]
+    rolls = torch.stack([rolled(t, k) for k in range(math.prod(batch))])
+    return rolls.view(*batch, *t.shape) if batch else t
 
 
 def in_layouts_and_sizes(check: Callable[[Case, Tensors], None], case: Case) -> Attempts:

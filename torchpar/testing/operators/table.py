@@ -47,7 +47,7 @@ class OperatorTable(Table):
 
     @property
     def missing(self) -> str:
-        """A sentence on what no row has compared, results or gradients; "" if nothing is missing."""
+        """A sentence on what no row has compared, a result or a gradient; or ""."""
         return super().missing or self._missing
 
     def __str__(self) -> str:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The rules of an operator's table, in the order of its rows. Each rule tries one part of PyTorch.
 
-`values`, `magnitudes` and `schema` try results, `writes` the memory of operands, `autograd`,
-`torch_func` and `vmap` derivatives and batches, `compile` and `dynamic_sizes` graphs, `dtensor`,
-`subclasses` and `modes` what intercepts a call.
+`values`, `larger_sizes`, `magnitudes` and `schema` try results, `writes` the memory of operands and
+`settings` the process, `autograd`, `torch_func` and `vmap` derivatives and batches, `compile` and
+`dynamic_sizes` graphs, `dtensor`, `subclasses` and `modes` what intercepts a call.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,8 +28,11 @@ from torchpar.testing.operators.rules import (
     values,
     vmap,
 )
+from torchpar.testing.operators.rules.larger_sizes import larger_sizes
 from torchpar.testing.operators.rules.magnitudes import large_and_small_numbers
+from torchpar.testing.operators.rules.settings import settings_left_as_they_were
 from torchpar.testing.operators.rules.writes import undeclared_writes
+from torchpar.testing.operators.settings import kept
 from torchpar.testing.operators.table import worst_of
 from torchpar.testing.operators.tensors import Memory
 from torchpar.testing.table import Row
@@ -42,6 +45,7 @@ RULES: dict[str, Rule] = {
     "global settings": modes.global_settings,
     "schema": schema.schema,
     "layouts and sizes": partial(in_layouts_and_sizes, values.same_values),
+    "larger sizes": larger_sizes,
     "fake tensors": schema.fake_tensors,
     "low precision": values.low_precision,
     "gradcheck": partial(autograd.numerically, gradcheck),
@@ -50,6 +54,7 @@ RULES: dict[str, Rule] = {
     "any of the gradients": autograd.any_of_the_gradients,
     "changes after the call": autograd.changes_after_the_call,
     "undeclared writes": undeclared_writes,
+    "settings left as they were": settings_left_as_they_were,
     "forward mode": autograd.forward_mode,
     "batched gradients": _as_reference(transform=autograd.batched_gradients),
     "checkpoint": _as_reference(transform=autograd.checkpointed_gradients),
@@ -64,6 +69,7 @@ RULES: dict[str, Rule] = {
         transform=torch_func.of_jvp_of_jvp, numerical=differences.second_difference_of
     ),
     "NaN": values.nan,
+    "infinities": values.infinities,
     "ties and zeros": values.ties_and_zeros,
     "large numbers": partial(large_and_small_numbers, sign=1),
     "small numbers": partial(large_and_small_numbers, sign=-1),
@@ -89,6 +95,16 @@ RULES: dict[str, Rule] = {
 A rule returns nothing or a remark, and raises an `OutcomeException` or any error. Or it yields
 attempts, each a label and a function that raises likewise, and returns nothing or a remark.
 """
+# Those that compare gradients of the operator's own backward.
+OF_GRADIENTS = (
+    "gradcheck",
+    "gradgradcheck",
+    "incoming gradients of any layout",
+    "any of the gradients",
+    "batched gradients",
+    "checkpoint",
+    "torch.func: vjp",
+)
 ONCE = ("torch.compile by Inductor", "torch.export, save and load")  # for the first sample only
 
 
@@ -100,14 +116,15 @@ def try_rule(name: str, cases: Sequence[Case]) -> Row:
 def try_cases(title: str, rule: Rule, cases: Sequence[Case]) -> Row:
     """The worst result over the cases, in a row of this title.
 
-    An operator may write to its operands: each attempt finds them as they were given. The operator
-    may never return, or end the process: the command that watches this process gets the title and
-    the sample.
+    An operator may write to its operands, and change settings of the process: each attempt finds
+    the operands, and each row the settings, as they were given. The operator may never return, or
+    end the process: the command that watches this process gets the title and the sample.
     """
     found = []
     for i, case in enumerate(cases):
         restore = Memory(case.operands).restore
-        with WATCHED.calling(case.name, f"{title} on sample {i} of {shapes_of(case.operands)}"):
+        text = f"{title} on sample {i} of {shapes_of(case.operands)}"
+        with WATCHED.calling(case.name, text), kept():
             outcome, detail = outcome_of(partial(rule, case), restore)
         found.append(Row(title, outcome, detail=detail, sample=i))
     return worst_of(found)

@@ -17,19 +17,49 @@ from torchpar.testing.operators.compare import ALIKE, is_imprecise, likely_cause
 from torchpar.testing.operators.differences import difference_of
 from torchpar.testing.operators.gradients import gradients, pulled_back
 from torchpar.testing.operators.layouts import layouts
-from torchpar.testing.operators.tensors import Function, Layout, Tensors, normal_like, real
+from torchpar.testing.operators.tensors import (
+    Function,
+    Layout,
+    Tensors,
+    is_differentiable,
+    moved_by_a_rounding,
+    normal_like,
+    real,
+)
 
 ALIKE_IN_FLOAT64 = 1e-10  # finite differences divide errors by 1e-6
+# Of samples that are cast to float64, beyond which derivatives are taken in one direction.
+MOST_NUMBERS = 64
 
 
-def numerically(check: Callable[..., bool], case: Case) -> None:
-    if not {t.dtype for t in case.floating} <= {torch.float64, torch.complex128}:
-        raise OutcomeException("not run", "operands have to be float64")
+def numerically(check: Callable[..., bool], case: Case) -> str:
+    """Compare with finite differences, in float64: samples of another dtype are cast to it."""
+    given = {t.dtype for t in case.floating} - {torch.float64, torch.complex128}
+    if given:
+        case = case.wide
+        _expect_float64(case)
+    numbers = sum(t.numel() for t in case.floating)
     try:
-        check(case.smooth(case.op), case.leaves())
+        # Samples in float64 are small, as docs say; others may be of any size.
+        check(case.smooth(case.op), case.leaves(), fast_mode=bool(given) and numbers > MOST_NUMBERS)
     except GradcheckError as e:
         message = with_cause(_of_gradcheck(str(e)), _imprecision(case))
         raise OutcomeException("wrong", message) from e
+    return "the samples are cast to float64" if given else ""
+
+
+def _expect_float64(case: Case) -> None:
+    """Raise "not run" if an operator refuses float64, or computes it in a lower precision."""
+    results = case.takes(case.operands)
+    kinds = {y.dtype for y in results if is_differentiable(y)}
+    if not kinds <= {torch.float64, torch.complex128}:
+        raise OutcomeException(
+            "not run", f"operands of float64 give results of {min(map(str, kinds))}"
+        )
+    # Not numbers of float32 themselves, whose results could be numbers of float32, too.
+    moved = case.of([moved_by_a_rounding(t, 0) for t in case.operands])
+    if _imprecision(moved):
+        raise OutcomeException("not run", _imprecision(moved))
 
 
 def _imprecision(case: Case) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchpar.testing.operators.attempts import (
+    REFUSALS,
     Attempts,
     AttemptsAndRemark,
     OutcomeException,
@@ -165,6 +166,52 @@ def nan(case: Case) -> Attempts:
             yield f"in operand {i}, gradients", partial(other.transformed, pulled_back)
 
 
+def infinities(case: Case) -> Attempts:
+    """An infinity in an operand: results and gradients are the reference's, where it has a number.
+
+    Where the reference is NaN nothing is asked: another right formula can have a limit there.
+    """
+    case.expect_reference()
+    of: dict[str, Callable[[Function, Case], Tensors]] = {"": _called}
+    if any(case.is_smooth):
+        of[", gradients"] = pulled_back
+    for i, t in enumerate(case.operands):
+        for sign in ("inf", "-inf") if is_differentiable(t) and t.numel() else ():
+            infinite = t.clone(memory_format=torch.contiguous_format)
+            infinite.view(-1)[t.numel() // 2] = float(sign)
+            other = case.of([*case.operands[:i], infinite, *case.operands[i + 1 :]])
+            for what, compute in of.items():
+                yield f"{sign} in operand {i}{what}", partial(_where_numbers, other, compute)
+
+
+def _called(f: Function, case: Case) -> Tensors:
+    return f(*case.floating)
+
+
+def _where_numbers(case: Case, compute: Callable[[Function, Case], Tensors]) -> None:
+    """Compare the operator with the reference, except where this is NaN, also in float64."""
+    try:
+        expected = compute(case.oracle, case)
+        exact = compute(case.wide.oracle, case.wide)
+    except (*REFUSALS, TypeError) as e:
+        raise OutcomeException("not run", f"the reference refuses: {e}") from e
+    actual = compute(case.smooth(case.op), case)
+    asked = [~(e.isnan() | wide.isnan()) for e, wide in zip(expected, exact, strict=True)]
+    if not any(places.any() for places in asked):
+        raise OutcomeException("not run", "the reference is NaN")
+    if len(actual) != len(asked) or not all(map(_fits, actual, asked)):
+        case.close(actual, expected)  # which says how they differ
+    found, right, wide = (
+        tuple(t.where(places, 0) for t, places in zip(tensors, asked, strict=True))
+        for tensors in (actual, expected, exact)
+    )
+    case.close(found, right, lambda: wide)
+
+
+def _fits(t: Tensor, places: Tensor) -> bool:
+    return t.shape == places.shape and t.device == places.device
+
+
 def _same_as_reference(case: Case) -> None:
     expected = case.takes(case.operands, case.plain)
     case.close(case.op(*case.operands), expected, lambda: case.wide.plain(*case.wide.operands))
@@ -185,6 +232,8 @@ def ties_and_zeros(case: Case) -> Attempts:
         "the same numbers in all operands": lambda t: repeated(first, t),
         "one number": lambda t: repeated(first[:1], t),
         "zeros": torch.zeros_like,
+        "negative zeros": lambda t: torch.full_like(t, -0.0),
+        "some negative zeros": lambda t: torch.where(normal_like(t).real < 0, -0.0, t),
     }
     for name, change in kinds.items():
         other = case.of([change(t) if is_differentiable(t) else t for t in case.operands])

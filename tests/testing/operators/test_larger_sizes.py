@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: MIT
+"""More elements than the samples have: how sizes grow, and what is said where they are refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import faulty_operators as faulty
+import pytest
+import torch
+from samples import normal
+from torch import Tensor
+
+from torchpar.testing import check_operator
+from torchpar.testing.operators.case import Case, Sample
+from torchpar.testing.operators.rules.larger_sizes import LIMITS, Growth
+
+SAMPLES = [(normal(5, 4), normal(6, 4, seed=1))]
+ROWS = ["larger sizes", "infinities", "ties and zeros", "layouts and sizes", "fake tensors"]
+
+
+def test_nothing_is_found_in_a_right_operator() -> None:
+    table = check_operator(faulty.make("right_beyond"), SAMPLES, rules=ROWS)
+    assert {row.outcome for row in table} == {"works"}, str(table)
+    assert table["larger sizes"].detail == "up to 65536 elements"
+
+
+def test_sizes_grow_together_and_are_odd() -> None:
+    """Equal sizes stay equal; the largest tensor is little larger than the limit."""
+    x, indices = normal(4, 3), torch.tensor([2, 0, 1])
+    case = Case(torch.mul, None, torch.mul, Sample((x, indices)))
+    for limit in LIMITS:
+        larger, others = Growth(case, "all sizes", [3, 4]).operands(limit)
+        assert larger.shape[1] == len(others)
+        assert limit < larger.numel() < 1.3 * limit
+        assert all(size % 2 for size in larger.shape)
+        assert set(others.tolist()) == {0, 1, 2}  # what indices may be
+        # Neither equal numbers, nor a block that repeats.
+        assert len(larger.unique()) > 0.99 * larger.numel()
+        assert bool((larger.abs() < 1.01 * x.abs().max()).all())
+
+
+def up_to(most: int) -> Callable[..., Tensor]:
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        if max(a.numel(), b.numel(), len(a) * len(b)) > most:
+            raise ValueError(f"more than {most} elements")
+        return faulty.kernel(a, b)
+
+    return kernel
+
+
+@pytest.mark.parametrize(
+    "most, outcome, detail",
+    [
+        (8000, "works", "up to 4096 elements; all sizes, past 65536: eager mode refuses: "),
+        (100, "not run", "all sizes: past 1024 elements: eager mode refuses: more than 100 elem"),
+    ],
+)
+def test_an_operator_that_refuses_larger_sizes_is_not_wrong(
+    most: int, outcome: str, detail: str
+) -> None:
+    op = faulty.make(f"up_to_{most}", kernel=up_to(most))
+    (row,) = check_operator(op, SAMPLES, reference=faulty.kernel, rules="larger sizes").rows
+    assert (row.outcome, row.detail.startswith(detail)) == (outcome, True), row
+
+
+def pairs(x: Tensor) -> Tensor:
+    return (x[:, None] - x).square().sum().reshape(1)
+
+
+def looped(x: Tensor) -> Tensor:
+    total = x.new_zeros(1)
+    for one in x:
+        total = total * 0.5 + one
+    return total
+
+
+@pytest.mark.parametrize(
+    "reference, detail",
+    [(pairs, "need a tensor of 1.7e+07 elements"), (looped, "operators")],
+)
+def test_a_reference_that_needs_too_much_is_asked_for_less(reference: Any, detail: str) -> None:
+    """Squares of a long dimension, and loops over it."""
+    (row,) = check_operator(reference, [(normal(5),)], reference=reference, rules=ROWS[0]).rows
+    assert row.outcome == "works", row
+    assert detail in row.detail

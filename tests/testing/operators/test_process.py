@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: MIT
+"""Settings that a call changes, and memory that it keeps: the table names them, and restores."""
+
+from typing import Any
+
+import faulty_operators as faulty
+import numpy as np
+import pytest
+import torch
+from samples import normal
+from torch import Tensor
+
+from torchpar.testing import check_operator
+from torchpar.testing.operators.settings import OF_THE_PROCESS, SETTINGS, Settings
+
+SAMPLES = [(normal(5, 4), normal(6, 4, seed=1))]
+RULE = "settings left as they were"
+
+
+def test_a_right_operator_leaves_nothing() -> None:
+    assert np.random.get_state()  # noqa: NPY002  # of the generator that the row watches
+    table = check_operator(faulty.make("leaves_nothing"), SAMPLES, rules=RULE)
+    assert table[RULE].outcome == "works", str(table)
+
+
+@pytest.mark.parametrize("name", ["seed", "draw", "denormal", "precision"])
+def test_the_kit_leaves_the_process_as_it_was(name: str) -> None:
+    """Also where the operator does not, in the first call, by which the kit looks for it."""
+    op = faulty.make(f"kit_{name}", **faulty.FAULTS[f"leaves_{name}"][0])
+    before = Settings(SETTINGS | OF_THE_PROCESS)
+    check_operator(lambda a, b: op(a, b), SAMPLES, rules=["values", "low precision", RULE])
+    assert before.changes() == {}
+
+
+def test_each_setting_that_can_be_changed_is_seen_and_restored() -> None:
+    before = Settings(SETTINGS)
+    try:
+        before.put_others()
+        changed = {name for name, setting in SETTINGS.items() if setting.other is not None}
+        assert changed <= before.changes().keys()
+        assert len(changed) >= 4
+    finally:
+        before.restore()
+    assert before.changes() == {}
+    assert torch.tensor([5e-324], dtype=torch.float64).mul(1).any()
+
+
+def test_a_cache_of_the_last_call_is_no_growing_memory() -> None:
+    last: dict[str, Tensor] = {}
+
+    def caching(a: Tensor, b: Tensor) -> Tensor:
+        last["a"] = a.detach()
+        return faulty.kernel(a, b)
+
+    op = faulty.make("caching", kernel=caching)
+    assert check_operator(op, SAMPLES, rules=RULE)[RULE].outcome == "works"
+
+
+def test_a_precision_that_was_set_before_is_seen_with_another() -> None:
+    """The operator sets what the caller has set already, so that nothing changes at first."""
+    op: Any = faulty.make("precise", **faulty.FAULTS["leaves_precision"][0])
+    before = Settings(SETTINGS)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        (row,) = check_operator(op, SAMPLES, rules=RULE).rows
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        before.restore()
+    assert (row.outcome, "with other settings: changes the float32" in row.detail) == (
+        "wrong",
+        True,
+    ), row

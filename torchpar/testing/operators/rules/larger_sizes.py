@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: MIT
+"""Rule of more elements than the samples have, past which a kernel's mask or grid can be wrong.
+
+Sizes of the sample grow until the largest operand or result has more elements than a limit: each
+size alone, in all dimensions that have it, and all sizes together. So operands fit together as
+those of the sample do.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torchpar.testing.operators.attempts import AttemptsAndRemark, OutcomeException
+from torchpar.testing.operators.case import Case, Operator
+from torchpar.testing.operators.gradients import pulled_back
+from torchpar.testing.operators.rules.values import same_values
+from torchpar.testing.operators.tensors import Tensors, is_differentiable, normal_like
+
+# Elements. A block of a kernel has seldom more than the first two, and a dimension of a grid of
+# blocks never more than the last.
+LIMITS = (1024, 4096, 65536)
+# Elements of the largest tensor within the reference, such as the square of a long dimension.
+MOST = 2**24
+# Calls of operators by the reference, as those of a loop over a long dimension.
+MOST_CALLS = 10_000
+
+
+def larger_sizes(case: Case) -> AttemptsAndRemark:
+    reached: list[int] = []
+    refused: dict[str, str] = {}
+
+    def check(growth: "Growth", *limits: int) -> None:
+        """Compare results and gradients past the first limit that is not refused."""
+        for limit in limits:
+            try:
+                _compare(case, growth.operands(limit))
+            except OutcomeException as e:
+                outcome, message = e.args
+                if outcome == "not run":
+                    refused.setdefault(f"{growth.label}, past {limit}", message)
+                    if limit != limits[-1]:
+                        continue
+                raise OutcomeException(outcome, f"past {limit} elements: {message}") from e
+            reached.append(limit)
+            return
+
+    growths = _growths(case)
+    for limit in LIMITS if growths else ():
+        yield growths[-1].label, partial(check, growths[-1], limit)
+    for growth in growths[:-1]:
+        yield growth.label, partial(check, growth, *reversed(LIMITS))
+    most = f"up to {max(reached)} elements" if reached else ""
+    return "; ".join([most, *(f"{label}: {message}" for label, message in [*refused.items()][:1])])
+
+
+def _compare(case: Case, operands: Tensors) -> None:
+    same_values(case, operands)
+    if case.reference is not None and case.floating and any(case.is_smooth):
+        other = case.of(operands)
+        found, expected = (pulled_back(f, other) for f in (other.smooth(other.op), other.oracle))
+        other.close(found, expected, lambda: pulled_back(other.wide.oracle, other.wide))
+
+
+def _growths(case: Case) -> list["Growth"]:
+    """How the sizes grow: each size alone, and all together."""
+    sizes = sorted({size for t in case.operands for size in t.shape if size > 0})
+    chosen = [size for size in sizes if size > 1] or sizes  # a size of 1 may be broadcast
+    alone = [Growth(case, f"every size of {size}", [size]) for size in chosen]
+    return alone if len(chosen) < 2 else [*alone, Growth(case, "all sizes", chosen)]
+
+
+class Growth:
+    """Operands whose dimensions of some sizes grow by one factor.
+
+    Attributes:
+        label: names the sizes in the row.
+        sizes: the sizes that grow.
+    """
+
+    def __init__(self, case: Case, label: str, sizes: Sequence[int]) -> None:
+        self.case, self.label, self.sizes = case, label, sizes
+
+    def operands(self, limit: int) -> Tensors:
+        """Operands of odd sizes, so large that one of them, or a result, has more elements.
+
+        Raises:
+            OutcomeException: no size is large enough, or the reference would need too much memory.
+        """
+        largest = max(self.sizes)
+        # The sizes of a result need not be a power of the sizes of operands.
+        low, high = 1, math.ceil(2 * limit / largest) + 2
+        if self._elements(high, of_reference=False) <= limit:
+            raise OutcomeException("not run", f"no operand and no result gets {limit} elements")
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._elements(middle, of_reference=False) > limit:
+                high = middle
+            else:
+                low = middle
+        if (most := self._elements(high, of_reference=True)) > MOST:
+            message = f"the reference would need a tensor of {most:.1e} elements"
+            raise OutcomeException("not run", message)
+        if (calls := self._powers.calls.at(high)) > MOST_CALLS:
+            raise OutcomeException("not run", f"the reference would call {calls:.1e} operators")
+        return _resized(self.case.operands, self._changed(high))
+
+    def _changed(self, factor: int) -> dict[int, int]:
+        return {size: size * factor | 1 for size in self.sizes}
+
+    def _elements(self, factor: int, of_reference: bool) -> float:
+        """An estimate of the largest number of elements: of an operand or a result, or of any
+        tensor within the reference."""
+        changed = self._changed(factor)
+        shapes = [[changed.get(size, size) for size in t.shape] for t in self.case.operands]
+        powers = self._powers.within if of_reference else self._powers.results
+        return max([*map(math.prod, shapes), *(power.at(factor) for power in powers)])
+
+    @cached_property
+    def _powers(self) -> "_Powers":
+        """Those between the sample and twice the sample."""
+        twice = _resized(self.case.operands, {size: 2 * size for size in self.sizes})
+        counts: list[tuple[list[int], list[int]]] = []
+        for operands in (self.case.operands, twice):
+            with _Elements() as elements:
+                results = self.case.takes(operands, self.case.plain)
+            counts.append(([y.numel() for y in results], elements.counts))
+        results, within = (
+            [Power(*pair) for pair in zip(*each, strict=False) if all(pair)]
+            for each in zip(*counts, strict=True)
+        )
+        first, second = (max(len(within), 1) for _, within in counts)
+        return _Powers(results, within, Power(first, second))
+
+
+class Power(NamedTuple):
+    """A number that grows with a power of a factor, known at 1 and at 2."""
+
+    first: int
+    second: int
+
+    def at(self, factor: int) -> float:
+        return self.first * factor ** math.log2(self.second / self.first)
+
+
+class _Powers(NamedTuple):
+    """The elements of the results and of the tensors within the reference, and its calls."""
+
+    results: list[Power]
+    within: list[Power]
+    calls: Power
+
+
+class _Elements(TorchDispatchMode):
+    """Count the elements of each tensor that PyTorch's operators return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[int] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Operator,
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        results = func(*args, **(kwargs or {}))
+        self.counts += [t.numel() for t in tree_leaves(results) if isinstance(t, Tensor)]
+        return results
+
+
+def _resized(operands: Tensors, sizes: Mapping[int, int]) -> Tensors:
+    """Operands with other sizes, of the numbers of the given ones.
+
+    Floating numbers come in a random order, each moved by √ε of itself, so that no two are equal
+    and no block is like another. Other numbers, such as indices, repeat in their order.
+    """
+    found = []
+    for i, t in enumerate(operands):
+        shape = [sizes.get(size, size) for size in t.shape]
+        if shape == list(t.shape):
+            found.append(t)
+        elif is_differentiable(t):
+            generator = torch.Generator().manual_seed(i)
+            places = torch.randint(t.numel(), shape, generator=generator).to(t.device)
+            drawn = t.flatten()[places]
+            found.append(drawn * (1 + torch.finfo(t.dtype).eps ** 0.5 * normal_like(drawn)))
+        else:
+            times = [-(-new // old) for new, old in zip(shape, t.shape, strict=True)]
+            cut = tuple(slice(size) for size in shape)
+            found.append(t.repeat(times)[cut].contiguous())
+    return tuple(found)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""Rule of what a call leaves behind in the process: settings, random numbers, and memory."""
+
+import gc
+import random
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from torchpar.testing.operators.attempts import REFUSALS, Attempts, OutcomeException
+from torchpar.testing.operators.case import Case
+from torchpar.testing.operators.gradients import gradients
+from torchpar.testing.operators.settings import OF_THE_PROCESS, SETTINGS, Settings, kept
+from torchpar.testing.operators.tensors import is_differentiable, normal_like
+
+SEED = 0x5EED_0F_0DD  # which no operator sets
+CALLS = 4  # after which the memory of the first call must be free
+
+
+def settings_left_as_they_were(case: Case) -> Attempts:
+    """A call and its backward change no setting, draw no random number and keep no memory.
+
+    Each is called twice, since a first call may import modules. All settings are restored between
+    the two calls.
+    """
+
+    def check(compute: Callable[[], object], of_others: bool) -> None:
+        every = SETTINGS | OF_THE_PROCESS
+        with kept(every):
+            _seed()
+            if of_others:
+                Settings(SETTINGS).put_others()
+            given = Settings(every)
+            compute()
+            given.restore()
+            compute()
+            changes = given.changes()
+        if changes:
+            name, how = next(iter(changes.items()))
+            more = f", and {len(changes) - 1} more settings" if len(changes) > 1 else ""
+            changed = f"changes {name}" + f", from {how}" * bool(how) + more
+            way = "; compute without them, or restore them"
+            raise OutcomeException("wrong", f"{changed}{way}")
+
+    computes: dict[str, Callable[[], object]] = {
+        "the forward": partial(case.takes, case.operands),
+        "the backward": partial(_call, case),
+    }
+    if not _has_backward(case):
+        del computes["the backward"]
+    for label, compute in computes.items():
+        yield label, partial(check, compute, False)
+        yield f"{label}, with other settings", partial(check, compute, True)
+    yield "memory", partial(_check_memory, case)
+
+
+def _seed() -> None:
+    """Give the generators states that no seeding within a call would make."""
+    torch.default_generator.manual_seed(SEED)
+    random.seed(SEED)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(SEED % 2**32)
+
+
+def _has_backward(case: Case) -> bool:
+    try:
+        with kept(SETTINGS | OF_THE_PROCESS):
+            return any(y.requires_grad for y in case.op(*_leaves(case)))
+    except Exception:  # other rows say why
+        return False
+
+
+def _leaves(case: Case) -> list[Tensor]:
+    leaves = iter(case.leaves())
+    return [next(leaves) if is_differentiable(t) else t.clone() for t in case.operands]
+
+
+def _call(case: Case) -> list[Tensor]:
+    """Call the operator and its backward on copies of the operands; return all tensors."""
+    xs = _leaves(case)
+    ys = case.takes(xs)
+    smooth = [y for y in ys if y.requires_grad]
+    incoming = list(map(normal_like, smooth))
+    found: Sequence[Tensor] = ()
+    if smooth:
+        with suppress(*REFUSALS, TypeError):  # the rows of gradients say why
+            found = gradients(smooth, [x for x in xs if x.requires_grad], incoming)
+    return [*xs, *ys, *incoming, *found]
+
+
+def _memory(tensors: Sequence[Tensor]) -> list[StorageWeakRef]:
+    strided = [t for t in tensors if type(t) is Tensor and t.layout == torch.strided]
+    return [StorageWeakRef(t.untyped_storage()) for t in strided]
+
+
+def _tensors() -> int:
+    """The number of tensors that Python's objects hold."""
+    gc.collect()
+    return sum(issubclass(type(one), Tensor) for one in gc.get_objects())
+
+
+def _check_memory(case: Case) -> None:
+    """Call the operator several times; the memory of the first calls must be free."""
+    _call(case)  # a first call may fill caches
+    before = _tensors()
+    calls = [_memory(_call(case)) for _ in range(CALLS)]
+    grown = _tensors() - before
+    # A cache of the last call does not grow.
+    if all(any(not memory.expired() for memory in call) for call in calls[:-1]):
+        raise OutcomeException(
+            "wrong", "each call keeps the memory of an operand, a result or a gradient alive"
+        )
+    if grown >= CALLS:
+        raise OutcomeException("wrong", f"{CALLS} calls leave {grown} tensors")
