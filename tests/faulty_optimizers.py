@@ -530,3 +530,52 @@ def _double_rate(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 def _halve_rate(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
         group["lr"] /= 2
+
+
+# Faults that begin later than in the third step
+
+
+class LateRate(PlainAdamW):
+    """The fourth step and all later ones are 30% too large."""
+
+    def update(self, p: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        late = self.state[p].get("step", 0) >= 3
+        super().update(p, gradient, {**group, "lr": group["lr"] * (1.3 if late else 1.0)})
+
+
+class SwitchesCorrection(PlainAdamW):
+    """The bias correction is switched off after forty steps, as if it were 1 by then."""
+
+    def divide(
+        self, mean: Tensor, square: Tensor, eps: float, first: float, second: float
+    ) -> Tensor:
+        is_late = second > 1 - 0.999**40
+        return super().divide(mean, square, eps, first, 1.0 if is_late else second)
+
+
+class CountsItself(PlainAdamW):
+    """Every tenth step decays the weights, by a counter that no state dict has."""
+
+    def __init__(self, params: Any, **own: Any):
+        super().__init__(params, **own)
+        self.steps = 0
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        self.steps += 1
+        return super().step(closure)
+
+    def kept(self, p: Tensor, group: Mapping[str, Any]) -> float:
+        return 1 - 10 * group["lr"] * group["weight_decay"] if self.steps % 10 == 0 else 1.0
+
+
+class RefreshesShards(PlainMuon):
+    """Every tenth update is that of the shard alone."""
+
+    def direction(self, name: str, p: Tensor, ahead: Tensor) -> Tensor:
+        steps = self.state[p]["steps"] = self.state[p].get("steps", 0) + 1
+        if steps % 10 or not isinstance(p, DTensor):
+            return super().direction(name, p, ahead)
+        shard = self.orthogonal(name, p, ahead.to_local().clone())
+        return DTensor.from_local(
+            shard, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
+        )

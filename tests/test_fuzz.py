@@ -14,8 +14,11 @@ pytest.importorskip("tyro", reason="tyro reads the flags")
 SCRIPTS = {
     "exact_mode": ["exp", "rows", "checkpoint", "digits", "rounded-muon", "batched-muon"],
     "training": ["bits", "alone", "parts"],
-    "optimizers": ["decay", "closure", "exchange"],
-    "operators": ["transposed", "last-bit", "behind", "overwritten", "overflow"],
+    "optimizers": ["decay", "closure", "exchange", "late"],
+    "operators": [
+        *("transposed", "last-bit", "behind", "overwritten", "overflow"),
+        *("limit", "minus-infinity", "five-dimensions", "seed"),
+    ],
     "sizes": ["compared", "unsummed"],
     "library": ["keywords", "twice"],
     "flags": ["unchecked", "any-number"],

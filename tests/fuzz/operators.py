@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import torchpar
 from torchpar.library import player
+from torchpar.testing.operators.settings import SETTINGS, Settings
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
@@ -102,7 +103,7 @@ def operands(name: str, rng: random.Random, most: int = 3) -> list[Tensor]:
     if name in ("symmetric_matmul", "linear_sigmoid") and rng.random() < 0.4:
         given.pop()
     sizes = {letter: rng.choice(SIZES) for letter in "nko"} | {"m": rng.choice((0, 1, 2, 3))}
-    batch = rng.choice(["", "m", "m", "mm"])
+    batch = rng.choice(["", "m", "m", "mm", "mmm"])
     dtype = rng.choice(FLOATS) if rng.random() < 0.8 else rng.choice(OTHERS)
     dtype = torch.float32 if name == "exact_matmul" and rng.random() < 0.9 else dtype
     tensors = []
@@ -123,7 +124,7 @@ def operands(name: str, rng: random.Random, most: int = 3) -> list[Tensor]:
         t = torch.randn(shape, dtype=torch.float64) * 2.0 ** rng.randint(-most, most)
         t = (4 * t).to(own) if not own.is_floating_point else t.to(own)
         if own.is_floating_point and t.numel() and rng.random() < 0.2:
-            t.view(-1)[rng.randrange(t.numel())] = rng.choice([float("nan"), float("inf"), -0.0])
+            t.view(-1)[rng.randrange(t.numel())] = rng.choice([math.nan, math.inf, -math.inf, -0.0])
         tensors.append(t)
     if name == "symmetric_matmul" and tensors[0].shape == tensors[1].shape:
         tensors[1] = tensors[0].clone()  # whose product is symmetric, as the operator requires
@@ -145,6 +146,15 @@ def attempt(call: Callable[[], Any]) -> Any:
         return error
 
 
+def attempt_unchanging(what: str, call: Callable[[], Any]) -> Any:
+    """Attempt a call, which must leave the settings of the process as they are."""
+    settings = Settings(SETTINGS)
+    found = attempt(call)
+    if changes := settings.changes():
+        raise Found(f"{what}: the call changes {', '.join(changes)}")
+    return found
+
+
 def trial(rng: random.Random) -> str:
     name = rng.choice(list(OPERATORS))
     ours, torchs, _ = OPERATORS[name]
@@ -158,7 +168,7 @@ def trial(rng: random.Random) -> str:
         )
     what = f"{name} of {[(tuple(t.shape), str(t.dtype)[6:], t.stride()) for t in args]}"
     before = [t.clone() for t in args]
-    found = attempt(lambda: ours(*args, **options))
+    found = attempt_unchanging(what, lambda: ours(*args, **options))
     plain = attempt(lambda: torchs(*args, **options))
     if isinstance(found, Exception):
         line = str(found)
@@ -492,6 +502,50 @@ def overflow() -> None:
     OPERATORS["linear_sigmoid"] = (wrong, *others)
 
 
+def limit() -> None:
+    """Let `matmul_t` leave zeros beyond a number of elements, which is drawn."""
+    right, *others = OPERATORS["matmul_t"]
+    most = int(2 ** random.Random(1).uniform(8, 15))
+
+    def wrong(x: Tensor) -> Any:
+        y = right(x)
+        return y.masked_fill(torch.arange(y.numel()).view(y.shape) >= most, 0)
+
+    OPERATORS["matmul_t"] = (wrong, *others)
+
+
+def minus_infinity() -> None:
+    """Let `linear_sigmoid` be 1 at −∞."""
+    right, *others = OPERATORS["linear_sigmoid"]
+
+    def wrong(x: Tensor, weight: Tensor, bias: Any = None) -> Any:
+        y = right(x, weight, bias)
+        return y.masked_fill(nn.functional.linear(x, weight, bias).isneginf(), 1)
+
+    OPERATORS["linear_sigmoid"] = (wrong, *others)
+
+
+def five_dimensions() -> None:
+    """Let `maximum` of five dimensions be the minimum."""
+    right, *others = OPERATORS["maximum"]
+
+    def wrong(a: Tensor, b: Tensor) -> Any:
+        return torch.minimum(a, b) if max(a.dim(), b.dim()) > 4 else right(a, b)
+
+    OPERATORS["maximum"] = (wrong, *others)
+
+
+def seed() -> None:
+    """Let `exact_matmul` seed PyTorch's generator."""
+    right, *others = OPERATORS["exact_matmul"]
+
+    def wrong(a: Tensor, b: Tensor) -> Any:
+        torch.manual_seed(0)
+        return right(a, b)
+
+    OPERATORS["exact_matmul"] = (wrong, *others)
+
+
 class Remembering:
     """What C++ keeps of an operator, with a fault in each tape that it gets."""
 
@@ -568,5 +622,9 @@ if __name__ == "__main__":
         "behind": behind,
         "overwritten": overwritten,
         "overflow": overflow,
+        "limit": limit,
+        "minus-infinity": minus_infinity,
+        "five-dimensions": five_dimensions,
+        "seed": seed,
     }
     sys.exit(run(trial, faults))

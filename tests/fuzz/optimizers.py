@@ -19,6 +19,7 @@ import random
 import sys
 from functools import cache, partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch._dynamo  # which an optimizer's first step would import
@@ -351,7 +352,8 @@ def on_one_rank(rng: random.Random) -> str:
     both = None
     try:
         both = Both(rng)
-        for _ in range(rng.randint(2, 8)):
+        # Sixty steps show what begins late, such as a switch or a refresh.
+        for _ in range(60 if rng.random() < 0.03 else rng.randint(2, 8)):
             both.do("step")
             both.steps += 1
             if rng.random() < 0.6:
@@ -392,7 +394,20 @@ def results_of_all_exchanges() -> None:
     fault = "exchange"
 
 
+def late_rate() -> None:
+    """Let the tenth step of each Muon, and all later ones, be 30% too large."""
+    right, counts = Muon._apply, WeakKeyDictionary[Muon, int]()
+
+    def wrong(self: Muon, group: dict[str, Any], tensors: Any) -> None:
+        counts[self] = counts.get(self, 0) + (group is self.param_groups[0])
+        rate = group["lr"] * (1.3 if counts[self] >= 10 else 1.0)
+        right(self, {**group, "lr": rate}, tensors)
+
+    Muon._apply = wrong  # type: ignore[method-assign]
+
+
 FAULTS = {
+    "late": late_rate,
     "decay": decay_once_too_often,
     "closure": closure_for_each,
     "exchange": results_of_all_exchanges,

@@ -333,6 +333,32 @@ def test_an_own_step_is_compared_with_its_formula(ranks, make, situation, expect
     assert "own step off" in row.detail
 
 
+@pytest.mark.parametrize(
+    "kind, early, late, detail",
+    [
+        (faulty.LateRate, "whole", "sixty steps", "own step off AdamW's formula by 3.0e-01"),
+        pytest.param(
+            *(faulty.SwitchesCorrection, "whole", "sixty steps", "from step 41 on"),
+            marks=pytest.mark.slow,
+        ),
+        (faulty.CountsItself, "state dict", "sixty steps, resumed", "from step 40 on"),
+        pytest.param(
+            *(faulty.RefreshesShards, "fully_shard on 2 ranks", "fully_shard, twenty steps"),
+            "from step 10 on",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_fault_that_begins_later_is_found_in_many_steps(ranks, kind, early, late, detail):
+    """The situation of three steps says nothing of it."""
+    of_adamw = issubclass(kind, faulty.PlainAdamW)
+    make = partial(faulty.make_adamw if of_adamw else faulty.make, kind=kind)
+    reference = torch.optim.AdamW if kind in (faulty.LateRate, faulty.SwitchesCorrection) else None
+    rows = check_optimizer(make, [early, late], reference=reference, ranks=ranks)
+    assert [row.verdict for row in rows] == ["same bits", "wrong"], rows
+    assert detail in rows[1].detail
+
+
 def of_torch(model: nn.Module, kind: Any, **own: Any) -> torch.optim.Optimizer:
     return kind(model.parameters(), **own)
 

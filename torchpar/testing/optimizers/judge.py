@@ -59,23 +59,25 @@ def judge(name: str, records: dict[Key, Record], references: References) -> Row:
     compared = "own step"
     if references.formula:
         compared += f", {references.formula} in float64"
-    found: list[tuple[float, str, str, float, float, float]] = []
+    found: list[tuple[float, str, str, float, float, float, int]] = []
     for ((family, *_), record), (exact, rounded) in zip(
         records.items(), references.own, strict=True
     ):
         for matrix, weights in record.weights.items():
-            errors = _relative_errors(weights, exact[matrix])
-            drawn = [_relative_errors(draw[matrix], exact[matrix]) for draw in rounded]
+            drawn = [_relative_errors(draw[matrix], exact[matrix]).max(0) for draw in rounded]
             rounding = np.max([np.zeros(2), *drawn], axis=0)
-            excess = float(max(errors / (FACTOR * rounding + BFLOAT16)))
+            excess, step, errors = _excess(
+                _relative_errors(weights, exact[matrix]), FACTOR * rounding + BFLOAT16
+            )
             error, scale, expected = map(float, (*errors, rounding[0]))
-            found.append((excess, family, matrix, error, scale, expected))
+            found.append((excess, family, matrix, error, scale, expected, step))
     full, low = (max(one for one in found if one[1] == family) for family in FAMILIES[:2])
     numbers = full[3], full[5], full[4]
-    excess, family, matrix, error, scale, rounded_error = max(found)
+    excess, family, matrix, error, scale, rounded_error, step = max(found)
     if excess > 1:
         detail = f"{matrix}, {family}: update off by {error:.1e} (rounding {rounded_error:.1e})"
-        return Row(name, "wrong", compared, *numbers, detail=f"{detail}, its norm by {scale:.1e}")
+        detail += f", its norm by {scale:.1e}, from step {step} on"
+        return Row(name, "wrong", compared, *numbers, detail=detail)
     if references.mismatch:
         return Row(name, "wrong", compared, *numbers, references.mismatch)
     if not references.own[0].rounded:
@@ -128,37 +130,49 @@ def formula_mismatch(
     worst, detail = 1.0, ""
     for family, (weights, _), (exact, rounded) in zip(families, own, steps, strict=True):
         for matrix, right in exact.items():
-            errors = _relative_errors(weights[matrix], right)
             drawn = np.max(
-                [np.zeros(2), *(_relative_errors(draw[matrix], right) for draw in rounded)], axis=0
+                [np.zeros(2), *(_relative_errors(draw[matrix], right).max(0) for draw in rounded)],
+                axis=0,
             )
             moves = [
                 float(np.linalg.norm(update)) for update in np.diff(right, axis=0) if update.any()
             ]
             norm = max(float(np.linalg.norm(weight)) for weight in right)
             stored = FLOAT32 * norm / min(moves, default=1.0)
-            excess = float(max(errors / (FACTOR * (drawn + stored) + formula.precision)))
+            excess, step, errors = _excess(
+                _relative_errors(weights[matrix], right),
+                FACTOR * (drawn + stored) + formula.precision,
+            )
             if excess > worst:
                 worst = excess
                 detail = (
                     f"{matrix}, {family}: own step off {formula.name}'s formula by {errors[0]:.1e}"
                 )
                 detail += f" (rounding {drawn[0]:.1e}), its norm by {errors[1]:.1e}"
+                detail += f", from step {step} on"
     return detail
 
 
 def _relative_errors(weights: list[Array], reference: list[Array]) -> Array:
-    """The largest relative errors of the updates, and of their norms. They are infinite for NaN."""
-    errors = np.zeros(2)
-    for update, right in zip(np.diff(weights, axis=0), np.diff(reference, axis=0), strict=True):
+    """For each step the relative errors of the update, and of its norm. They are infinite for
+    NaN."""
+    errors = np.zeros((len(reference) - 1, 2))
+    steps = zip(np.diff(weights, axis=0), np.diff(reference, axis=0), strict=True)
+    for i, (update, right) in enumerate(steps):
         if not np.array_equal(update, right):
             error, norm, expected = (
                 float(np.linalg.norm(x)) for x in (update - right, update, right)
             )
             finite = expected > 0 and math.isfinite(error + norm + expected)
-            both = [error / expected, abs(norm / expected - 1)] if finite else [math.inf, math.inf]
-            errors = np.maximum(errors, both)
+            errors[i] = [error / expected, abs(norm / expected - 1)] if finite else math.inf
     return errors
+
+
+def _excess(errors: Array, bound: Array) -> tuple[float, int, Array]:
+    """The largest ratio of an error and its bound, the first step above the bound, and the largest
+    errors."""
+    ratios = (errors / bound).max(1)
+    return float(ratios.max()), int((ratios > 1).argmax()) + 1, errors.max(0)
 
 
 def judge_shards(row: Row, shards: Weights, whole: Weights, alone: Steps) -> Row:

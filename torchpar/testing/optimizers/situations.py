@@ -228,20 +228,20 @@ def skipped(trial: Trial) -> None:
         model(trial.batch(step)).backward()
 
 
-# Checkpoints after the first step
+# Checkpoints, by default after the first step
 
 
-def resumed(trial: Trial) -> None:
+def resumed(trial: Trial, after: int = 1) -> None:
     """Load a state dict, with a changed learning rate, into a new optimizer of a new model."""
     first, model = trial.model(), trial.model()
     saved = trial.optimizer(first)
-    for step in trial.steps(first, saved, among=STEPS[:1]):
+    for step in trial.steps(first, saved, among=range(after)):
         first(trial.batch(step)).backward()
-    multiply_rates(saved, trial.rates[1])
+    multiply_rates(saved, trial.rates[after])
     model.load_state_dict(first.state_dict())
     optimizer = trial.optimizer(model)
     optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
-    for step in trial.steps(model, optimizer, among=STEPS[1:]):
+    for step in trial.steps(model, optimizer, among=range(after, trial.length)):
         model(trial.batch(step)).backward()
 
 
@@ -425,6 +425,14 @@ SCHEDULE: Setup = {"rates": (1.0, 0.5, 2.0)}
 TWO_GROUPS: Setup = {"groups": True}
 # Elements near 1e-8, as large as the usual ε. Such updates move only weights of 0.
 TINY: Setup = {"size": 1e-7, "scale": 0.0}
+# For what begins later than in the third step: a refresh every n steps, a warm-up, a switch.
+LONG: Setup = {"length": 60, "shapes": {"square": (12, 12), "tall": (16, 6), "uneven": (5, 7)}}
+TWENTY: Setup = {"length": 20}  # on several ranks sixty take too long
+HALFWAY = 31  # no multiple of a number of steps after which something may be refreshed
+LONG_RESUMED: Setup = {
+    **LONG,
+    "rates": (1.0,) * HALFWAY + (0.5,) * (LONG["length"] - HALFWAY),
+}
 HEADS: Setup = {"shapes": {"qkv": (60, 20)}, "views": {"qkv.weight": lambda w: w.view(12, 5, 20)}}
 SITUATIONS = {
     "whole": Situation(trained),
@@ -439,6 +447,10 @@ SITUATIONS = {
     "torch.compile": Situation(partial(trained, wrap=partial(torch.compile, backend="eager"))),
     "state dict": Situation(resumed, setup=RESUMED, same_bits=True),
     "state dict, bfloat16": Situation(resumed, setup=RESUMED | BFLOAT16, same_bits=True),
+    "sixty steps": Situation(trained, setup=LONG),
+    "sixty steps, resumed": Situation(
+        partial(resumed, after=HALFWAY), setup=LONG_RESUMED, same_bits=True
+    ),
     "learning rate schedule": Situation(trained, setup=SCHEDULE),
     "two groups": Situation(trained, setup=TWO_GROUPS),
     "no gradient in a step": Situation(partial(trained, without=[1])),
@@ -467,6 +479,7 @@ SITUATIONS = {
     "fully_shard, heads": Situation(sharded, 2, HEADS),
     "fully_shard, accumulation": Situation(partial(sharded, micro_batches=3), 2),
     "fully_shard, two groups and a schedule": Situation(sharded, 2, TWO_GROUPS | SCHEDULE),
+    "fully_shard, twenty steps": Situation(sharded, 2, LONG | TWENTY),
     "fully_shard after the optimizer": Situation(
         partial(sharded, optimizer_first=True), 2, orthogonal=True
     ),

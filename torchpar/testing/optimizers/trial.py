@@ -204,6 +204,7 @@ class Setup(TypedDict, total=False):
     groups: bool
     versions: bool
     zeros: Mapping[str, Sequence[int]]
+    length: int
 
 
 @dataclass
@@ -226,6 +227,7 @@ class Trial:
             (`other_settings`).
         versions: whether autograd must notice each change of a weight.
         zeros: the steps in which a matrix has a gradient of zeros, by its name.
+        length: the number of steps.
         returned: the result of each step.
     """
 
@@ -245,6 +247,7 @@ class Trial:
     groups: bool = False
     versions: bool = False
     zeros: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    length: int = len(STEPS)
     returned: list[float | Tensor | None] = field(default_factory=list)
 
     def model(self) -> Layers:
@@ -286,7 +289,7 @@ class Trial:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *closure: Callable[[], Any],
-        among: Sequence[int] = STEPS,
+        among: Sequence[int] | None = None,
         stale: Callable[[], None] | None = None,
     ) -> Iterator[int]:
         """Take and record steps, whose gradients the body of a loop computes.
@@ -294,9 +297,10 @@ class Trial:
         for step in trial.steps(model, optimizer):
             model(trial.batch(step)).backward()
 
-        ``stale`` replaces the recorded gradients, which a closure is to compute again.
+        ``among`` are the numbers of the steps, by default all of the situation. ``stale`` replaces
+        the recorded gradients, which a closure is to compute again.
         """
-        for step in among:
+        for step in range(self.length) if among is None else among:
             optimizer.zero_grad()
             if left := [
                 name
