@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import torchpar
 from torchpar.library import player
-from torchpar.testing.operators.settings import SETTINGS, Settings
+from torchpar.testing.operators.process_settings import SETTINGS, Settings
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Checks for optimizers and operators: many situations, each compared with what is right.
 
-`operators` tries an operator and `optimizers` an optimizer; `table` holds the rows of both.
+`operators` tries an operator and `optimizers` an optimizer; `rows` holds the rows of both.
 `doctor` examines this machine, `explain` says who computes a product on a GPU, and `estimate` how
 long a kernel takes there. The public names load their modules, which import much of PyTorch, on
 first use.
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from torchpar.testing.optimizers.conformance import Conformance
     from torchpar.testing.optimizers.formulas import Formula
     from torchpar.testing.optimizers.situations import SITUATIONS
-    from torchpar.testing.table import Row
+    from torchpar.testing.rows import Row
 
 _MODULES = {
     "SITUATIONS": "optimizers.situations",
     "Conformance": "optimizers.conformance",
     "Formula": "optimizers.formulas",
     "OperatorTable": "operators.table",
-    "Row": "table",
+    "Row": "rows",
     "Sample": "operators.case",
     "check_operator": "operators.check_operator",
     "check_optimizer": "optimizers.check_optimizer",

@@ -11,7 +11,7 @@ from samples import normal
 from torch import Tensor
 
 from torchpar.testing import check_operator
-from torchpar.testing.operators.settings import OF_THE_PROCESS, SETTINGS, Settings
+from torchpar.testing.operators.process_settings import OF_THE_PROCESS, SETTINGS, Settings
 
 SAMPLES = [(normal(5, 4), normal(6, 4, seed=1))]
 RULE = "settings left as they were"

@@ -34,6 +34,7 @@ def test_each_rule_is_entered_once() -> None:
     entered = {getattr(one, "func", one) for one in rules.RULES.values()}
     subjects = [rules.autograd, rules.compile, rules.dtensor, rules.modes, rules.schema]
     subjects += [rules.dynamic_sizes, rules.subclasses, rules.values, rules.vmap]
+    subjects += [rules.larger_sizes, rules.side_effects]
     written = {
         function
         for module in subjects

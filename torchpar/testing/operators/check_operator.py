@@ -24,11 +24,11 @@ from torchpar.testing.operators.case import (
     shapes_of,
 )
 from torchpar.testing.operators.kernel_rules import KERNEL_ROWS, emulated_rows, emulating
+from torchpar.testing.operators.process_settings import kept
 from torchpar.testing.operators.rules import OF_GRADIENTS, RULES, try_rule
-from torchpar.testing.operators.settings import kept
 from torchpar.testing.operators.table import OperatorTable
 from torchpar.testing.operators.tensors import Memory
-from torchpar.testing.table import Row
+from torchpar.testing.rows import Row
 
 BUILT_IN = ("aten", "prim", "prims", "profiler")  # namespaces of PyTorch's own operators
 

@@ -13,7 +13,7 @@ from torchpar.testing.operators.attempts import OutcomeException
 from torchpar.testing.operators.case import Case
 from torchpar.testing.operators.gradients import pulled_back
 from torchpar.testing.operators.rules import try_cases, try_rule
-from torchpar.testing.table import Row
+from torchpar.testing.rows import Row
 
 if TYPE_CHECKING:
     from nogpu import Emulator

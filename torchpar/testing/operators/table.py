@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from torchpar.testing.operators.attempts import OUTCOMES
-from torchpar.testing.table import Row, Table
+from torchpar.testing.rows import Row, Table
 
 
 class OperatorTable(Table):

@@ -26,7 +26,7 @@ from torchpar.testing.optimizers.refusals import failures
 from torchpar.testing.optimizers.replay import replay, replay_shards
 from torchpar.testing.optimizers.situations import SITUATIONS
 from torchpar.testing.optimizers.trial import FAMILIES, Failure, Make, Record, Trial
-from torchpar.testing.table import Row
+from torchpar.testing.rows import Row
 
 GRACE = 5.0  # seconds for the other ranks, once a rank has failed
 

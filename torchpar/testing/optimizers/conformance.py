@@ -4,7 +4,7 @@
 from collections.abc import Mapping
 from typing import ClassVar
 
-from torchpar.testing.table import Table
+from torchpar.testing.rows import Table
 
 
 class Conformance(Table):

@@ -12,7 +12,7 @@ from torchpar.optim.newton_schulz import COEFFICIENTS
 from torchpar.testing.optimizers.formulas import Formula
 from torchpar.testing.optimizers.situations import SITUATIONS
 from torchpar.testing.optimizers.trial import FAMILIES, Array, Failure, Record
-from torchpar.testing.table import Row
+from torchpar.testing.rows import Row
 
 DRAWS = 8  # of rounded gradients
 # An update rounds about 16 times in sequence: its input, and three products in each of five

@@ -2,8 +2,8 @@
 """The rules of an operator's table, in the order of its rows. Each rule tries one part of PyTorch.
 
 `values`, `larger_sizes`, `magnitudes` and `schema` try results, `writes` the memory of operands and
-`settings` the process, `autograd`, `torch_func` and `vmap` derivatives and batches, `compile` and
-`dynamic_sizes` graphs, `dtensor`, `subclasses` and `modes` what intercepts a call.
+`side_effects` the process, `autograd`, `torch_func` and `vmap` derivatives and batches, `compile`
+and `dynamic_sizes` graphs, `dtensor`, `subclasses` and `modes` what intercepts a call.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,26 +16,26 @@ from torchpar.testing.operators import differences
 from torchpar.testing.operators.attempts import Attempts, outcome_of
 from torchpar.testing.operators.case import Case, shapes_of
 from torchpar.testing.operators.layouts import in_layouts_and_sizes
+from torchpar.testing.operators.process_settings import kept
 from torchpar.testing.operators.rules import (
     autograd,
     compile,
     dtensor,
     dynamic_sizes,
+    larger_sizes,
     modes,
     schema,
+    side_effects,
     subclasses,
     torch_func,
     values,
     vmap,
 )
-from torchpar.testing.operators.rules.larger_sizes import larger_sizes
 from torchpar.testing.operators.rules.magnitudes import large_and_small_numbers
-from torchpar.testing.operators.rules.settings import settings_left_as_they_were
 from torchpar.testing.operators.rules.writes import undeclared_writes
-from torchpar.testing.operators.settings import kept
 from torchpar.testing.operators.table import worst_of
 from torchpar.testing.operators.tensors import Memory
-from torchpar.testing.table import Row
+from torchpar.testing.rows import Row
 
 Rule = Callable[[Case], Attempts | str | None]
 _as_reference = partial(partial, Case.transformed)
@@ -45,7 +45,7 @@ RULES: dict[str, Rule] = {
     "global settings": modes.global_settings,
     "schema": schema.schema,
     "layouts and sizes": partial(in_layouts_and_sizes, values.same_values),
-    "larger sizes": larger_sizes,
+    "larger sizes": larger_sizes.larger_sizes,
     "fake tensors": schema.fake_tensors,
     "low precision": values.low_precision,
     "gradcheck": partial(autograd.numerically, gradcheck),
@@ -54,7 +54,7 @@ RULES: dict[str, Rule] = {
     "any of the gradients": autograd.any_of_the_gradients,
     "changes after the call": autograd.changes_after_the_call,
     "undeclared writes": undeclared_writes,
-    "settings left as they were": settings_left_as_they_were,
+    "settings left as they were": side_effects.settings_left_as_they_were,
     "forward mode": autograd.forward_mode,
     "batched gradients": _as_reference(transform=autograd.batched_gradients),
     "checkpoint": _as_reference(transform=autograd.checkpointed_gradients),

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torchpar.testing.operators.attempts import REFUSALS, Attempts, OutcomeException
 from torchpar.testing.operators.case import Case
 from torchpar.testing.operators.gradients import gradients
-from torchpar.testing.operators.settings import OF_THE_PROCESS, SETTINGS, Settings, kept
+from torchpar.testing.operators.process_settings import OF_THE_PROCESS, SETTINGS, Settings, kept
 from torchpar.testing.operators.tensors import is_differentiable, normal_like
 
 SEED = 0x5EED_0F_0DD  # which no operator sets
