@@ -10,6 +10,7 @@ import torch
 from samples import normal
 from torch import Tensor
 
+from torchpar.library import custom_op
 from torchpar.testing import check_operator
 from torchpar.testing.operators.case import Case, Sample
 from torchpar.testing.operators.rules.larger_sizes import LIMITS, Growth
@@ -83,3 +84,27 @@ def test_a_reference_that_needs_too_much_is_asked_for_less(reference: Any, detai
     (row,) = check_operator(reference, [(normal(5),)], reference=reference, rules=ROWS[0]).rows
     assert row.outcome == "works", row
     assert detail in row.detail
+
+
+def test_samples_that_are_large_are_taken_as_they_are() -> None:
+    x = normal(300, 300)
+    case = Case(torch.exp, None, torch.exp, Sample((x,)))
+    (larger,) = Growth(case, "every size of 300", [300]).operands(65536)
+    assert larger is case.operands[0]
+
+
+def of_two_rows(x: Tensor) -> Tensor:
+    assert len(x) == 2
+    return x.exp()
+
+
+def test_a_reference_that_asserts_a_size_is_asked_for_others() -> None:
+    (row,) = check_operator(of_two_rows, [(normal(2, 3),)], reference=of_two_rows, rules=ROWS[0])
+    assert row.outcome == "works", row
+    assert "the reference refuses twice the size: AssertionError" in row.detail
+
+
+def test_an_operator_without_a_backward_has_right_values() -> None:
+    op = custom_op("torchpar_faulty::forward", faulty.kernel, mutates_args=(), schema=faulty.SCHEMA)
+    (row,) = check_operator(op, SAMPLES, reference=faulty.kernel, rules=ROWS[0])
+    assert (row.outcome, row.detail) == ("works", "up to 65536 elements"), row

@@ -95,7 +95,7 @@ def _of_numpy(path: str) -> Callable[..., Any]:
     """A function of NumPy, if this process has imported it."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        numpy = sys.modules.get("numpy")
+        numpy: Any = sys.modules.get("numpy")
         return numpy and reduce(getattr, path.split("."), numpy)(*args, **kwargs)
 
     return call
@@ -129,7 +129,8 @@ def _switch(get: str, put: str) -> Setting:
     """A switch of `torch.backends` that has a function to read it and one to set it."""
 
     def call(path: str, *args: object) -> Any:
-        return reduce(getattr, path.split("."), torch.backends)(*args)
+        function: Any = reduce(getattr, path.split("."), torch.backends)
+        return function(*args)
 
     return Setting(partial(call, get), partial(call, put))
 
