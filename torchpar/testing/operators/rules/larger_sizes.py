@@ -160,7 +160,7 @@ class Power(NamedTuple):
     second: int
 
     def at(self, factor: int) -> float:
-        return self.first * float(factor) ** math.log2(self.second / self.first)
+        return self.first * math.pow(factor, math.log2(self.second / self.first))
 
 
 def _powers_of(first: Sequence[int], second: Sequence[int]) -> list[Power]:
