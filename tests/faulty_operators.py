@@ -401,7 +401,7 @@ FAULTS: dict[str, tuple[dict[str, Callable[..., Any]], str, str]] = {
     "one_dimension": (
         {"kernel": kernel_of_dimensions(1)},
         "layouts and sizes",
-        "operands (0,) of 1 dimensions: off by",
+        "operands (0,) of 1 dimension: off by",
     ),
     "five_dimensions": (
         {"kernel": kernel_of_dimensions(5)},

@@ -95,7 +95,7 @@ def _of_other_dimensions(case: Case) -> Iterator[tuple[str, Tensors]]:
                 changed.add(key)
                 who = "operands" if len(key) == len(every) else f"operands {key}"
                 operands = [change(t) if i in key else t for i, t in enumerate(case.operands)]
-                yield f"{who} of {count} dimensions", tuple(operands)
+                yield f"{who} of {count} dimension{'s' * (count > 1)}", tuple(operands)
 
 
 def _of_one_dimension(t: Tensor) -> Tensor:

@@ -76,9 +76,15 @@ def _put_state(state: bytes) -> None:
     torch.default_generator.set_state(numbers)
 
 
-def _of_gpus(get: Callable[[], Any], default: Any = None) -> Callable[[], Any]:
+def _of_gpus(get: Callable[[], Any]) -> Callable[[], Any]:
     """``get`` where this process has used a GPU; otherwise asking would begin to use it."""
-    return lambda: get() if torch.cuda.is_initialized() else default
+
+    def call() -> Any:
+        if not torch.cuda.is_initialized():
+            raise RuntimeError("this process has used no GPU")
+        return get()
+
+    return call
 
 
 def _states_of_gpus() -> tuple[bytes, ...]:
@@ -91,24 +97,22 @@ def _put_states_of_gpus(states: tuple[bytes, ...]) -> None:
     )
 
 
-def _of_numpy(path: str) -> Callable[..., Any]:
-    """A function of NumPy, if this process has imported it."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        numpy: Any = sys.modules.get("numpy")
-        return numpy and reduce(getattr, path.split("."), numpy)(*args, **kwargs)
-
-    return call
+def _numpy() -> Any:
+    """NumPy, if this process has imported it: otherwise an import would be a change, too."""
+    if "numpy" not in sys.modules:
+        raise RuntimeError("this process has not imported NumPy")
+    return sys.modules["numpy"]
 
 
 def _state_of_numpy() -> object:
-    state = _of_numpy("random.get_state")()
-    return state and (state[0], state[1].tobytes(), *state[2:])
+    name, numbers, *others = _numpy().random.get_state()
+    return (name, numbers.tobytes(), *others)
 
 
 def _put_state_of_numpy(state: Any) -> None:
-    if numpy := sys.modules.get("numpy"):
-        numpy.random.set_state((state[0], numpy.frombuffer(state[1], "uint32"), *state[2:]))
+    name, numbers, *others = state
+    numpy = _numpy()
+    numpy.random.set_state((name, numpy.frombuffer(numbers, "uint32"), *others))
 
 
 def _put_environment(before: dict[str, str]) -> None:
@@ -138,7 +142,7 @@ def _switch(get: str, put: str) -> Setting:
 GENERATORS: dict[str, Setting] = {
     "PyTorch's random numbers": Setting(_state, _put_state, is_state=True),
     "the GPUs' random numbers": Setting(
-        _of_gpus(_states_of_gpus, ()), _put_states_of_gpus, is_state=True
+        _of_gpus(_states_of_gpus), _put_states_of_gpus, is_state=True
     ),
     "Python's random numbers": Setting(random.getstate, random.setstate, is_state=True),
     "NumPy's random numbers": Setting(_state_of_numpy, _put_state_of_numpy, is_state=True),
@@ -222,7 +226,9 @@ SETTINGS: dict[str, Setting] = {
 }
 # Imports on a first call, and compilers, change some of these once, and rely on it.
 OF_THE_PROCESS: dict[str, Setting] = {
-    "NumPy's handling of errors": Setting(_of_numpy("geterr"), lambda x: _of_numpy("seterr")(**x)),
+    "NumPy's handling of errors": Setting(
+        lambda: _numpy().geterr(), lambda x: _numpy().seterr(**x)
+    ),
     "environment variables": Setting(lambda: dict(os.environ), _put_environment, is_state=True),
     "the working directory": Setting(os.getcwd, os.chdir),
     "the filters of warnings": Setting(lambda: list(warnings.filters), _put_filters, is_state=True),
@@ -256,8 +262,9 @@ class Settings:
     def put_others(self) -> None:
         """Give each setting that has another value this value."""
         for setting, before in self._before.values():
-            if setting.other is not None:
-                setting.put(setting.other(before))
+            with suppress(*UNREADABLE):
+                if setting.other is not None:
+                    setting.put(setting.other(before))
 
 
 @contextmanager

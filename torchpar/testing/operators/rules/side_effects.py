@@ -42,7 +42,7 @@ def settings_left_as_they_were(case: Case) -> Attempts:
             changes = given.changes()
         if changes:
             name, how = next(iter(changes.items()))
-            more = f", and {len(changes) - 1} more settings" if len(changes) > 1 else ""
+            more = f", and {len(changes) - 1} more" if len(changes) > 1 else ""
             changed = f"changes {name}" + f", from {how}" * bool(how) + more
             way = "; compute without them, or restore them"
             raise OutcomeException("wrong", f"{changed}{way}")
