@@ -521,6 +521,18 @@ def test_samples_of_float32_do_not_hide_a_wrong_gradient(
     assert (note in out) == (operator == "TRIPLED_WITH_A_FORMULA")
 
 
+def test_samples_of_float32_may_lie_at_a_kink() -> None:
+    """Where finite differences are half of what the reference has, too."""
+    samples = [(torch.tensor([0.0, 1.0]),)]
+    for op, outcome in ((torch.relu, "not run"), (lambda x: 2 * x - torch.relu(x), "wrong")):
+        row = check_operator(op, samples, reference=torch.relu, rules="gradcheck")["gradcheck"]
+        assert row.outcome == outcome, row
+    table = check_operator(
+        torch.relu, samples, reference=torch.relu, rules=["gradcheck", GRADIENTS]
+    )
+    assert table.ok, str(table)  # the other row has compared gradients
+
+
 def test_a_table_that_compared_nothing_is_not_ok(capsys: Any) -> None:
     given = ["--samples", f"{__name__}:IN_FLOAT32", "--rules", "torch.func: jvp"]
     assert command_line.main([f"{__name__}:ROUNDED", *given, "--json"]) == 1

@@ -104,7 +104,7 @@ def check_operator(
     disabled = logging.root.manager.disable
     logging.disable()  # the compiler's logs of errors, which are in the table
     try:
-        with warnings.catch_warnings(action="ignore"), _without_warnings_of_loops():
+        with warnings.catch_warnings(action="ignore"), _without_warnings_of_loops(), kept():
             if emulate is None:
                 counted = WATCHED.counted(names, "rows", len(names))
                 rows = [try_rule(rule, cases) for rule in counted]
