@@ -85,5 +85,5 @@ def test_a_place_is_tried_before_the_run_and_no_file_is_left(tmp_path):
     Output(is_folder=True).check("--report", tmp_path / "pages")
     assert (tmp_path / "pages").is_dir()
     for name, is_folder in (("kept.html/a", False), ("kept.html", True), ("n" * 300, False)):
-        with pytest.raises(ConfigError, match="cannot be written .* another place by --replay"):
+        with pytest.raises(ConfigError, match=r"cannot be written .* another place by --replay"):
             Output(is_folder).check("--replay", tmp_path / name)
