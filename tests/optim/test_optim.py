@@ -534,6 +534,137 @@ def test_a_scheduler_cycles_the_momentum_of_a_chain():
         assert [one if one[1] is None else (None, one[1]) for one in cycled] == expected
 
 
+class Averaged(torch.optim.SGD):
+    """SGD that steps in training mode alone, and shows averages in evaluation mode, as the
+    optimizers of the package schedulefree do."""
+
+    def __init__(self, params: Any, lr: float = 0.1):
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group["train_mode"] = False
+
+    def train(self) -> None:
+        self.switch(True)
+
+    def eval(self) -> None:
+        self.switch(False)
+
+    @torch.no_grad()
+    def switch(self, mode: bool) -> None:
+        for group in self.param_groups:
+            if group["train_mode"] != mode:
+                for p in group["params"]:
+                    p.mul_(2.0 if mode else 0.5)
+            group["train_mode"] = mode
+
+    def step(self, closure: Any = None) -> Any:
+        assert all(group["train_mode"] for group in self.param_groups), "not in training mode"
+        return super().step(closure)
+
+
+def test_a_chain_switches_the_modes_of_its_parts() -> None:
+    """Trainers ask for the methods by hasattr; a chain of optimizers without modes has none."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    chain: Any = Muon.for_model(model, 0.1, others=Averaged)
+    hidden, head = model[0].weight, model[1].weight
+    for one in (chain, copy.deepcopy(chain), ChainedOptimizer(chain)):
+        assert hasattr(one, "train")
+        assert hasattr(one, "eval")
+    before = hidden.detach().clone(), head.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(AssertionError, match="not in training mode"):
+        chain.step()
+    ChainedOptimizer(chain).train()
+    chain.train()
+    chain.step()
+    assert torch.equal(head, 2 * before[1])
+    chain.eval()
+    assert torch.equal(head, before[1])
+    assert [group.get("train_mode") for group in chain.param_groups] == [None, False, False]
+    assert not torch.equal(hidden, before[0])  # which decays, and is not averaged
+    plain = Muon.for_model(model)
+    for one in (plain, ChainedOptimizer(plain)):
+        assert not hasattr(one, "train")
+        assert not hasattr(one, "eval")
+        with pytest.raises(AttributeError, match=r"none of its optimizers has eval\(\)"):
+            one.eval()
+
+
+def test_a_chain_has_the_defaults_that_schedules_read() -> None:
+    """Those that all parts have: "lr" for transformers' schedules, and not "betas" beside Muon."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    adamw = partial(torch.optim.AdamW, lr=3e-4)
+    chain = Muon.for_model(model, 0.02, others=adamw)
+    assert {name: chain.defaults[name] for name in ("lr", "weight_decay", "momentum", "eps")} == {
+        "lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "eps": 1e-7,
+    }  # fmt: skip
+    assert "betas" not in chain.defaults
+    alone = ChainedOptimizer(*(adamw([p]) for p in model.parameters()))
+    assert alone.defaults == {**adamw([model[0].weight]).defaults}
+    assert ChainedOptimizer(chain).defaults == chain.defaults
+    transformers = pytest.importorskip("transformers", reason="transformers has the schedules")
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    rates: list[list[float]] = []
+    for one in (chain, torch.optim.Muon([model[0].weight], lr=0.02)):
+        scheduler = transformers.get_scheduler("polynomial", one, 2, 10)
+        rates.append([])
+        for _ in range(10):
+            one.step()
+            scheduler.step()
+            rates[-1].append(one.param_groups[0]["lr"])
+    assert rates[0] == rates[1]
+    assert len(set(rates[0])) > 5
+
+
+def test_a_chain_answers_as_one_optimizer_of_all_groups() -> None:
+    """Each public method of `torch.optim.Optimizer`, with its hooks, beside SGD of two groups."""
+    answers = []
+    for chained in (False, True):
+        torch.manual_seed(0)
+        p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+        sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+        groups = [{"params": [p]}, {"params": [q], "lr": 0.2}]
+        one: Any = ChainedOptimizer(*(sgd([g]) for g in groups)) if chained else sgd(groups)
+        called: list[str] = []
+        for name in (
+            "step_pre", "step_post", "state_dict_pre", "state_dict_post",
+            "load_state_dict_pre", "load_state_dict_post",
+        ):  # fmt: skip
+            register = getattr(one, f"register_{name}_hook")
+            note = partial(called.append, name)
+            register(lambda *_, note=note: note())
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(one, 0.5)
+        for t in (p, q):
+            t.grad = torch.full((2,), 3.0)
+        losses = [one.step(lambda: 7.0), one.step()]
+        scheduler.step()
+        saved = copy.deepcopy(one.state_dict())
+        one.load_state_dict(saved)
+        one.zero_grad(set_to_none=False)
+        zeroed = [t.grad.tolist() for t in (p, q)]
+        one.zero_grad()
+        described = repr(one).partition("\n")[2]
+        twin = pickle.loads(pickle.dumps(one))
+        with pytest.raises(ValueError, match="different number of parameter groups"):
+            one.load_state_dict({**saved, "param_groups": []})
+        answers.append(
+            (
+                *(called, losses, saved, zeroed, p.grad, q.grad, described, one.defaults),
+                *(twin.state_dict(), p.tolist(), q.tolist(), list(one.state) == [p, q]),
+            )
+        )
+    for ours, theirs in zip(*answers, strict=True):
+        assert str(ours) == str(theirs)
+
+
+def test_a_chain_of_what_is_no_optimizer_is_refused() -> None:
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ConfigError, match="an argument is of type list, expected optimizers of"):
+        ChainedOptimizer([Muon([p])])  # type: ignore[arg-type]
+
+
 def test_a_chain_of_chains_saves_the_state_of_all_and_takes_a_new_rate():  # noqa: C901  # a loop for each kind of chain
     """It is saved and loaded, and a copy of it is one, too."""
 

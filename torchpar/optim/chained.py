@@ -53,28 +53,45 @@ def _copied(value: Any) -> Any:
 class ChainedOptimizer(Optimizer):
     """One optimizer made of several, which update different parameters and step in turn.
 
-    The chain takes over their parameter groups and state. Save and load the chain's state dict.
+    The chain takes over their parameter groups and state. Save and load the chain's state dict. It
+    has the methods `train` and `eval` if one of the optimizers has them, as those of the package
+    schedulefree do.
 
     Args:
         optimizers: with all of their parameter groups; perhaps chains themselves.
 
+    Attributes:
+        defaults: the arguments that all of the optimizers have, with the values of the first, such
+            as its "lr"; and "momentum" if some have it, and not all have "betas".
+
     Raises:
+        ConfigError: an argument that is no optimizer.
         NotImplementedError: from `add_param_group`.
         RuntimeError: on a step, on loading or copying, if groups were added, removed or replaced
             afterwards, in the chain or in one of the optimizers.
     """
 
     def __init__(self, *optimizers: Optimizer):
+        for optimizer in optimizers:
+            if not isinstance(optimizer, Optimizer):
+                raise ConfigError(
+                    f"ChainedOptimizer: an argument is of type {type(optimizer).__name__}, "
+                    "expected optimizers of torch.optim, each as an argument"
+                )
         super().__init__(
             [group for optimizer in optimizers for group in optimizer.param_groups], {}
         )
+        # Whoever reads an argument here expects it in all groups: transformers' schedules divide by
+        # "lr".
+        common = set.intersection(*(set(optimizer.defaults) for optimizer in optimizers))
+        first = optimizers[0].defaults
+        self.defaults |= {name: value for name, value in first.items() if name in common}
         # Schedulers that cycle the momentum look here for "betas" or "momentum", and set it in all
         # groups.
-        common = set.intersection(*(set(optimizer.defaults) for optimizer in optimizers))
-        cycled = "betas" if "betas" in common else "momentum"
-        for optimizer in optimizers:
-            if cycled in optimizer.defaults:
-                self.defaults[cycled] = optimizer.defaults[cycled]
+        if "betas" not in common:
+            for optimizer in reversed(optimizers):
+                if "momentum" in optimizer.defaults:
+                    self.defaults["momentum"] = optimizer.defaults["momentum"]
         for optimizer in optimizers:
             self.state.update(optimizer.state)
         self.optimizers = optimizers
@@ -112,7 +129,8 @@ class ChainedOptimizer(Optimizer):
                 own = [next(groups) for _ in optimizer.param_groups]
                 present = optimizer.param_groups
                 optimizer.__setstate__({"state": {}, "param_groups": own})  # adds new options
-                self._check_options(optimizer, present)
+                if not isinstance(optimizer, ChainedOptimizer):  # which has checked its own
+                    self._check_options(optimizer, present)
         except Exception:
             self._share_state()
             raise
@@ -140,6 +158,35 @@ class ChainedOptimizer(Optimizer):
                 "ChainedOptimizer cannot add groups; make a new optimizer of the model"
             )
         super().add_param_group(param_group)
+
+    @property
+    def train(self) -> Callable[[], None]:
+        """Switch each optimizer that has modes to training; missing if none has."""
+        return self._switch("train")
+
+    @property
+    def eval(self) -> Callable[[], None]:
+        """Switch each optimizer that has modes to evaluation; missing if none has."""
+        return self._switch("eval")
+
+    def _switch(self, mode: str) -> Callable[[], None]:
+        """A function that calls the method ``mode`` of all optimizers that have it.
+
+        Trainers ask ``hasattr(optimizer, "train")``.
+        """
+        switches = [getattr(one, mode, None) for one in self.optimizers]
+        found = [switch for switch in switches if callable(switch)]
+        if not found:
+            raise AttributeError(
+                f"ChainedOptimizer: none of its optimizers has {mode}()", name=mode, obj=self
+            )
+
+        def switch_all() -> None:
+            self._check_groups()
+            for switch in found:
+                switch()
+
+        return switch_all
 
     def step(self, closure: Callable[[], object] | None = None) -> Any:
         """Step each optimizer.
