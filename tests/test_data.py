@@ -186,6 +186,18 @@ def test_where_there_are_no_files_none_is_called_damaged(tmp_path, package, advi
         data.load("mnist", tmp_path)
 
 
+def test_the_root_is_a_string_or_a_path(tmp_path) -> None:
+    fashion_mnist(tmp_path)
+    (train, test), (also_train, _) = (
+        data.load("fashion-mnist", r) for r in (str(tmp_path), tmp_path)
+    )
+    assert torch.equal(train.features, also_train.features)
+    assert len(train) > 0 < len(test)
+    for root in (None, 3, b"folder"):
+        with pytest.raises(ConfigError, match=r"^root is .*, expected a path, that of the folder"):
+            data.load("fashion-mnist", root)
+
+
 IMAGES = "t10k-images-idx3-ubyte"
 
 

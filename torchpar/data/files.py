@@ -9,6 +9,7 @@ import gzip
 import zlib
 from collections.abc import Sequence
 from importlib.util import find_spec
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -59,18 +60,22 @@ class Images(NamedTuple):
         return x
 
 
-def read(dataset: Dataset, root: Path) -> tuple[Images, Images]:
+def read(dataset: Dataset, root: str | PathLike[str]) -> tuple[Images, Images]:
     """Return the training and test images of a data set, by the arguments of `torchpar.data.load`.
 
     Raises:
-        ConfigError: a file is missing or damaged.
+        ConfigError: a file is missing or damaged, or ``root`` is no path.
     """
+    if not isinstance(root, str | PathLike):
+        raise ConfigError(
+            f"root is {root!r}, expected a path, that of the folder that holds the data sets"
+        )
     if dataset not in FOLDERS:
         raise ConfigError(f"dataset is {dataset!r}, expected one of {sorted(FOLDERS)}")
     folder = FOLDERS[dataset]
     try:
         train, test = (
-            _read_pair(root / folder / "raw", prefix, CLASSES[dataset])
+            _read_pair(Path(root) / folder / "raw", prefix, CLASSES[dataset])
             for prefix in ("train", "t10k")
         )
     except ValueError as e:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
+from os import PathLike
 from typing import NamedTuple
 
 import numpy as np
@@ -204,7 +204,8 @@ def _batches(
     # The order is drawn on the CPU, so that it is the same on every device.
     (state,) = np.random.SeedSequence((seed, epoch)).generate_state(1)
     generator = torch.Generator().manual_seed(int(state))
-    order = torch.randperm(len(samples), generator=generator).to(samples.labels.device)
+    order = torch.randperm(len(samples), generator=generator, device="cpu")
+    order = order.to(samples.labels.device)
     # Several small batches are read together, which takes fewer calls.
     at_once = max(_READ_CHUNK // batch_size, 1) * batch_size
     skipped = start * batch_size
@@ -224,7 +225,7 @@ def _batches(
 
 
 def load(
-    dataset: Dataset, root: Path, device: torch.device | str = "cpu"
+    dataset: Dataset, root: str | PathLike[str], device: torch.device | str = "cpu"
 ) -> tuple[Samples, Samples]:
     """Return the training and test samples of a data set.
 
@@ -235,7 +236,7 @@ def load(
         device: where to put the samples.
 
     Raises:
-        ConfigError: a file is missing or damaged.
+        ConfigError: a file is missing or damaged, or ``root`` is no path.
     """
     train, test = (
         Samples(
