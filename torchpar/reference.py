@@ -56,7 +56,7 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
             digits.append([rest, *lower])
         return exponent, digits
 
-    c = torch.empty(len(a), len(b), dtype=torch.float64)
+    c = torch.empty(len(a), len(b), dtype=torch.float64, device=a.device)
     columns = [cut(row) for row in b.tolist()]
     for i, (e, row) in enumerate(map(cut, a.tolist())):
         for j, (f, column) in enumerate(columns):
@@ -170,7 +170,7 @@ def gpipe(
     for i, shape in enumerate(shapes):
         x = None
         if stage > 0:
-            x = torch.empty(shape)
+            x = torch.empty(shape, device=torch.get_default_device())
             dist.recv(x, group=group, group_src=stage - 1)
             x.requires_grad_()
         y = forward(i, x)

@@ -105,9 +105,13 @@ class DataParallel:
         self._is_checked = False
         self._restart()
 
+    @staticmethod
+    def _no_loss() -> Tensor:
+        return torch.zeros((), device="cpu")
+
     def _restart(self) -> None:
         # The last sum is the sum of the losses.
-        self._sums = [BinnedSum(t) for t in (*self.parameters, torch.zeros(()))]
+        self._sums = [BinnedSum(t) for t in (*self.parameters, self._no_loss())]
 
     def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
         """Compute the gradients of one unit's ``loss``, and add them and the loss.
@@ -139,7 +143,7 @@ class DataParallel:
                 "a parameter has a gradient before the backward pass; call zero_grad() before"
             )
         loss.backward(gradient)
-        self._add(loss if gradient is None else torch.zeros(()))
+        self._add(loss if gradient is None else self._no_loss())
 
     @ordinary()
     def _add(self, loss: Tensor) -> None:

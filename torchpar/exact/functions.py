@@ -374,7 +374,7 @@ def _pow(x: Any, exponent: Any) -> Tensor:
     dtype = torch.result_type(x, exponent)
     if not dtype.is_floating_point:
         return torch.pow(x, exponent)
-    check_dtypes(torch.empty(0, dtype=dtype))
+    check_dtypes(torch.empty(0, dtype=dtype, device="cpu"))
     if not isinstance(exponent, Tensor):
         return in_pieces(_pow_number, x.to(dtype), float(exponent))
     base = x.to(dtype) if isinstance(x, Tensor) else torch.full_like(exponent, x, dtype=dtype)

@@ -139,7 +139,7 @@ def _zeros(described: object, device: str, memories: dict[int, Tensor]) -> Any:
             zeros = torch.empty(0, dtype=dtype, device=device)
             zeros.set_(shared.untyped_storage(), offset // dtype.itemsize, shape, strides)
         if chosen and device != "meta":
-            zeros[torch.unravel_index(torch.arange(chosen), shape)] = 1
+            zeros[torch.unravel_index(torch.arange(chosen, device=device), shape)] = 1
         return zeros
     if not isinstance(described, tuple):
         return None

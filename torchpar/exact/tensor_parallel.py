@@ -96,7 +96,8 @@ class Linear(torch.nn.Module):
         self.mesh, self.axis = mesh, axis
         self.in_features, self.out_features = in_features, out_features  # of all ranks
         part = slice_along(axis, (out_features, in_features), mesh)
-        unsharded = torch.randn(out_features, in_features) * in_features**-0.5
+        device = torch.get_default_device()  # as for layers of torch.nn
+        unsharded = torch.randn(out_features, in_features, device=device) * in_features**-0.5
         self.weight = torch.nn.Parameter(part.narrow(unsharded).clone())
         mark_slice(self.weight, part)
 

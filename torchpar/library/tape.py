@@ -231,7 +231,7 @@ class TapeRecorder(TorchDispatchMode):
                 # In their place, until the tape is played.
                 if isinstance(value, Tensor):
                     tensors.append((place, slots[0]))
-                    value = torch.empty(0)
+                    value = torch.empty(0, device="cpu")
                 else:
                     lists.append((place, slots))
                     value = []
@@ -300,7 +300,7 @@ class TapeRecorder(TorchDispatchMode):
         """The memory in which a kernel makes TMA descriptors, as a parameter."""
         if not metadata.global_scratch_size:
             return -1, 0
-        slot = self._new_slot(torch.empty(0))
+        slot = self._new_slot(torch.empty(0, device="cpu"))
         size = metadata.global_scratch_size * math.prod(grid)
         self.steps.append(("empty", slot, [size], [1], torch.int8, self._kept[0].device))
         return slot, 0

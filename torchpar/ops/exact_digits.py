@@ -66,7 +66,8 @@ def has_int8() -> bool:
     """
     if "avx512_vnni" not in cpuinfo("flags") or not torch.backends.mkldnn.is_available():
         return False
-    least, largest = (torch.full((32, 64), value, dtype=torch.int8) for value in (-128, 127))
+    make = functools.partial(torch.full, (32, 64), dtype=torch.int8, device="cpu")
+    least, largest = make(-128), make(127)
     pairs = ((least, least), (least, largest), (largest, largest))
     return all(torch.equal(torch._int_mm(a, b.T), a.long() @ b.T.long()) for a, b in pairs)
 

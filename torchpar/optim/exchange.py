@@ -198,7 +198,7 @@ class Exchange:
         """The checksum of this step's facts; made again only where they have changed."""
         number = zlib.crc32(repr(self._facts).encode())
         if self._sent is None or self._sent[0] != (number, wire.dtype):
-            values = torch.tensor([*number.to_bytes(4)], dtype=wire.dtype)
+            values = torch.tensor([*number.to_bytes(4)], dtype=wire.dtype, device="cpu")
             self._sent = (number, wire.dtype), values.to(wire.device)
         return self._sent[1]
 
@@ -213,7 +213,7 @@ class Exchange:
             if differ:
                 check_same_on_all_ranks(self.group, "Muon", self._facts)
         elif not _is_capturing():
-            found = torch.empty((), dtype=torch.bool, pin_memory=differ.is_cuda)
+            found = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=differ.is_cuda)
             found.copy_(differ, non_blocking=True)
             arrived = torch.cuda.current_stream().record_event() if differ.is_cuda else None
             self._unread = found, arrived, self._facts

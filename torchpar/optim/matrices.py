@@ -106,7 +106,7 @@ class ParamInfo:
                     "it in views, or give it to another optimizer, as Muon.for_model does"
                 )
             return
-        counted = torch.zeros(shape, dtype=torch.int8)
+        counted = torch.zeros(shape, dtype=torch.int8, device="cpu")
         try:
             matrices = self.matrices(counted)
         except Exception as e:

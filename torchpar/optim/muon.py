@@ -175,10 +175,10 @@ class Muon(Optimizer):
         >>> optimizer = Muon.for_model(model, lr=0.02, others=partial(torch.optim.AdamW, lr=3e-4))
         >>> print(optimizer)
         parameter  shape   optimizer  reason
-        0.weight   100×32  AdamW      embedding
-        1.weight   64×32   Muon       hidden matrix
+        0.weight   100x32  AdamW      embedding
+        1.weight   64x32   Muon       hidden matrix
         1.bias     64      AdamW      not a matrix
-        3.weight   100×64  AdamW      output head, the last linear layer
+        3.weight   100x64  AdamW      output head, the last linear layer
         3.bias     100     AdamW      not a matrix
 
         Muon takes the weights of linear layers, of convolutions (their first axis as rows), and of
@@ -609,7 +609,7 @@ def _checked(options: Group, ns: NewtonSchulz) -> Group:
         if not isinstance(options[name], SupportsFloat):
             expected = "a number or a tensor of one" if name == "lr" else "a number"
             raise ConfigError(f"Muon: {name} is {options[name]!r}, expected {expected}")
-    no_matrix = torch.empty(0, 0)
+    no_matrix = torch.empty(0, 0, device="cpu")
     coefficients, steps, eps = (options[name] for name in ("ns_coefficients", "ns_steps", "eps"))
     orthogonalize(no_matrix, coefficients, steps, eps, ns)
     of_torch: Any = torch.optim.Muon  # its signature has narrower types

@@ -198,7 +198,7 @@ def emulator() -> Iterator[Finding]:
         value, _, remedy = reason.partition("; ")
         yield Finding("maximum, sm_90", f"not tried: {value}", "note", remedy)
         return
-    a, b = (normal_like(torch.empty(64, 80), seed) for seed in range(2))
+    a, b = (normal_like(torch.empty(64, 80, device="cpu"), seed) for seed in range(2))
     with emulate("sm_90") as gpu:
         same_bits((torchpar.maximum(a, b),), (torch.maximum(a, b),))
     if not gpu.launches or gpu.faults:
@@ -216,7 +216,7 @@ def communication() -> Iterator[Finding]:
     yield host_name()
     try:
         group: Any = dist.ProcessGroupGloo(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]
-        group.allreduce([torch.ones(1)]).wait()
+        group.allreduce([torch.ones(1, device="cpu")]).wait()
         yield Finding("gloo", "starts")
     except (RuntimeError, AttributeError) as e:
         remedy = "export GLOO_SOCKET_IFNAME=lo, or another interface"

@@ -128,7 +128,7 @@ def evaluate(
     """
     chunks = list(torch.arange(len(samples), device=world.device).split(EVALUATION_BATCH))
     outputs = torch.zeros(len(samples), len(samples.classes), device=world.device)
-    numbers = world.share(torch.arange(len(chunks))).tolist()
+    numbers = world.share(torch.arange(len(chunks), device="cpu")).tolist()
     passes = -(-len(chunks) // world.dp_size)
     for i in numbers + [None] * (passes - len(numbers)):
         chunk = chunks[i or 0]

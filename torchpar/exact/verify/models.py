@@ -47,7 +47,7 @@ class SplitMLP(nn.Module):
         tp, pp = world.mesh["tp"], world.mesh["pp"]
         first, second, third = pairwise(SIZES)
         layers = [Linear(*first, tp, 0), Linear(*second, tp, 1), nn.Linear(*third)]
-        mine = torch.arange(len(layers)).tensor_split(pp.size())[pp.get_local_rank()]
+        mine = torch.arange(len(layers), device="cpu").tensor_split(pp.size())[pp.get_local_rank()]
         self.layers = nn.ModuleDict({str(i): layers[i] for i in mine.tolist()})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,7 +163,8 @@ class GPT(nn.Module):
     def __init__(self, characters: int, mesh: DeviceMesh):
         super().__init__()
         self.tokens = nn.Embedding(characters, WIDTH)
-        self.positions = nn.Parameter(torch.randn(CONTEXT, WIDTH) * 0.02)
+        device = torch.get_default_device()  # as for layers of torch.nn
+        self.positions = nn.Parameter(torch.randn(CONTEXT, WIDTH, device=device) * 0.02)
         self.blocks = nn.Sequential(*(Block(mesh) for _ in range(BLOCKS)))
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, characters, bias=False)
@@ -181,8 +182,9 @@ def train_gpt(world: World) -> GPT:
     model = GPT(CHARACTERS, world.mesh["tp"]).to(world.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, foreach=False)
     windows = text.unfold(0, CONTEXT + 1, 1)
-    drawn = (windows[torch.randint(len(text) - CONTEXT, (SEQUENCES,))] for _ in range(GPT_STEPS))
-    steps = ([(window[:-1], window[1:]) for window in step] for step in drawn)
+    last = len(text) - CONTEXT
+    drawn = (torch.randint(last, (SEQUENCES,), device="cpu") for _ in range(GPT_STEPS))
+    steps = ([(window[:-1], window[1:]) for window in windows[places]] for places in drawn)
     constant = LambdaLR(optimizer, lambda _: 1.0)
     _train(model, optimizer, constant, steps, GPT_STEPS, world)
     return model

@@ -50,7 +50,8 @@ def stage_mlp(mlp: MLP, mesh: DeviceMesh) -> MLP:
             f"pp {mesh.size()} makes more stages than the model has layers, {len(mlp.layers)}; "
             "take fewer stages or more --hidden layers"
         )
-    mine = torch.arange(len(mlp.layers)).tensor_split(mesh.size())[mesh.get_local_rank()].tolist()
+    layers = torch.arange(len(mlp.layers), device="cpu")
+    mine = layers.tensor_split(mesh.size())[mesh.get_local_rank()].tolist()
     stage = MLP(mlp.sizes, mlp.hidden, mlp.output, device="meta")
     stage.layers = torch.nn.Sequential(OrderedDict((str(i), mlp.layers[i]) for i in mine))
     return stage

@@ -245,7 +245,7 @@ class _Divisor:
         if self.counts_joined:
             self.ranks = self.group.size()
             return
-        present = torch.tensor(int(not self.has_joined))
+        present = torch.tensor(int(not self.has_joined), device="cpu")
         dist.all_reduce(present, group=self.group)
         self.ranks = int(present.item())
 

@@ -46,7 +46,7 @@ def normal_like(t: Tensor, seed: int = 9) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     # Rounded to float32, so that a tensor and its copy in float64 get the same numbers.
     found = torch.randn(
-        (*t.shape, 1 + t.is_complex()), generator=generator, dtype=torch.float64
+        (*t.shape, 1 + t.is_complex()), generator=generator, dtype=torch.float64, device="cpu"
     ).float()
     return (torch.view_as_complex(found) if t.is_complex() else found[..., 0]).to(t.device, t.dtype)
 

@@ -153,5 +153,5 @@ class ByFormula(torch.optim.Optimizer):
 def defaults_of(kind: type[torch.optim.Optimizer]) -> Settings:
     """The settings that a parameter group may lack."""
     make: Any = kind  # whose arguments have defaults
-    defaults: Settings = make([torch.zeros(1, 1)]).defaults
+    defaults: Settings = make([torch.zeros(1, 1, device="cpu")]).defaults
     return defaults

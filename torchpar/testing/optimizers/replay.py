@@ -93,8 +93,8 @@ class Replay:
 
             Source: Parker, "Monte Carlo Arithmetic", 1997.
             """
-            errors = torch.rand(t.shape, generator=generator) - 0.5 if draw else 0.0
-            return t * (1 + rounding * errors)
+            drawn = torch.rand(t.shape, generator=generator, device="cpu") if draw else 0.5
+            return t * (1 + rounding * (drawn - 0.5))
 
         if by_formula:
             assert self.formula is not None

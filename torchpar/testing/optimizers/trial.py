@@ -257,7 +257,7 @@ class Trial:
         )  # bfloat16 would round updates away
         scale = self.scale * LARGE if large else self.scale
         weights = {
-            name: scale * torch.randn(shape, generator=self._generator(name))
+            name: scale * torch.randn(shape, generator=self._generator(name), device="cpu")
             for name, shape in self.shapes.items()
         }
         return Layers({name: weight.to(self.dtype) for name, weight in weights.items()})
@@ -351,15 +351,12 @@ class Trial:
         n, m = shape[0], math.prod(shape[1:])
         generator = self._generator(name, step)
         rank = min(n, m) if self.family != FAMILIES[1] else min(16, max(min(n, m) // 2, 1))
+        like: Any = {"dtype": torch.float64, "device": "cpu"}
         u, v, mixed = (
-            torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64)).Q
+            torch.linalg.qr(torch.randn(size, rank, generator=generator, **like)).Q
             for size in (n, m, max(rank, 16))
         )
-        mixed = (
-            mixed
-            * math.sqrt(self.size)
-            * torch.logspace(0, -self.decades / 2, rank, dtype=torch.float64)
-        )
+        mixed = mixed * math.sqrt(self.size) * torch.logspace(0, -self.decades / 2, rank, **like)
         x, y = (mixed @ v.T).to(self.dtype), (mixed @ u.T).to(self.dtype)
         if step in self.zeros.get(name, ()):
             y = torch.zeros_like(y)

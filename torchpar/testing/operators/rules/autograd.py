@@ -113,6 +113,7 @@ def _of_gradcheck(message: str) -> str:
         torch.tensor(
             [float(one) for one in re.findall(NUMBER, part.partition("dtype")[0])],
             dtype=torch.float64,
+            device="cpu",
         )
         for part in rest.split("analytical:tensor(")
     )
@@ -133,7 +134,7 @@ def _pulled_back_twice(f: Function, case: Case, layout: Layout) -> Tensors:
     first = torch.autograd.grad(
         ys, xs, list(map(layout, incoming)), create_graph=True, materialize_grads=True
     )
-    total = sum((real(g).square().sum() for g in first), torch.zeros(()))
+    total = sum((real(g).square().sum() for g in first), torch.zeros((), device="cpu"))
     return torch.autograd.grad(total, (*xs, *incoming), materialize_grads=True)
 
 

@@ -220,7 +220,7 @@ def _same_as_reference(case: Case) -> None:
 def ties_and_zeros(case: Case) -> Attempts:
     """At equal numbers and zeros, kinks of a maximum or |x|, the reference gives the gradients."""
     case.expect_reference()
-    first = next((t.flatten() for t in case.floating if t.numel()), torch.zeros(1))
+    first = next((t.flatten() for t in case.floating if t.numel()), torch.zeros(1, device="cpu"))
 
     def repeated(numbers: Tensor, t: Tensor) -> Tensor:
         return numbers.repeat(-(-t.numel() // len(numbers)))[: t.numel()].view(t.shape).to(t.dtype)
