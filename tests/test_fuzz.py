@@ -15,6 +15,7 @@ SCRIPTS = {
     "exact_mode": ["exp", "rows", "checkpoint", "digits", "rounded-muon", "batched-muon"],
     "training": ["bits", "alone", "parts"],
     "optimizers": ["decay", "closure", "exchange", "late"],
+    "heads": ["blocks", "last", "silent"],
     "operators": [
         *("transposed", "last-bit", "behind", "overwritten", "overflow"),
         *("limit", "minus-infinity", "five-dimensions", "seed"),

@@ -6,6 +6,7 @@ attributes.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -22,6 +23,7 @@ from torchpar.console import in_columns
 from torchpar.errors import ConfigError
 from torchpar.library.sharding import is_dtensor
 from torchpar.optim.chained import ChainedOptimizer, Group
+from torchpar.optim.heads import find_heads, is_linear
 from torchpar.optim.matrices import View
 from torchpar.parallel.split.parts import part_of
 
@@ -32,6 +34,9 @@ class Assignment(NamedTuple):
     """The optimizer that takes a parameter, and the reason.
 
     The parameter is not kept, since sharding may replace it.
+
+    Attributes:
+        may_be_head: whether the layer may be an output head or hidden; the table's first line asks.
     """
 
     name: str
@@ -39,6 +44,7 @@ class Assignment(NamedTuple):
     choice: Choice
     reason: str
     view: View | None = None
+    may_be_head: bool = False
 
 
 class ModelOptimizer(ChainedOptimizer):
@@ -61,10 +67,32 @@ class ModelOptimizer(ChainedOptimizer):
             "others": type(self.optimizers[-1]).__name__,
         }
         rows = [
-            (one.name, "×".join(map(str, one.shape)), names[one.choice], one.reason)
+            (one.name, "x".join(map(str, one.shape)), names[one.choice], one.reason)
             for one in self.assignments
         ]
-        return in_columns([("parameter", "shape", "optimizer", "reason"), *rows])
+        columns = in_columns([("parameter", "shape", "optimizer", "reason"), *rows])
+        return "\n".join([*self._doubts(), columns])
+
+    def _doubts(self) -> list[str]:
+        """The table's first line, if layers may be output heads or hidden."""
+        doubtful = [one.name for one in self.assignments if one.may_be_head]
+        if not doubtful:
+            return []
+        others = [one.name for one in self.assignments if one.name not in doubtful]
+        # One pattern for the same layer in each block.
+        patterns = {name: re.sub(r"\.\d+(?=\.)", ".*", name) for name in doubtful}
+        fitting = [
+            name if any(fnmatchcase(other, pattern) for other in others) else pattern
+            for name, pattern in patterns.items()
+        ]
+        choices = ", ".join(f'"{one}": "others"' for one in dict.fromkeys(fitting))
+        layers = (
+            "layer may be an output head" if len(doubtful) == 1 else "layers may be output heads"
+        )
+        return [
+            f"{len(doubtful)} {layers}: for those that make outputs, write "
+            f'overrides={{{choices}}}, and for others the same with "muon"'
+        ]
 
 
 def _check_types(model: object, others: object, **mappings: object) -> None:
@@ -95,6 +123,10 @@ def chain(  # noqa: C901  # a line for each rule, in their order
     _check_types(model, others, overrides=overrides, views=views)
     uses = _uses_of(model)
     assignments = {p: Assignment(of[0].name, of[0].shape, *_decide(of)) for p, of in uses.items()}
+    for p, of in uses.items():
+        is_open = assignments[p].reason == _HIDDEN or assignments[p].reason.startswith(_HEAD)
+        if is_open and any(use.may_be_head for use in of):
+            assignments[p] = assignments[p]._replace(may_be_head=True)
 
     def change(pattern: str, **changes: Any) -> None:
         named = [p for p, of in uses.items() if any(fnmatchcase(use.name, pattern) for use in of)]
@@ -104,7 +136,9 @@ def chain(  # noqa: C901  # a line for each rule, in their order
             raise ConfigError(
                 f"Muon.for_model: no parameter is named {pattern}, expected {expected}"
             )
-        assignments.update((p, assignments[p]._replace(**changes)) for p in named)
+        assignments.update(
+            (p, assignments[p]._replace(**changes, may_be_head=False)) for p in named
+        )
 
     for pattern, view in views.items():
         change(pattern, choice="muon", reason="has a view", view=view)
@@ -167,6 +201,7 @@ class _Use(NamedTuple):
             parameter's name.
         place: the classes of the layer's parent and of the layer, the layer's path, and the role.
         head: the reason why the layer is an output head, or "".
+        may_be_head: whether the rules are in doubt about that.
     """
 
     name: str
@@ -176,6 +211,7 @@ class _Use(NamedTuple):
     role: str
     place: str
     head: str
+    may_be_head: bool
 
     @property
     def shape(self) -> torch.Size:
@@ -203,7 +239,7 @@ class _Use(NamedTuple):
     def multiplies(self) -> bool:
         """Whether the layer is known to multiply by the parameter, a matrix."""
         kind = type(self.layer).__name__
-        known = _is_linear(self.layer) or hasattr(self.layer, "nf") or kind.endswith("Router")
+        known = is_linear(self.layer) or hasattr(self.layer, "nf") or kind.endswith("Router")
         fused = isinstance(self.layer, nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase)
         return self.p.dim() == 2 and (fused or (known and self.role == "weight"))
 
@@ -214,7 +250,7 @@ _SCALINGS = {"_WeightNorm", "_SpectralNorm"}
 
 def _uses_of(model: nn.Module) -> dict[Tensor, list[_Use]]:
     """The layers that use each parameter; several layers may use one parameter."""
-    heads = _heads(model)
+    heads = find_heads(model)
     uses: dict[Tensor, list[_Use]] = {}
     for prefix, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False):
@@ -237,7 +273,16 @@ def _uses_of(model: nn.Module) -> dict[Tensor, list[_Use]]:
                     "instead"
                 )
             place = f"{type(parent).__name__}.{type(layer).__name__}.{path}.{role}"
-            use = _Use(full_name, p, layer, parent, role, place, heads.get(path, ""))
+            use = _Use(
+                full_name,
+                p,
+                layer,
+                parent,
+                role,
+                place,
+                heads.reasons.get(path, ""),
+                path in heads.doubtful,
+            )
             uses.setdefault(p, []).append(use)
     return uses
 
@@ -257,6 +302,7 @@ def _query_key_value(use: _Use, rows: int, columns: int) -> list[int]:
     return [columns] * 3
 
 
+_HIDDEN, _HEAD = "hidden matrix", "output head"
 _UNKNOWN = "no known layer multiplies by it; if a layer of yours does, give a view"
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -272,7 +318,7 @@ _RULES: list[
     (lambda use: isinstance(use.layer, _NORMS), "normalization", None),
     (lambda use: len(use.shape) < 2, "not a matrix", None),
     (lambda use: sum(n != 1 for n in use.shape) < 2, "one row or column", None),
-    (lambda use: use.head, "output head, {head}", None),
+    (lambda use: use.head, _HEAD + ", {head}", None),
     (
         lambda use: isinstance(use.layer, _ConvTransposeNd),
         "transposed convolution; give a view",
@@ -300,7 +346,7 @@ _RULES: list[
     (_at_place("*LinearMaxout.*.weight"), "both pieces of maxout", 2),
     (_at_place("*ModernBertMLP.*.Wi.weight"), "input and gate", 2),
     (_at_place("*MambaMixer.*.in_proj.weight"), "hidden states and gate", 2),
-    (_Use.multiplies, "hidden matrix", 1),
+    (_Use.multiplies, _HIDDEN, 1),
 ]
 
 
@@ -334,40 +380,3 @@ def _matrices(p: Tensor, sizes: list[int], groups: int, transposed: bool) -> Seq
         shape = [groups, p.shape[0] // groups, math.prod(p.shape[1:])]
         return [p.view(shape if groups > 1 else shape[1:])]
     return (p.mT if transposed else p).split(sizes, -2)  # type: ignore[no-any-return]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return hasattr(module, "in_features") and hasattr(module, "out_features")
-
-
-_HEADS = ("head", "projection")  # last words of names: CLIP has a visual_ and a text_projection
-
-
-def _heads(model: nn.Module) -> dict[str, str]:
-    """The output heads: the last linear layer, unless it is in one of several equal blocks.
-
-    Beside a text_projection, say, a visual_projection is a head, too. Returns the reasons by path.
-    """
-    linear = [
-        path
-        for path, one in model.named_modules()
-        if path and _is_linear(one) and "lora_" not in path
-    ]
-    if not linear:
-        return {}
-    parts = linear[-1].split(".")
-    for depth in range(1, len(parts)):
-        parent, block = (model.get_submodule(".".join(parts[:end])) for end in (depth - 1, depth))
-        if sum(_module_classes(child) == _module_classes(block) for child in parent.children()) > 1:
-            return {}
-    heads = {linear[-1]: "the last linear layer"}
-    word = parts[-1].rpartition("_")[2]
-    for path in linear[:-1]:
-        above, last = path.split(".")[:-1], path.split(".")[-1]
-        if word in _HEADS and last.endswith(f"_{word}") and above == parts[:-1]:
-            heads[path] = f"as {parts[-1]} is"
-    return heads
-
-
-def _module_classes(module: nn.Module) -> list[tuple[str, type]]:
-    return [(name, type(child)) for name, child in module.named_modules()]

@@ -182,8 +182,9 @@ class Muon(Optimizer):
         3.bias     100     AdamW      not a matrix
 
         Muon takes the weights of linear layers, of convolutions (their first axis as rows), and of
-        `torch.nn.MultiheadAttention` (query, key and value apart). The output head is the last
-        linear layer that is not in one of several equal blocks.
+        `torch.nn.MultiheadAttention` (query, key and value apart). An output head is a linear layer
+        whose width no later layer takes. Where that leaves a doubt, the table's first line names
+        the layers, and what to write (docs/muon.md).
 
         Args:
             others: makes the other optimizer from parameter groups. Vectors are in a separate

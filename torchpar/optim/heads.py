@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: MIT
+"""Find the output heads of a model from the widths and the order of its layers.
+
+A hidden layer gives a width that a later layer takes. No later layer takes the width of a head. So
+a linear layer is a head if
+
+1. no later layer takes its width, and it is the last linear layer of the model, or
+2. no later layer takes its width, and the same is true of the last linear layer of each module that
+   contains it, unless it is in one of several equal blocks of a trunk, or
+3. its name says so, as those of its siblings do: `policy_head` beside `value_head`.
+
+A key in attention, say, has a width that nobody takes, but the attention ends with a projection,
+whose width the next layer takes. The blocks of a trunk follow each other: a block gives the width
+that the next one takes. Equal modules that do not follow each other, such as an actor and a critic,
+end with a head each.
+
+The order is that of registration in the model. Where a later layer could take a part of the width,
+or the width beside others, the layer is in doubt.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from torchpar.parallel.split.parts import part_of
+
+
+class Heads(NamedTuple):
+    """The output heads by their paths.
+
+    Attributes:
+        reasons: why a layer is a head.
+        doubtful: layers that may be heads, or the last layer if it may be none.
+    """
+
+    reasons: dict[str, str]
+    doubtful: set[str]
+
+
+class _Layer(NamedTuple):
+    """A module with parameters of its own.
+
+    Attributes:
+        takes: the widths of its inputs; of an unknown layer all sizes of its parameters.
+        gives: the width of its output, if it multiplies or looks up.
+        is_linear: whether it can be a head.
+        is_conv: whether it can take an output that is reshaped to channels.
+    """
+
+    path: str
+    takes: frozenset[int]
+    gives: int | None = None
+    is_linear: bool = False
+    is_conv: bool = False
+
+    @property
+    def multiplies(self) -> bool:
+        return self.gives is not None and bool(self.takes)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, also one of another library."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def find_heads(model: nn.Module) -> Heads:
+    """The output heads, and the layers that may be some."""
+    return _Search(model).find()
+
+
+_NAMES = {"head", "heads", "classifier", "classifiers", "logits"}
+# Of siblings with this last word all are heads if one is: CLIP has a visual_ and a text_projection.
+_SHARED = {"head", "projection", "classifier", "logits"}
+_ROUTERS = {"gate", "router", "routing"}
+_INNER = {"q", "k", "v", "kv", "qkv", "wqkv", "attn", "query", "key", "value", "up", *_ROUTERS}
+
+
+def _words(path: str) -> list[str]:
+    """The words of the last name in a path."""
+    return re.split(r"[_\d]+", path.rpartition(".")[2].lower())
+
+
+class _Search:
+    """The layers of a model in their order, and what follows from it."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.layers: list[_Layer] = []
+        self.spans: dict[str, range] = {}  # the layers in each module
+        self.ends: dict[str, int] = {}  # the last of them that multiplies
+        self._signatures: dict[nn.Module, Hashable] = {}
+        self._visit("", model)
+        self.linear = [i for i, layer in enumerate(self.layers) if layer.is_linear and layer.path]
+        # By a width, the last layer that takes it.
+        self.last_taker = {w: i for i, layer in enumerate(self.layers) for w in layer.takes}
+        self.last_conv = {
+            w: i for i, layer in enumerate(self.layers) if layer.is_conv for w in layer.takes
+        }
+        self.early = self._find_early_heads()
+        self.entries: dict[str, set[int]] = {}
+        self.trunks = self._find_trunks()
+
+    def _visit(self, path: str, module: nn.Module) -> None:
+        self._signatures[module] = None  # until its children have theirs
+        start = len(self.layers)
+        if (layer := _layer_of(path, module)) is not None:
+            self.layers.append(layer)
+        children = []
+        for name, child in module.named_children():
+            if name == "parametrizations" or name.startswith("lora_"):
+                continue
+            if child not in self._signatures:  # else it has been met under another name
+                self._visit(f"{path}.{name}".lstrip("."), child)
+            children.append((name, self._signatures[child]))
+        self.spans[path] = range(start, len(self.layers))
+        products = (i for i in reversed(self.spans[path]) if self.layers[i].multiplies)
+        self.ends[path] = next(products, -1)
+        self._signatures[module] = hash((type(module), *children))
+
+    def _find_early_heads(self) -> dict[int, int]:
+        """By the width that it takes, a head that is registered before what gives the width."""
+        early, given = dict[int, int](), set[int | None]()
+        for i, layer in enumerate(self.layers):
+            parts = layer.path.split(".")
+            ends = {i, *(self.ends[".".join(parts[:depth])] for depth in range(1, len(parts)))}
+            if layer.is_linear and any(self.layers[j].gives not in self.last_taker for j in ends):
+                early |= {width: i for width in layer.takes - given}
+            given.add(layer.gives)
+        return early
+
+    def _entries_of(self, path: str) -> set[int]:
+        """The widths that a module takes from outside."""
+        if path not in self.entries:
+            taken, given = set[int](), set[int | None]()
+            for i in self.spans[path]:
+                taken |= self.layers[i].takes - given
+                given.add(self.layers[i].gives)
+            self.entries[path] = taken
+        return self.entries[path]
+
+    def _outputs_of(self, path: str) -> Iterable[int]:
+        """The widths that a module gives to others: no later product in it takes them.
+
+        A router and a modulation, which is several times as wide as its input, give none.
+        """
+        taken = set[int]()
+        for i in reversed(self.spans[path]):
+            layer = self.layers[i]
+            if layer.gives is not None and layer.gives not in taken:
+                yield layer.gives
+            is_router = not _ROUTERS.isdisjoint(_words(layer.path))
+            if layer.gives is not None and not is_router and not _is_multiple(layer):
+                taken |= layer.takes
+
+    def _find_trunks(self) -> list[list[str]]:
+        """Groups of equal modules of which one takes what the one before gives."""
+        trunks: list[list[str]] = []
+        for path, module in self.model.named_modules():
+            if path not in self.spans:
+                continue
+            groups: dict[Hashable, list[str]] = defaultdict(list)
+            for name, child in module.named_children():
+                inner = f"{path}.{name}".lstrip(".")
+                if self.spans.get(inner) and not is_linear(child):
+                    groups[self._signatures[child]].append(inner)
+            trunks += filter(self._is_trunk, groups.values())
+        return trunks
+
+    def _is_trunk(self, blocks: list[str]) -> bool:
+        return any(
+            not self._entries_of(after).isdisjoint(self._outputs_of(before))
+            for before, after in pairwise(blocks)
+        )
+
+    def _is_taken(self, i: int) -> bool:
+        """Whether a later layer takes the width of layer ``i``."""
+        layer = self.layers[i]
+        assert layer.gives is not None
+        if i == self.linear[-1]:  # which a norm may follow
+            return self._is_taken_by_conv(i)
+        is_taken = self.last_taker.get(layer.gives, -1) > i or self._is_taken_by_conv(i)
+        return is_taken or self._is_taken_early(i)
+
+    def _is_taken_early(self, i: int) -> bool:
+        """Whether a head that is registered before layer ``i`` takes its width."""
+        width = self.layers[i].gives
+        assert width is not None
+        return self.early.get(width, i) < i
+
+    def _is_taken_by_conv(self, i: int) -> bool:
+        width = self.layers[i].gives
+        assert width is not None
+        return any(
+            last > i and width % channels == 0 and channels > 1
+            for channels, last in self.last_conv.items()
+        )
+
+    def _is_hidden_in_trunk(self, i: int) -> bool:
+        """Whether layer ``i`` is in a block of a trunk, and does not end the trunk.
+
+        The last block of a pyramid gives another width than its input's. The layers at its place in
+        the other blocks give what the next block takes.
+        """
+        path, width = self.layers[i].path, self.layers[i].gives
+        for *others, last in self.trunks:
+            block = next((one for one in [*others, last] if path.startswith(f"{one}.")), None)
+            if block is None:
+                continue
+            if block != last or i != self.ends[last] or width in self._entries_of(last):
+                return True
+            place = path.removeprefix(last)
+            twins = [j for j in self.linear for one in others if self.layers[j].path == one + place]
+            if not all(map(self._is_taken, twins)):
+                return True
+        return False
+
+    def _is_at_ends(self, i: int) -> bool:
+        """Whether later layers take nothing of the modules that contain layer ``i``."""
+        parts = self.layers[i].path.split(".")
+        ends = {self.ends[".".join(parts[:depth])] for depth in range(1, len(parts))}
+        return not any(self._is_taken(end) for end in ends)
+
+    def _is_named(self, i: int) -> bool:
+        """Whether layer ``i`` ends a module that is called a head, or is one of its modules."""
+        parts = self.layers[i].path.split(".")
+        for depth, part in enumerate(parts, 1):
+            words = _words(part)
+            if _NAMES.isdisjoint(words):
+                continue
+            module = self.model.get_submodule(".".join(parts[:depth]))
+            is_list = isinstance(module, nn.ModuleList | nn.ModuleDict) or words[-1].endswith("s")
+            named = ".".join(parts[: depth + (is_list and depth < len(parts))])
+            if i == self.ends[named]:
+                return True
+        return False
+
+    def _is_fed(self, i: int) -> bool:
+        """Whether another layer gives what layer ``i`` takes, or a part of it."""
+        given = {layer.gives or 1 for j, layer in enumerate(self.layers) if j != i} - {1}
+        return any(width % part == 0 for width in self.layers[i].takes for part in given)
+
+    def _is_in_doubt(self, i: int) -> bool:
+        """Whether layer ``i`` may be hidden.
+
+        No layer gives what it takes, or a later layer could take its width in parts, or
+        beside others.
+        """
+        layer = self.layers[i]
+        assert layer.gives is not None
+        if _is_multiple(layer) or not self._is_fed(i):
+            return True
+        if not _INNER.isdisjoint(_words(layer.path)):
+            return True
+        seen = set[int]()
+        channels = set[int]()
+        for j, other in enumerate(self.layers):
+            if j > i:
+                for width in other.takes - seen:
+                    flattened = any(width % one == 0 for one in channels)
+                    if not flattened and (width > layer.gives or layer.gives % width == 0):
+                        return True
+            seen |= other.takes | ({other.gives} if other.gives is not None else set())
+            if other.is_conv and other.gives is not None and other.gives > 1:
+                channels.add(other.gives)
+        return False
+
+    def find(self) -> Heads:
+        reasons, doubtful, inner = dict[str, str](), set[str](), list[int]()
+        if not self.linear:
+            return Heads(reasons, doubtful)
+        last = self.linear[-1]
+        for i in self.linear:
+            path = self.layers[i].path
+            if self._is_taken(i):
+                continue
+            if self._is_hidden_in_trunk(i) or not self._is_at_ends(i):
+                inner.append(i)
+            elif i == last:
+                reasons[path] = "the last linear layer"
+                if self._is_taken_early(i):
+                    doubtful.add(path)
+            elif self._is_named(i) or not self._is_in_doubt(i):
+                reasons[path] = "no later layer takes it"
+            else:
+                doubtful.add(path)
+        self._add_siblings(reasons, doubtful)
+        # A model may have exits of its blocks, which are as wide as its head.
+        widths = {self.layers[i].gives for i in self.linear if self.layers[i].path in reasons}
+        for layer in (self.layers[i] for i in inner):
+            if layer.gives in widths - {1} and _INNER.isdisjoint(_words(layer.path)):
+                doubtful.add(layer.path)
+        return Heads(reasons, doubtful)
+
+    def _add_siblings(self, reasons: dict[str, str], doubtful: set[str]) -> None:
+        """Add the heads that have the names of other heads."""
+        known = [path.split(".") for path in reasons]
+        for i in self.linear:
+            path = self.layers[i].path
+            above, name = path.split(".")[:-1], path.split(".")[-1]
+            if path in reasons:
+                continue
+            for *parents, theirs in known:
+                word = theirs.rpartition("_")[2]
+                if word in _SHARED and name.endswith(f"_{word}") and above == parents:
+                    doubtful.discard(path)
+                    reasons[path] = f"as {theirs} is"
+
+
+def _is_multiple(layer: _Layer) -> bool:
+    """Whether the output is several times as wide as the input, such as a modulation."""
+    return layer.gives is not None and any(
+        layer.gives > width > 1 and layer.gives % width == 0 for width in layer.takes
+    )
+
+
+def _layer_of(path: str, module: Any) -> _Layer | None:  # noqa: PLR0911  # a line for each kind
+    """The widths of a module itself; None if it has none."""
+    if is_linear(module):
+        return _Layer(path, frozenset([module.in_features]), module.out_features, is_linear=True)
+    if isinstance(module, _ConvNd):
+        takes = frozenset([module.in_channels])
+        return _Layer(path, takes, module.out_channels, is_conv=True)
+    if isinstance(module, nn.MultiheadAttention):
+        takes = frozenset([module.embed_dim, module.kdim, module.vdim])
+        return _Layer(path, takes, module.embed_dim)
+    if isinstance(module, nn.RNNBase):
+        width = (module.proj_size or module.hidden_size) * (1 + module.bidirectional)
+        return _Layer(path, frozenset([module.input_size]), width)
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return _Layer(path, frozenset(), module.embedding_dim)
+    if isinstance(module, nn.Bilinear):
+        return _Layer(
+            path, frozenset([module.in1_features, module.in2_features]), module.out_features
+        )
+    sizes = [part_of(p).whole for p in module.parameters(recurse=False)]
+    if not sizes:
+        return None
+    if hasattr(module, "nf") and len(sizes[0]) == 2:  # transformers' Conv1D, stored (in, out)
+        return _Layer(path, frozenset([sizes[0][0]]), module.nf)
+    return _Layer(path, frozenset(n for size in sizes for n in size if n > 1))
