@@ -40,6 +40,7 @@ LONG = (torch.arange(3 * 2**22) % 3 + 5) / 7.5
 # Rounding once is half a unit; GELU's tail multiplies by a number with an absolute error.
 FUNCTIONS: dict[str, tuple[Any, Tensor, float]] = {
     "exp": (torch.exp, X, 0.51),
+    "exp2": (torch.exp2, X, 0.51),
     "expm1": (torch.expm1, X, 0.51),
     "log": (torch.log, POSITIVE, 0.51),
     "sigmoid": (torch.sigmoid, X, 0.51),
@@ -88,7 +89,7 @@ def test_functions_round_once(name):
 
 def test_functions_of_unusual_numbers():
     x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45])
-    for name in ("exp", "log", "sigmoid", "tanh", "sin", "erf", "rsqrt"):
+    for name in ("exp", "exp2", "log", "sigmoid", "tanh", "sin", "erf", "rsqrt"):
         with exact.mode():
             found = getattr(torch, name)(x)
         expected = getattr(torch, name)(x)
@@ -111,6 +112,143 @@ def test_gelu_is_as_near_as_torchs(approximate):
         found = results(X)
     for one, other, ideal in zip(found, results(X), results(X.double()), strict=True):
         assert (one - ideal).abs().max() <= 2 * (other - ideal).abs().max()
+
+
+def products(x: Tensor, g: Tensor) -> list[Tensor]:
+    """Symmetric products, and the gradients of their operands."""
+    a, b, c = x.requires_grad_(), x.detach().flip(0).requires_grad_(), g.clone().requires_grad_()
+    h = g.detach().clone()
+    torchpar.symmetric_matmul(x.detach(), x.detach().clone(), h, alpha=0.5, beta=2.0, out=h)
+    found = [
+        torchpar.matmul_t(a),
+        torchpar.symmetric_matmul(a, a * 1, c, alpha=0.3, beta=0.7, check=True),
+        torchpar.symmetric_matmul(a @ a.mT @ a @ a.mT, a @ a.mT),
+    ]
+    total = sum((y * (i + g)).sum() for i, y in enumerate(found))
+    b_times = torchpar.symmetric_matmul(b, b.detach() * 1)
+    return [*found, h, *torch.autograd.grad(total + (b_times * g).sum(), (a, b, c))]
+
+
+@pytest.mark.parametrize("rows, columns", [(0, 3), (1, 1), (5, 0), (127, 9), (9, 129)])
+def test_symmetric_products_are_exact(rows: int, columns: int) -> None:
+    """`matmul_t` has the bits of `exact_matmul_t`, and all equal their transposes; values and
+    gradients are as near to float64 as PyTorch's."""
+    generator = torch.Generator().manual_seed(rows)
+    x, g = (torch.randn(rows, n, generator=generator) for n in (columns, rows))
+    g = g + g.mT
+    with exact.mode():
+        found = [t.detach().clone() for t in products(x.clone(), g)]
+        assert torch.equal(found[0], torchpar.exact_matmul_t(x))
+    native, ideal = products(x.clone(), g), products(x.double(), g.double())
+    for y in found[:4]:
+        assert torch.equal(y, y.mT)
+    for one, torchs, wide in zip(found, native, ideal, strict=True):
+        assert one.shape == torchs.shape
+        if one.numel():
+            errors = [(t.double() - wide).abs().max() for t in (one, torchs)]
+            # A term of a sum may round once more than PyTorch's fused operations do.
+            assert errors[0] <= 2 * errors[1] + 2**-24 * wide.abs().max()
+
+
+def test_symmetric_products_leave_terms_of_factor_0_out() -> None:
+    nan, x = torch.full((3, 3), math.nan), torch.ones(3, 2)
+    with exact.mode():
+        assert torchpar.symmetric_matmul(x, x, nan, beta=0.0).tolist() == [[2.0] * 3] * 3
+        wrong = torchpar.symmetric_matmul(nan, nan, torch.eye(3), alpha=0.0, beta=2.0)
+        assert torch.equal(wrong, 2 * torch.eye(3))
+        # Whatever the product is, the result is symmetric: its lower triangle counts.
+        left, right = torch.tensor([[[1.0], [2.0]], [[3.0], [5.0]]])
+        lower = torchpar.symmetric_matmul(left, right)
+        assert lower.tolist() == [[3.0, 6.0], [6.0, 10.0]]
+
+
+# Made here, since random numbers differ in the mode.
+DRAWN = 3 * torch.randn(600, generator=torch.Generator().manual_seed(3)) + 1
+STATISTICS = [torch.linspace(*ends, 5) for ends in ((0.5, 1.5), (-1, 1), (0.1, 9))]
+NORMED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {  # shapes, and options of the layer
+    "1d": ((6, 5), {}),
+    "a sequence": ((3, 5, 7), {"momentum": None}),
+    "2d": ((4, 5, 3, 2), {"affine": False}),
+    "3d": ((2, 5, 3, 1, 2), {"track_running_stats": False}),
+    "no sample": ((0, 5, 3, 2), {}),
+}
+
+
+def normed(name: str, training: bool, dtype: torch.dtype, wide: bool) -> list[Tensor]:
+    """A result of batch norm, its gradients, and the running statistics after two batches."""
+    shape, options = NORMED[name]
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
+    x, g = DRAWN[: 2 * math.prod(shape)].to(dtype).view(2, *shape)
+    layer = kind(5, **options).train(training)
+    for p in layer.parameters():
+        p.data.copy_(STATISTICS[0])
+    if not training and layer.running_mean is not None:
+        layer.running_mean.copy_(STATISTICS[1])
+        layer.running_var.copy_(STATISTICS[2])
+    layer = layer.to(torch.float64 if wide else dtype)
+    x, g = (t.double() if wide else t for t in (x, g))
+    x = x.clone().requires_grad_()
+    layer(x.detach() * 2)
+    y = layer(x)
+    y.backward(g)
+    found = [y, x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()]
+    return [t.detach().clone() for t in found]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NORMED)
+def test_batch_norm_is_as_near_as_torchs(name: str, training: bool, dtype: torch.dtype) -> None:
+    """Values, gradients and running statistics; dtypes are PyTorch's."""
+    with exact.mode():
+        found = normed(name, training, dtype, False)
+    native, ideal = normed(name, training, dtype, False), normed(name, training, dtype, True)
+    for one, torchs, wide in zip(found, native, ideal, strict=True):
+        assert (one.dtype, one.shape) == (torchs.dtype, torchs.shape)
+        if one.numel():
+            errors = [(t.double() - wide.double()).abs().max() for t in (one, torchs)]
+            unit = torch.finfo(dtype).eps / 2 * wide.double().abs().max()
+            assert errors[0] <= 2 * errors[1] + unit
+
+
+def test_batch_norm_does_not_depend_on_the_order_of_samples() -> None:
+    """Its sums are exact, unlike PyTorch's."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 3, 5, generator=generator)
+    order = torch.randperm(400, generator=generator)
+
+    def train(x: Tensor) -> list[Tensor]:
+        layer = nn.BatchNorm1d(3)
+        y = layer(x)
+        y.square().mul(x).sum().backward()
+        return [y.detach(), layer.weight.grad, layer.running_mean, layer.running_var]
+
+    with exact.mode():
+        (first, *rest), (other, *others) = train(x), train(x[order])
+        assert torch.equal(first[order], other)
+        assert all(map(torch.equal, rest, others))
+        assert torch.equal(
+            torch.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, True),
+            F.batch_norm(x, None, None, training=True),
+        )
+        _, *others = train(torch.cat([x[:1] * (1 + 2**-10), x[1:]]))
+        assert not any(map(torch.equal, rest, others))
+
+
+def test_units_of_a_batch_norm_with_running_statistics_are_refused() -> None:
+    """They depend on the order of the units, and so on the ranks."""
+    x = torch.rand(4, 3)
+    with exact.mode():
+        for options in ({}, {"track_running_stats": False}):
+            model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, **options))
+            parallel = exact.DataParallel(model)
+            if not options:
+                with pytest.raises(ConfigError, match=r"^1 is a BatchNorm1d that trains"):
+                    parallel.backward(model(x).square().sum())
+                model.eval()
+            parallel.backward(model(x).square().sum())
+            parallel.all_reduce()
+            assert model[0].weight.grad is not None
 
 
 SEEDED = torch.Generator().manual_seed(0)

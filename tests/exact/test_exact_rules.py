@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import torchpar
 from torchpar import exact
 from torchpar.errors import ConfigError
 from torchpar.exact.functions import in_pieces, sqrt64
 from torchpar.exact.registry import EXACT_RULES, PRIVATE
+from torchpar.ops.symmetric_matmul import symmetric_matmul
 
-aten = torch.ops.aten
+aten, ops = torch.ops.aten, torch.ops.torchpar
 ROWS, COLUMNS = 4, 6
 INDEX = torch.tensor([2, 0, 0, 2, 1, 2])  # of the elements of a row
 WEIGHT = torch.linspace(-1, 1, COLUMNS * COLUMNS).view(COLUMNS, COLUMNS)
@@ -78,6 +80,17 @@ def of_group_norm(x: Tensor) -> Tensor:
     return aten.native_group_norm_backward(image, image, mean, rstd, WEIGHT[0, :2], *shape)[0]
 
 
+def symmetric(x: Tensor) -> Tensor:
+    a = x.view(-1, 2, 3)
+    return symmetric_matmul(a, a, WEIGHT[:2, :2].expand(len(x), 2, 2), alpha=0.3, beta=0.7)
+
+
+def added_in_place(x: Tensor) -> Tensor:
+    a, h = x.view(-1, 2, 3), WEIGHT[:2, :2].repeat(len(x), 1, 1)
+    ops.symmetric_addmm_(h, a, a.clone(), alpha=0.3, beta=0.7)
+    return h
+
+
 def each(names: str, call: Callable[[Any, Tensor], Any]) -> dict[str, Callable[[Tensor], Any]]:
     """For each operator of these names a function of rows, by ``call(operator, rows)``."""
     return {name: partial(call, getattr(aten, name)) for name in names.split()}
@@ -85,7 +98,7 @@ def each(names: str, call: Callable[[Any, Tensor], Any]) -> dict[str, Callable[[
 
 # Functions of rows (n, columns) to n rows, by the rule that they take.
 ROW_CASES: dict[str, Callable[[Tensor], Any]] = {
-    **each("exp expm1 sigmoid tanh erf silu gelu", lambda f, x: f(x)),
+    **each("exp exp2 expm1 sigmoid tanh erf silu gelu", lambda f, x: f(x)),
     **each("log log2 log1p rsqrt sqrt", lambda f, x: f(x.abs())),
     **each("sin cos erfinv", lambda f, x: f(x.tanh())),
     **each(
@@ -124,6 +137,13 @@ ROW_CASES: dict[str, Callable[[Tensor], Any]] = {
     "baddbmm": lambda x: torch.baddbmm(
         x.view(-1, 2, 3), x.view(-1, 2, 3), WEIGHT[:3, :3].repeat(len(x), 1, 1)
     ),
+    "matmul_t": lambda x: torchpar.matmul_t(x.view(-1, 2, 3)),
+    "matmul_t_backward": lambda x: ops.matmul_t_backward(
+        x.unflatten(1, (2, 3))[..., :2], x.view(-1, 2, 3)
+    ),
+    "symmetric_matmul": symmetric,
+    "symmetric_addmm": added_in_place,
+    "fp32_matmul": lambda x: ops.fp32_matmul(x.view(-1, 2, 3), WEIGHT[:4, :3], precision="ieee"),
     "mv": lambda x: x.mv(WEIGHT[0]),
     "dot": lambda x: torch.stack([row.dot(WEIGHT[0]) for row in x]),
     "convolution": lambda x: aten.convolution(x[:, None], KERNEL, WEIGHT[0, :2], *SEQUENCE),

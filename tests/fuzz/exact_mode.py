@@ -62,13 +62,14 @@ UNINITIALISED = {
     "new_empty_strided",
 }
 # Each of their rows is computed from all rows, though its number may be the same as without them.
-MIXING = {"corrcoef", "cov"}
+MIXING = {"corrcoef", "cov", "nn.functional.batch_norm"}
 # docs/exact.md says that its second result is another one.
 DIFFERENT = {"torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"}
 OPERATORS = [
     op for op in op_db if op.supports_dtype(torch.float32, "cpu") and op.name not in DIFFERENT
 ]
-REPLACED = [op for op in OPERATORS if op.name.endswith(("dot_product_attention", "group_norm"))]
+_REPLACED = ("dot_product_attention", "group_norm", "functional.batch_norm")
+REPLACED = [op for op in OPERATORS if op.name.endswith(_REPLACED)]
 # Of the trials with floats, and how much larger other rows become.
 FLOATS = {torch.float32: 0.7, torch.bfloat16: 0.15, torch.float16: 0.15}
 LOUDER = {torch.float16: 2.0**8}

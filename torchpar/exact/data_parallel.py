@@ -18,6 +18,7 @@ numbers.
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchpar.errors import ConfigError
 from torchpar.exact.dispatch import is_active
@@ -102,6 +103,11 @@ class DataParallel:
                     "replicated on all ranks"
                 )
         self.group = group
+        self._norms = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, _BatchNorm) and module.track_running_stats
+        }
         self._is_checked = False
         self._restart()
 
@@ -121,8 +127,8 @@ class DataParallel:
 
         Raises:
             ConfigError: the call is not in `torchpar.exact.mode`; a parameter has a gradient
-                already, or was frozen or unfrozen after this object was made; or there are several
-                losses.
+                already, or was frozen or unfrozen after this object was made; there are several
+                losses; or a BatchNorm trains its running statistics.
         """
         if not is_active():
             raise ConfigError(
@@ -142,6 +148,13 @@ class DataParallel:
             raise ConfigError(
                 "a parameter has a gradient before the backward pass; call zero_grad() before"
             )
+        for name, module in self._norms.items():
+            if module.training:
+                raise ConfigError(
+                    f"{name} is a {type(module).__name__} that trains its running statistics, "
+                    "which depend on the order of the units and on the ranks; give it "
+                    "track_running_stats=False, call its eval(), or take GroupNorm"
+                )
         loss.backward(gradient)
         self._add(loss if gradient is None else self._no_loss())
 

@@ -31,7 +31,7 @@ from torchpar.exact import reductions as reductions
 from torchpar.exact.attention import scaled_dot_product_attention
 from torchpar.exact.loader_workers import workers_enter
 from torchpar.exact.native import Metadata, check_native, like_native
-from torchpar.exact.reductions import group_norm
+from torchpar.exact.reductions import batch_norm, batch_norm_of_torch, group_norm
 from torchpar.exact.registry import (
     COMPOSED,
     EXACT_RULES,
@@ -51,6 +51,8 @@ from torchpar.ops.exact_digits import DIGITS, rounded_to
 _FUNCTIONS: dict[object, Callable[..., Tensor]] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.group_norm: group_norm,
+    F.batch_norm: batch_norm,
+    torch.batch_norm: batch_norm_of_torch,
 }
 # PyTorch's versions of these are called for their errors: the rules would take negative indices.
 _INDEXED = {"scatter", "scatter_add", "index_add", "index_copy"}
@@ -414,13 +416,13 @@ def _written(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     native: Sequence[Metadata | None],
-) -> Result:
+) -> Result | None:
     """Call an operator's rule. In-place and ``out`` variants write the result to their tensors."""
     outs: list[Tensor] = [kwargs.pop(one.name) for one in func._schema.arguments if one.is_out]
     result = own_rule(*args, **kwargs)
     if func._schema.name.endswith("_"):
         written: Tensor = args[0].copy_(result)
-        return written
+        return written if func._schema.returns else None
     if not outs:
         return _as_native(func, result, native)
     results = result if isinstance(result, tuple) else (result,)

@@ -22,7 +22,8 @@ from torchpar.ops.exact_digits import power_of_two
 # ln 2 in a part of 32 bits, whose products with exponents are exact, and the rest.
 _LN2_HIGH, _LN2_LOW = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33")
 _SQRT_HALF_BITS = 0x3FE6A09E667F3BCD  # from which to √2 the exponent is 0
-_EXP_TERMS = 12  # of Taylor's series for |r| < 0.3466: the rest is below 3·10⁻¹⁶
+# Taylor's series of e^r for |r| < 0.3466: the rest is below 3·10⁻¹⁶.
+_EXP_SERIES = [1 / math.factorial(i) for i in range(13)]
 # erf(x)/x as a polynomial in u = x²/8 − 1, for |x| ≤ 4: interpolated at Chebyshev's points, error
 # 4·10⁻¹⁰.
 _ERF_HEX = """
@@ -117,7 +118,20 @@ def exp64(x: Tensor) -> Tensor:
     x = x.clamp(-708.0, 709.0)
     n = (x * (1 / math.log(2))).round()
     r = x - n * _LN2_HIGH - n * _LN2_LOW
-    result = _polynomial(r, [1 / math.factorial(i) for i in range(_EXP_TERMS + 1)])
+    result = _polynomial(r, _EXP_SERIES)
+    result *= power_of_two(n.nan_to_num().to(torch.int32), torch.float64)
+    return result.masked_fill_(too_small, 0.0).masked_fill_(too_large, math.inf)
+
+
+def exp2_64(x: Tensor) -> Tensor:
+    """2^x in float64; 0 for x < −1022, and infinity for x > 1023.
+
+    With the integer n nearest to x, 2^x is 2ⁿ·e^((x − n)·ln 2), by Taylor's series.
+    """
+    too_small, too_large = x < -1022.0, x > 1023.0
+    x = x.clamp(-1022.0, 1023.0)
+    n = x.round()
+    result = _polynomial((x - n) * math.log(2), _EXP_SERIES)
     result *= power_of_two(n.nan_to_num().to(torch.int32), torch.float64)
     return result.masked_fill_(too_small, 0.0).masked_fill_(too_large, math.inf)
 
@@ -323,6 +337,7 @@ def _gelu_backward(g: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor
 # Functions of elements in float64, whose results are rounded once
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "exp": exp64,
+    "exp2": exp2_64,
     "expm1": _expm1,
     "log": log64,
     "log2": lambda x: log64(x) * (1 / math.log(2)),

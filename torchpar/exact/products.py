@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Rules for matrix products and convolutions: exact products."""
+"""Rules for matrix products and convolutions: exact products.
+
+The rules of torchpar's products ignore the precision that they are given, since they are exact.
+"""
 
 from collections.abc import Sequence
 
@@ -10,7 +13,7 @@ from torch.nn import functional as F
 from torchpar.errors import ConfigError
 from torchpar.exact.registry import rule, times, wide
 from torchpar.exact.sums import exact_sum
-from torchpar.ops import exact_matmul
+from torchpar.ops import exact_matmul, exact_matmul_t
 from torchpar.ops.exact_digits import product_of_exponents, row_exponents
 
 
@@ -46,6 +49,52 @@ def _addmm(
 @rule("mv", "dot", narrow=True)
 def _mv(a: Tensor, b: Tensor) -> Tensor:
     return _mm(a[None] if a.dim() == 1 else a, b[:, None]).view(a.shape[:-1])
+
+
+@rule("fp32_matmul")
+def _fp32_matmul(a: Tensor, b: Tensor, *, precision: str) -> Tensor:
+    return exact_matmul(a, b.expand(*a.shape[:-2], *b.shape[-2:]))
+
+
+@rule("matmul_t", narrow=True)
+def _matmul_t(x: Tensor, *, precision: str | None = None) -> Tensor:
+    return exact_matmul_t(x)
+
+
+@rule("matmul_t_backward", narrow=True)
+def _matmul_t_backward(g: Tensor, x: Tensor) -> Tensor:
+    """``(G + Gᵀ)·X`` by two products, since G + Gᵀ rounds and can overflow."""
+    return wide_product(g, x.mT) + wide_product(g.mT, x.mT)
+
+
+@rule("symmetric_matmul", narrow=True)
+def _symmetric_matmul(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """The lower triangle of ``alpha·A·Bᵀ + beta·C`` and its mirror image."""
+    addend = wide(a).new_zeros(*a.shape[:-1], a.shape[-2]) if c is None else c
+    y = _addmm(addend, a, b.mT, torch.float32, beta=beta or 0, alpha=alpha)
+    n = y.shape[-1]
+    return torch.where(torch.ones(n, n, dtype=torch.bool, device=y.device).tril(), y, y.mT)
+
+
+@rule("symmetric_addmm", narrow=True)
+def _symmetric_addmm(
+    h: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    precision: str | None = None,
+) -> Tensor:
+    return _symmetric_matmul(a, b, h, alpha=alpha, beta=beta)
 
 
 def _windows(

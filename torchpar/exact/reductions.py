@@ -180,6 +180,68 @@ def group_norm(
     return _affine(y, weight, bias)
 
 
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm`; in training by a layer norm of each channel.
+
+    Running statistics are ``(1 − momentum)·running + momentum·batch``, where both products and the
+    sum round. Without training y is ``(x − running_mean)·(weight / √(running_var + eps))``.
+    """
+    if x.dim() < 2:
+        raise ConfigError(
+            f"the input of a batch norm has shape {tuple(x.shape)}, expected (n, channels, *)"
+        )
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (running_mean, running_var)
+    ):
+        raise RuntimeError(
+            "batch norm is not differentiable with respect to its running statistics, of which one "
+            "requires a gradient"
+        )
+    if not training:
+        assert running_mean is not None  # PyTorch has checked it
+        assert running_var is not None
+        scale = (wide(running_var) + eps).rsqrt()
+        scale = scale if weight is None else scale * wide(weight)
+        centred = wide(x) - wide(running_mean).view(-1, *[1] * (x.dim() - 2))
+        return _affine(centred, scale, wide(bias)).to(x.dtype)
+    channels = wide(x).transpose(0, 1).flatten(1)  # (c, n)
+    if channels.shape[1]:
+        with torch.no_grad():
+            for running, of_batch in (
+                (running_mean, channels.mean(1)),
+                (running_var, channels.var(1)),
+            ):
+                if running is not None:
+                    running.copy_(wide(running) * (1 - momentum) + of_batch * momentum)
+    y = torch.layer_norm(channels, [channels.shape[1]], eps=eps)
+    y = y.view(x.shape[1], len(x), *x.shape[2:]).transpose(0, 1)
+    return _affine(y, wide(weight), wide(bias)).to(x.dtype)
+
+
+def batch_norm_of_torch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """`torch.batch_norm`, whose arguments have another order."""
+    return batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
 def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """``y (n, channels, *)`` scaled and shifted by channel."""
     shape = -1, *[1] * (y.dim() - 2)

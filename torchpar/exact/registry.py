@@ -35,7 +35,7 @@ _PASSING = """
     trunc relu threshold threshold_backward hardtanh hardtanh_backward eq ne lt le gt ge isnan isinf
     isneginf isposinf logical_and logical_or logical_not logical_xor all any equal argmax argmin mul
     div reciprocal max_pool2d_with_indices exact_matmul new_empty_strided _local_scalar_dense item
-    is_same_size is_pinned embedding random rand rand_like
+    is_same_size is_pinned _has_same_storage_numel embedding random rand rand_like
 """
 PASSING = frozenset(_PASSING.split())
 # Operators that PyTorch makes of other operators; put is refused. Of those on lists of tensors,

@@ -26,7 +26,14 @@ from torchpar.library.rules import Context, Sharding, Spec, VmapInfo
 from torchpar.library.sharding import is_dtensor
 from torchpar.library.transforms import is_transformed
 from torchpar.ops import cpu, fp32
-from torchpar.ops._operator import is_emulating, operator, overloads, runs_kernels, supports_tma
+from torchpar.ops._operator import (
+    is_emulating,
+    operator,
+    ordinary,
+    overloads,
+    runs_kernels,
+    supports_tma,
+)
 from torchpar.ops.matrix import check_dtype, check_like, fp32_precision, product
 from torchpar.ops.sizes import check_alike, has_symbols
 
@@ -77,9 +84,10 @@ def symmetric_matmul(
     if check and not (torch.compiler.is_compiling() or is_transformed((a, b, c))):
         _check_operands(a, b, c, beta, out)
         # Unsharded, since a DTensor's shards need not be symmetric.
-        _check_symmetry(
-            _unsharded(a), _unsharded(b), _unsharded(c) if c is not None and beta else None
-        )
+        with ordinary():  # products of float64, which torchpar.exact.mode refuses
+            _check_symmetry(
+                _unsharded(a), _unsharded(b), _unsharded(c) if c is not None and beta else None
+            )
     precision = fp32.chosen
     if out is None and precision is not None:
         return _op_of_precision(  # type: ignore[no-any-return]
