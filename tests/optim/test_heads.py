@@ -40,6 +40,14 @@ def trunk(count: int = 2, d: int = 16, **more: Callable[[], nn.Module]) -> nn.Mo
     return made(tokens=nn.Embedding(50, d), blocks=nn.ModuleList(blocks))
 
 
+def adapted(*sizes: int) -> nn.Module:
+    """A layer and its adapter, as the package peft has them; the outer module has their widths."""
+    layer = made(base_layer=nn.Linear(*sizes), lora_A=nn.Linear(sizes[0], 2))
+    layer.lora_B = nn.Linear(2, sizes[1])
+    layer.in_features, layer.out_features = sizes
+    return layer
+
+
 def net(*sizes: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for pair in pairwise(sizes):
@@ -141,6 +149,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "a convolution takes the last layer": (
         lambda: made(fc=nn.Linear(9, 8 * 16), up=nn.ConvTranspose2d(8, 3, 4)),
         "",
+        "",
+    ),
+    "a layer with adapters": (
+        lambda: made(body=net(9, 16), head=adapted(16, 5), value_head=adapted(16, 3)),
+        "head.base_layer value_head.base_layer",
         "",
     ),
     "towers": (

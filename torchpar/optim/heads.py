@@ -78,6 +78,7 @@ _NAMES = {"head", "heads", "classifier", "classifiers", "logits"}
 _SHARED = {"head", "projection", "classifier", "logits"}
 _ROUTERS = {"gate", "router", "routing"}
 _INNER = {"q", "k", "v", "kv", "qkv", "wqkv", "attn", "query", "key", "value", "up", *_ROUTERS}
+_MOST_JOINED = 4  # outputs of one width that a layer takes beside each other
 
 
 def _words(path: str) -> list[str]:
@@ -240,9 +241,16 @@ class _Search:
         return False
 
     def _is_fed(self, i: int) -> bool:
-        """Whether another layer gives what layer ``i`` takes, or a part of it."""
-        given = {layer.gives or 1 for j, layer in enumerate(self.layers) if j != i} - {1}
-        return any(width % part == 0 for width in self.layers[i].takes for part in given)
+        """Whether another layer gives what layer ``i`` takes.
+
+        The layer may take several outputs beside each other, or the pixels of a convolution.
+        """
+        (width,) = self.layers[i].takes
+        return any(
+            width % given == 0 and (layer.is_conv or width <= _MOST_JOINED * given)
+            for j, layer in enumerate(self.layers)
+            if j != i and (given := layer.gives or 1) > 1
+        )
 
     def _is_in_doubt(self, i: int) -> bool:
         """Whether layer ``i`` may be hidden.
@@ -320,7 +328,9 @@ def _is_multiple(layer: _Layer) -> bool:
 
 def _layer_of(path: str, module: Any) -> _Layer | None:  # noqa: PLR0911  # a line for each kind
     """The widths of a module itself; None if it has none."""
-    if is_linear(module):
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    # A wrapper, such as a layer with adapters, may have the attributes of the layer that it holds.
+    if is_linear(module) and (own or hasattr(module, "parametrizations")):
         return _Layer(path, frozenset([module.in_features]), module.out_features, is_linear=True)
     if isinstance(module, _ConvNd):
         takes = frozenset([module.in_channels])
