@@ -659,6 +659,53 @@ def test_a_chain_answers_as_one_optimizer_of_all_groups() -> None:
         assert str(ours) == str(theirs)
 
 
+class Counting(torch.optim.SGD):
+    """SGD whose state dict has a format of its own, as that of optimizers in 8 bits."""
+
+    def state_dict(self) -> dict[str, Any]:
+        saved = super().state_dict()
+        state = {i: {"packed": t["momentum_buffer"] * 2} for i, t in saved["state"].items()}
+        return {**saved, "state": state, "format": 2}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        assert state_dict["format"] == 2
+        state = {i: {"momentum_buffer": t["packed"] / 2} for i, t in state_dict["state"].items()}
+        super().load_state_dict({**state_dict, "state": state})
+
+
+def test_each_part_of_a_chain_saves_and_loads_in_its_own_way() -> None:
+    """By its own methods and hooks, also in a chain of chains; a refusal changes no part."""
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    p.grad, q.grad = torch.ones(2), torch.full((2,), 3.0)
+
+    def make(called: list[str]) -> tuple[ChainedOptimizer, torch.optim.Optimizer]:
+        first = torch.optim.SGD([p], lr=0.0, momentum=0.5)
+        second = Counting([q], lr=0.0, momentum=0.5)
+        for name in ("state_dict_pre", "state_dict_post", "load_state_dict_pre"):
+            note = partial(called.append, name)
+            getattr(first, f"register_{name}_hook")(lambda *_, note=note: note())
+        return ChainedOptimizer(ChainedOptimizer(first), second), first
+
+    called: list[str] = []
+    (chain, _), (other, _) = make(called), make(called)
+    chain.step()
+    saved = copy.deepcopy(chain.state_dict())
+    assert saved["format"] == 2
+    assert saved["state"][0]["momentum_buffer"].tolist() == [1.0, 1.0]
+    assert saved["state"][1]["packed"].tolist() == [6.0, 6.0]
+    assert [group["params"] for group in saved["param_groups"]] == [[0], [1]]
+    other.load_state_dict(saved)
+    assert other.state[q]["momentum_buffer"].tolist() == [3.0, 3.0]
+    assert called == ["state_dict_pre", "state_dict_post", "load_state_dict_pre"]
+    other.step()
+    assert other.state[q]["momentum_buffer"].tolist() == [4.5, 4.5]
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(AssertionError):
+        other.load_state_dict({**saved, "format": 3})
+    assert str(other.state_dict()) == str(before)
+    other.step()
+
+
 def test_a_chain_of_what_is_no_optimizer_is_refused() -> None:
     p = torch.nn.Parameter(torch.ones(2, 2))
     with pytest.raises(ConfigError, match="an argument is of type list, expected optimizers of"):

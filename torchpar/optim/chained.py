@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Several optimizers as one optimizer."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -67,9 +69,11 @@ class ChainedOptimizer(Optimizer):
     Raises:
         ConfigError: an argument that is no optimizer.
         NotImplementedError: from `add_param_group`.
-        RuntimeError: on a step, on loading or copying, if groups were added, removed or replaced
-            afterwards, in the chain or in one of the optimizers.
+        RuntimeError: on a step, on saving, loading or copying, if groups were added, removed or
+            replaced afterwards, in the chain or in one of the optimizers.
     """
+
+    _parts: Sequence[dict[str, Any]] = ()  # of the state dict that is loaded
 
     def __init__(self, *optimizers: Optimizer):
         for optimizer in optimizers:
@@ -122,19 +126,25 @@ class ChainedOptimizer(Optimizer):
         return {**super().__getstate__(), "optimizers": self.optimizers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the state of a copy, or that of `load_state_dict`, which an optimizer may refuse."""
-        groups = iter(state["param_groups"])
+        """Take the state of a copy, or let each optimizer load its part of a state dict."""
+        if "optimizers" not in self.__dict__:  # of a copy
+            super().__setstate__(state)
+            self._share_state()
+            return
         try:
-            for optimizer in getattr(self, "optimizers", ()):  # a copy has none yet
-                own = [next(groups) for _ in optimizer.param_groups]
+            for optimizer, part in zip(self.optimizers, self._parts, strict=True):
                 present = optimizer.param_groups
-                optimizer.__setstate__({"state": {}, "param_groups": own})  # adds new options
+                optimizer.load_state_dict(part)
                 if not isinstance(optimizer, ChainedOptimizer):  # which has checked its own
                     self._check_options(optimizer, present)
         except Exception:
             self._share_state()
             raise
-        super().__setstate__(state)
+        of_all = {key: one for key, one in state["state"].items() if not isinstance(key, Tensor)}
+        self.param_groups = [group for one in self.optimizers for group in one.param_groups]
+        self.state = defaultdict(dict, of_all)
+        for optimizer in self.optimizers:
+            self.state.update(optimizer.state)
         self._share_state()
 
     def _check_options(self, optimizer: Optimizer, before: list[Group]) -> None:
@@ -147,10 +157,62 @@ class ChainedOptimizer(Optimizer):
                     f"{type(optimizer).__name__} needs; load one of the same optimizers"
                 )
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state dicts of the optimizers as one, with the chain's hooks and theirs."""
+        hook = self.register_state_dict_post_hook(ChainedOptimizer._save_parts, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def _save_parts(self, state_dict: dict[str, Any]) -> None:
+        """Put what each optimizer saves in place of the chain's own state dict.
+
+        Parameters are numbered in the order of all groups.
+        """
+        self._check_groups()
+        of_params = {p for group in self.param_groups for p in group["params"]}
+        state_dict["state"] = {key: one for key, one in self.state.items() if key not in of_params}
+        state_dict["param_groups"], first = [], 0
+        for optimizer in self.optimizers:
+            own = {p for group in optimizer.param_groups for p in group["params"]}
+            optimizer.state = defaultdict(
+                dict, {key: one for key, one in self.state.items() if key in own}
+            )
+            try:
+                saved = optimizer.state_dict()
+            finally:
+                self._share_state()
+            numbers = {i: first + i for group in saved["param_groups"] for i in group["params"]}
+            for group in saved["param_groups"]:
+                params = [numbers[i] for i in group["params"]]
+                state_dict["param_groups"].append({**group, "params": params})
+            for i, one in saved["state"].items():
+                state_dict["state"][numbers.get(i, i)] = one
+            others = {
+                key: one for key, one in saved.items() if key not in ("state", "param_groups")
+            }
+            state_dict |= others
+            first += sum(len(group["params"]) for group in optimizer.param_groups)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as `torch.optim.Optimizer.load_state_dict` does."""
         with loading(self):
-            super().load_state_dict(state_dict)
+            hook = self.register_load_state_dict_pre_hook(ChainedOptimizer._cut)
+            try:
+                super().load_state_dict(state_dict)
+            finally:
+                hook.remove()
+                self._parts = ()
+
+    def _cut(self, state_dict: dict[str, Any]) -> None:
+        """Cut a state dict, after the hooks of others, into the parts of the optimizers."""
+        groups, self._parts = iter(state_dict["param_groups"]), []
+        for optimizer in self.optimizers:
+            own = list(islice(groups, len(optimizer.param_groups)))
+            numbers = {i for group in own for i in group["params"]}
+            state = {i: one for i, one in state_dict["state"].items() if i in numbers}
+            self._parts.append({**state_dict, "state": state, "param_groups": own})
 
     def add_param_group(self, param_group: Group) -> None:
         if hasattr(self, "optimizers"):
