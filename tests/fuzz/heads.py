@@ -452,6 +452,24 @@ def detector(rng: random.Random) -> Model:
     return model
 
 
+def dense(rng: random.Random) -> Model:
+    """Heads that are convolutions, for each place of an image, and perhaps a linear one."""
+    model = Model()
+    c = rng.choice(STREAMS)
+    pairs = list(pairwise((3, *(c for _ in range(rng.randint(1, 3))))))
+    model.body = nn.Sequential()
+    for pair in pairs:
+        model.body.extend([nn.Conv2d(*pair, 3), nn.ReLU()])
+    for i in range(rng.randint(1, 3)):
+        last = nn.Conv2d(c, rng.choice(OUTPUTS), rng.choice([1, 3]))
+        hidden = [nn.Conv2d(c, c, 3), nn.ReLU()] if rng.random() < 0.5 else []
+        setattr(model, f"branch{i}", nn.Sequential(*hidden, last))
+        model.true.add(last)
+    if rng.random() < 0.5:
+        add_heads(rng, model, c)
+    return model
+
+
 def queries(rng: random.Random) -> Model:
     """A transformer with a head of classes and a small network of boxes, as DETR has."""
     model = Model()
@@ -501,7 +519,7 @@ def as_wide_as_the_stream(rng: random.Random) -> Model:
 
 MODELS = [
     trunk_and_heads, trunk_and_heads, trunk_and_heads, tied, auxiliary, actor_and_critic,
-    distilled, detector, queries, exits, two_towers, as_wide_as_the_stream,
+    distilled, detector, dense, queries, exits, two_towers, as_wide_as_the_stream,
 ]  # fmt: skip
 LINE = re.compile(r"overrides=(\{.*?\})")
 

@@ -98,7 +98,15 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "a detector": (
         lambda: made(inner=made(fpn=nn.Conv2d(8, 8, 1), roi_heads=boxes())),
         "inner.roi_heads.box_predictor.cls_score inner.roi_heads.box_predictor.bbox_pred",
+        "inner.roi_heads.mask",
+    ),
+    "convolutions as heads": (
+        lambda: made(
+            body=nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)),
+            scores=nn.Conv2d(8, 21, 1), boxes=nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 5, 1)),
+        ),
         "",
+        "scores boxes.1",
     ),
     "a list of tasks": (
         lambda: made(body=net(9, 16, 24), tasks=nn.ModuleList(nn.Linear(24, 5) for _ in range(3))),

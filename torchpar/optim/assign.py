@@ -124,7 +124,8 @@ def chain(  # noqa: C901  # a line for each rule, in their order
     uses = _uses_of(model)
     assignments = {p: Assignment(of[0].name, of[0].shape, *_decide(of)) for p, of in uses.items()}
     for p, of in uses.items():
-        is_open = assignments[p].reason == _HIDDEN or assignments[p].reason.startswith(_HEAD)
+        reason = assignments[p].reason
+        is_open = reason in (_HIDDEN, _CONVOLUTION) or reason.startswith(_HEAD)
         if is_open and any(use.may_be_head for use in of):
             assignments[p] = assignments[p]._replace(may_be_head=True)
 
@@ -302,7 +303,7 @@ def _query_key_value(use: _Use, rows: int, columns: int) -> list[int]:
     return [columns] * 3
 
 
-_HIDDEN, _HEAD = "hidden matrix", "output head"
+_HIDDEN, _HEAD, _CONVOLUTION = "hidden matrix", "output head", "convolution"
 _UNKNOWN = "no known layer multiplies by it; if a layer of yours does, give a view"
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -325,7 +326,7 @@ _RULES: list[
         None,
     ),
     (lambda use: use.groups > 1 == use.shape[1], "depthwise convolution", None),
-    (lambda use: use.groups and use.role == "weight", "convolution", 1),
+    (lambda use: use.groups and use.role == "weight", _CONVOLUTION, 1),
     (lambda use: use.is_stack and use.role != "gate_up_proj", "experts", 1),
     (lambda use: use.is_stack and use.layer.is_concatenated, "gate and up of experts", 2),
     (_at_place("*.lora_[AB].*"), "LoRA factor", 1),

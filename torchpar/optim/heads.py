@@ -15,7 +15,7 @@ that the next one takes. Equal modules that do not follow each other, such as an
 end with a head each.
 
 The order is that of registration in the model. Where a later layer could take a part of the width,
-or the width beside others, the layer is in doubt.
+or the width beside others, the layer is in doubt, and so is a convolution like a head.
 """
 
 import re
@@ -97,6 +97,7 @@ class _Search:
         self._signatures: dict[nn.Module, Hashable] = {}
         self._visit("", model)
         self.linear = [i for i, layer in enumerate(self.layers) if layer.is_linear and layer.path]
+        self.last = self.linear[-1] if self.linear else -1
         # By a width, the last layer that takes it.
         self.last_taker = {w: i for i, layer in enumerate(self.layers) for w in layer.takes}
         self.last_conv = {
@@ -182,7 +183,7 @@ class _Search:
         """Whether a later layer takes the width of layer ``i``."""
         layer = self.layers[i]
         assert layer.gives is not None
-        if i == self.linear[-1]:  # which a norm may follow
+        if i == self.last:  # which a norm may follow
             return self._is_taken_by_conv(i)
         is_taken = self.last_taker.get(layer.gives, -1) > i or self._is_taken_by_conv(i)
         return is_taken or self._is_taken_early(i)
@@ -215,7 +216,12 @@ class _Search:
             if block != last or i != self.ends[last] or width in self._entries_of(last):
                 return True
             place = path.removeprefix(last)
-            twins = [j for j in self.linear for one in others if self.layers[j].path == one + place]
+            twins = [
+                j
+                for j, layer in enumerate(self.layers)
+                for one in others
+                if layer.path == one + place
+            ]
             if not all(map(self._is_taken, twins)):
                 return True
         return False
@@ -278,17 +284,14 @@ class _Search:
         return False
 
     def find(self) -> Heads:
-        reasons, doubtful, inner = dict[str, str](), set[str](), list[int]()
-        if not self.linear:
-            return Heads(reasons, doubtful)
-        last = self.linear[-1]
+        reasons, doubtful, inner = dict[str, str](), self._last_convolutions(), list[int]()
         for i in self.linear:
             path = self.layers[i].path
             if self._is_taken(i):
                 continue
             if self._is_hidden_in_trunk(i) or not self._is_at_ends(i):
                 inner.append(i)
-            elif i == last:
+            elif i == self.last:
                 reasons[path] = "the last linear layer"
                 if self._is_taken_early(i):
                     doubtful.add(path)
@@ -303,6 +306,24 @@ class _Search:
             if layer.gives in widths - {1} and _INNER.isdisjoint(_words(layer.path)):
                 doubtful.add(layer.path)
         return Heads(reasons, doubtful)
+
+    def _last_convolutions(self) -> set[str]:
+        """The convolutions whose channels no later layer takes, nor their pixels as one vector."""
+        found, given = set[str](), set[int | None]()
+        flattened: dict[int, int] = {}  # by a width that no layer before gives, its last taker
+        for i, layer in enumerate(self.layers):
+            flattened |= dict.fromkeys(layer.takes - given, i)
+            given.add(layer.gives)
+        for i, layer in enumerate(self.layers):
+            channels = layer.gives
+            if not layer.is_conv or channels is None or self._is_taken_early(i):
+                continue
+            is_flattened = any(j > i and width % channels == 0 for width, j in flattened.items())
+            is_last = not is_flattened and self.last_taker.get(channels, -1) <= i
+            is_inner = self._is_hidden_in_trunk(i) or not self._is_at_ends(i)
+            if is_last and not is_inner and not self._is_in_doubt(i):
+                found.add(layer.path)
+        return found
 
     def _add_siblings(self, reasons: dict[str, str], doubtful: set[str]) -> None:
         """Add the heads that have the names of other heads."""
