@@ -159,13 +159,13 @@ class ChainedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state dicts of the optimizers as one, with the chain's hooks and theirs."""
-        hook = self.register_state_dict_post_hook(ChainedOptimizer._save_parts, prepend=True)
+        hook = self.register_state_dict_post_hook(self._save_parts, prepend=True)
         try:
             return super().state_dict()
         finally:
             hook.remove()
 
-    def _save_parts(self, state_dict: dict[str, Any]) -> None:
+    def _save_parts(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
         """Put what each optimizer saves in place of the chain's own state dict.
 
         Parameters are numbered in the order of all groups.
@@ -198,14 +198,14 @@ class ChainedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as `torch.optim.Optimizer.load_state_dict` does."""
         with loading(self):
-            hook = self.register_load_state_dict_pre_hook(ChainedOptimizer._cut)
+            hook = self.register_load_state_dict_pre_hook(self._cut)
             try:
                 super().load_state_dict(state_dict)
             finally:
                 hook.remove()
                 self._parts = ()
 
-    def _cut(self, state_dict: dict[str, Any]) -> None:
+    def _cut(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
         """Cut a state dict, after the hooks of others, into the parts of the optimizers."""
         groups, self._parts = iter(state_dict["param_groups"]), []
         for optimizer in self.optimizers:
