@@ -202,7 +202,7 @@ def members_of_groups(state: TrainState) -> dict[str, int]:
 def like(now: object, saved: Any) -> Any:
     """Return ``saved``, from JSON, with keys of the types in ``now``; fill tensors of ``now``."""
     if isinstance(now, Tensor):
-        return now.copy_(torch.as_tensor(saved, dtype=now.dtype))
+        return now.copy_(torch.as_tensor(saved, dtype=now.dtype, device="cpu"))
     if isinstance(now, dict):
         restore = int if now and all(isinstance(key, int) for key in now) else str
         pairs = ((restore(key), value) for key, value in saved.items())

@@ -143,7 +143,7 @@ def resume(state: TrainState, checkpoints: Checkpoints) -> bool:
         tensors |= optimizer_tensors(state, folder, shapes, dtypes, host)
         packed = _packed_tensors(state, folder, shapes, len(facts["losses"]))
         random = {
-            name: torch.zeros(shapes[name], dtype=torch.uint8)
+            name: torch.zeros(shapes[name], dtype=torch.uint8, device="cpu")
             for name in _generators(world.rank)
             if name in shapes
         }
@@ -203,7 +203,11 @@ def _packed_tensors(
             )
 
     state.world.gather_results(check)
-    return {name: torch.zeros(shapes[name], dtype=torch.uint8) for name in mine if name in shapes}
+    return {
+        name: torch.zeros(shapes[name], dtype=torch.uint8, device="cpu")
+        for name in mine
+        if name in shapes
+    }
 
 
 def _set_packed(state: TrainState, packed: Mapping[str, Tensor]) -> None:

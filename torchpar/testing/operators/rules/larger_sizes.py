@@ -208,7 +208,7 @@ def _resized(operands: Tensors, sizes: Mapping[int, int]) -> Tensors:
             found.append(t)
         elif is_differentiable(t):
             generator = torch.Generator().manual_seed(i)
-            places = torch.randint(t.numel(), shape, generator=generator).to(t.device)
+            places = torch.randint(t.numel(), shape, generator=generator, device="cpu").to(t.device)
             drawn = t.flatten()[places]
             found.append(drawn * (1 + torch.finfo(t.dtype).eps ** 0.5 * normal_like(drawn)))
         else:
