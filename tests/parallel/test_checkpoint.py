@@ -393,7 +393,7 @@ def test_a_checkpoint_goes_from_mesh_to_mesh_with_every_bit(ranks, tmp_path, opt
         assert same(tensors(target / "step-5"), first), mesh
     assert first["model.layers.0.weight"].shape == (33, 9)
     assert first["optimizer.layers.1.weight.momentum_buffer"].shape == (7, 33)
-    assert len(first) == 2 * 6 + 1
+    assert len(first) == 2 * 6 + 2
     for others, reason in (
         ([9, 34, 7, 10], "holds no checkpoint of this run"),
         ([9, 33, 10], r"holds layers\.2\.bias, which the model lacks"),

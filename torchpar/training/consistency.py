@@ -6,7 +6,7 @@ without an error, and without effect.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ def check_consistency(
         _check_optimizer(lr_scheduler, optimizer)
         _check_length(lr_scheduler, epochs, steps_per_epoch)
     if isinstance(task, Classification) and not any(x is task.predict for x in stateful.values()):
-        _check_predict(task.predict, model)
+        _check_predict(task.predict, [model, *stateful.values()])
 
 
 def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
@@ -176,13 +176,15 @@ def _is_count(length: int, epochs: int, steps_per_epoch: int) -> bool:
     return False
 
 
-def _check_predict(predict: Any, model: nn.Module) -> None:
+def _check_predict(predict: Any, judged_on_purpose: Iterable[object]) -> None:
     judged = predict.__self__ if inspect.ismethod(predict) else predict
     # An average of the model's weights is judged on purpose, and a frozen part may stand before
     # the model.
     if not isinstance(judged, nn.Module) or isinstance(judged, AveragedModel):
         return
-    known = {id(p) for p in model.parameters()}
+    averages = [one for one in judged.modules() if isinstance(one, AveragedModel)]
+    modules = [one for one in (*judged_on_purpose, *averages) if isinstance(one, nn.Module)]
+    known = {id(p) for one in modules for p in one.parameters()}
     foreign = {name: p for name, p in judged.named_parameters() if id(p) not in known}
     wrong = [name for name, p in foreign.items() if p.requires_grad]
     if len(foreign) == len([*judged.parameters()]):  # frozen or not

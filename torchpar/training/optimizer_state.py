@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The state of a run's optimizer: what a checkpoint holds of it, and how it is filled again."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchpar.errors import ConfigError
+from torchpar.library.sharding import local
 from torchpar.parallel.split.parts import part_of
 from torchpar.training.stateful import pack
 from torchpar.training.train_state import TrainState, named_parameters, shard
@@ -34,7 +34,7 @@ def optimizer_state(
         others = {}
         for key, value in state.optimizer.state.get(p, {}).items():
             _check_split(name, p, key, value)
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and isinstance(key, str):
                 tensors[f"optimizer.{name}.{key}"] = shard(p, value)
             else:
                 others[key] = value
@@ -104,31 +104,39 @@ def optimizer_tensors(
     return tensors
 
 
+def has_modes(optimizer: Optimizer) -> bool:
+    """Whether an optimizer has ``train()`` and ``eval()``, as schedule-free ones have."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("eval", "train"))
+
+
 @contextmanager
 def evaluation_weights(optimizer: Optimizer) -> Iterator[dict[Tensor, Tensor]]:
     """Show, within the block, the weights by which a model is judged.
 
-    They are other weights than those of the next step where the optimizer has ``train()`` and
-    ``eval()``, as schedule-free ones have. Such an optimizer leaves the block in its training mode,
-    and the weights with their former bits: switching back by itself rounds.
+    They are other weights than those of the next step where the optimizer `has_modes`. After the
+    block it is in its training mode, and the weights have their former bits: ``train()`` alone
+    would round them. An optimizer that the loop has put into its evaluation mode stays there.
 
     Yields:
-        the weights of the training mode, by parameter; none if there is no other mode.
+        the weights of the training mode, by parameter; none if the weights are the same.
     """
-    switches = [getattr(optimizer, name, None) for name in ("eval", "train")]
-    is_judged = any(group.get("train_mode") is False for group in optimizer.param_groups)
-    if is_judged or not all(map(callable, switches)):
+    flags = [group.get("train_mode") for group in optimizer.param_groups]
+    is_judged = False in flags or getattr(optimizer, "train_mode", None) is False
+    if is_judged or not has_modes(optimizer):
         yield {}
         return
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
-    trained = {p: p.detach().clone() for p in weights}
-    switches[0]()  # type: ignore[misc]  # both can be called
+    modes: Any = optimizer
+    trained = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
+    changed = trained
     try:
-        yield trained
+        modes.eval()
+        if all(torch.equal(local(p), local(t)) for p, t in trained.items()):
+            changed = {}
+        yield changed
     finally:
-        switches[1]()  # type: ignore[misc]
+        modes.train()
         with torch.no_grad():
-            for p, weight in trained.items():
+            for p, weight in changed.items():
                 p.copy_(weight)
 
 
@@ -175,16 +183,79 @@ def settings_of(optimizer: Optimizer) -> list[dict[str, object]]:
     ]
 
 
-def check_groups(state: TrainState) -> None:
-    for number, settings in enumerate(settings_of(state.optimizer)):
-        for key, value in settings.items():
-            try:
-                json.dumps(value, default=Tensor.tolist)
-            except TypeError as e:
-                raise ConfigError(
-                    f"the optimizer's group {number} has {key} = {value!r}, which would not be "
-                    "saved; expected numbers, strings or tensors"
-                ) from e
+def packed_groups(state: TrainState) -> dict[str, Tensor]:
+    """The settings of the groups, packed. Tensors are on the host, so that ranks have the same."""
+    settings = [
+        {key: x.cpu() if isinstance(x, Tensor) else x for key, x in group.items()}
+        for group in settings_of(state.optimizer)
+    ]
+    return {"groups": pack("the optimizer", settings)}
+
+
+def readable_groups(optimizer: Optimizer) -> list[dict[str, object]]:
+    """The settings of the groups as JSON, for people, and for the number of groups."""
+    return [
+        {key: x if isinstance(x, int | float | str | None) else repr(x) for key, x in group.items()}
+        for group in settings_of(optimizer)
+    ]
+
+
+def check_optimizer(state: TrainState) -> None:
+    """Refuse an optimizer of which checkpoints would lose something.
+
+    Raises:
+        ConfigError: it divides its state over the ranks; its state dict has more than state and
+            groups; or a setting of a group could not be loaded.
+    """
+    more: list[str] = []
+    for optimizer in optimizers_of(state.optimizer):
+        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+            raise ConfigError(
+                "ZeroRedundancyOptimizer shards its state over the ranks, and checkpoints do not "
+                "hold these shards; take another optimizer, or fully_shard"
+            )
+        with suppress(KeyError):  # state of a parameter that it does not have: `save` names it
+            more = sorted(optimizer.state_dict().keys() - {"state", "param_groups"})
+        if more:
+            raise ConfigError(
+                f"the state dict of {type(optimizer).__name__} has {more[0]}, which would not be "
+                "saved; take another optimizer"
+            )
+    try:
+        packed_groups(state)
+    except ConfigError:
+        for number, settings in enumerate(settings_of(state.optimizer)):
+            for key, value in settings.items():
+                _check_setting(number, key, value)
+
+
+def _check_setting(number: int, key: str, value: object) -> None:
+    try:
+        pack(key, value)
+    except ConfigError as e:
+        raise ConfigError(
+            f"the optimizer's group {number} has {key} = {value!r}, which would not be saved; "
+            "expected numbers, strings or tensors"
+        ) from e
+
+
+def load_groups(state: TrainState, saved: Sequence[Mapping[str, Any]], is_json: bool) -> None:
+    """Set the settings of the groups. A tensor, such as a rate, stays the same tensor.
+
+    Args:
+        is_json: they are of a version that saved JSON.
+    """
+    for group, values in zip(state.optimizer.param_groups, saved, strict=True):
+        for key, value in values.items():
+            now = group.get(key)
+            if key in IMPLEMENTATION:
+                continue
+            if is_json:
+                group[key] = like(now, value)
+            elif isinstance(now, Tensor) and isinstance(value, Tensor):
+                now.copy_(value)
+            else:
+                group[key] = value
 
 
 def members_of_groups(state: TrainState) -> dict[str, int]:

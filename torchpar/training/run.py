@@ -38,6 +38,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
 from torchpar.errors import ConfigError, DivergedError, check_finite, check_whole, whole_or_text
 from torchpar.library.sharding import local
@@ -50,7 +51,7 @@ from torchpar.training import state
 from torchpar.training.answers import answering_signals
 from torchpar.training.consistency import check_consistency, has_gradients, lengths
 from torchpar.training.graphed import count_replays
-from torchpar.training.optimizer_state import evaluation_weights
+from torchpar.training.optimizer_state import evaluation_weights, has_modes
 from torchpar.training.outcome import EpochResult, Evaluation, Stopped
 from torchpar.training.replicas import check_replicas
 from torchpar.training.stateful import check_stateful
@@ -125,7 +126,7 @@ class Run:
             without gradients, gradients that differ between the ranks of "dp", or those of whole
             parameters between the ranks of "tp"; a checkpoint that is damaged, of another run or
             of more epochs; a model or an optimizer of which a checkpoint would lose something; an
-            average of the model, a scaler or another module that the loop changes, and that
+            average of the model, a gradient scaler, or a module that the loop changes, which
             ``stateful`` lacks. On every rank.
         DivergedError: the training or the test loss of an epoch is not finite, or a weight or a
             loss when it is to be saved. On every rank.
@@ -280,8 +281,8 @@ class Run:
         first = self.state.step
         if self._checkpoints is not None:
             self._unsaved.begin(sys._getframe(1))
-        if callable(train := getattr(self.state.optimizer, "train", None)):
-            train()  # an optimizer of two modes, as those without a schedule are
+        if has_modes(self.state.optimizer):
+            self.state.optimizer.train()  # type: ignore[attr-defined]
         if first:  # the epoch's body may have drawn random numbers
             state.restore_random_states(self.state)
         self._first, self._start = first, time.perf_counter()
@@ -368,8 +369,8 @@ class Run:
         """
         self._share_buffers()
         model, optimizer = self.state.model, self.state.optimizer
-        judged = [*self.state.modules.values()]
-        judged += [x for x in (getattr(self.task, "predict", None),) if isinstance(x, nn.Module)]
+        others = (*self.state.stateful.values(), getattr(self.task, "predict", None))
+        judged = [model, *(x for x in others if isinstance(x, nn.Module))]
         modes = {module: module.training for one in judged for module in one.modules()}
         for module in judged:
             module.eval()
@@ -433,10 +434,16 @@ class Run:
         return bool(self.world.sum(count).item())
 
     def _share_buffers(self) -> None:
-        """Copy the buffers of the first rank of "dp" to the others."""
+        """Copy the first rank's buffers of the model and of its averages to the others of "dp"."""
         if self.world.dp_size > 1:
-            for buffer in (b for one in self.state.modules.values() for b in one.buffers()):
-                dist.broadcast(buffer, group=self.world.mesh.get_group("dp"), group_src=0)
+            group = self.world.mesh.get_group("dp")
+            averages = [x for x in self.state.stateful.values() if isinstance(x, AveragedModel)]
+            for buffer in (b for one in (self.state.model, *averages) for b in one.buffers()):
+                # An average counts its updates on the host, and NCCL sends no tensor of the host.
+                sent = buffer.to(self.world.device)
+                dist.broadcast(sent, group=group, group_src=0)
+                if sent is not buffer:
+                    buffer.copy_(sent)
 
     def _check_gradients(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -72,9 +72,8 @@ def check_names(
     there = {name for name in names if name.startswith(modules)}
     there |= {f"json.{uncompiled(name)}" for name in saved.state.get("extra", {})}
     if missing := sorted(here - there):
-        raise ConfigError(
-            f"{folder} does not hold {plain(missing[0])} of the model; use another folder"
-        )
+        where = "" if missing[0].startswith("stateful.") else " of the model"
+        raise ConfigError(f"{folder} does not hold {plain(missing[0])}{where}; use another folder")
     if unknown := sorted(there - here):
         raise ConfigError(
             f"{folder} holds {plain(unknown[0])}, which the model lacks; use another folder"

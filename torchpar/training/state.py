@@ -2,7 +2,7 @@
 """Training state: save it to checkpoints and resume from them.
 
 The state is the parameters, the optimizer, the learning rate, the random states, the position in
-the data, and that of the objects which the program gives to `Run`.
+the data, and the states of the objects that the program gives to `Run`.
 
 `torch.distributed.checkpoint.state_dict` was tried in place of this file. Where an optimizer has no
 state yet, `get_optimizer_state_dict` makes it by a step with a learning rate of 0: Adam then counts
@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +25,17 @@ from torchpar.errors import ConfigError, first_line
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.save.checkpoint import Checkpoints
 from torchpar.training.optimizer_state import (
-    IMPLEMENTATION,
-    check_groups,
+    check_optimizer,
+    has_modes,
     judged_and_trained,
     like,
+    load_groups,
     members_of_groups,
     optimizer_classes,
     optimizer_state,
     optimizer_tensors,
-    optimizers_of,
-    settings_of,
+    packed_groups,
+    readable_groups,
     trained_tensors,
 )
 from torchpar.training.outcome import EpochResult
@@ -44,7 +46,14 @@ from torchpar.training.same_run import (
     schedule_kinds,
     stateful_classes,
 )
-from torchpar.training.stateful import Access, generators, objects_of, pack, unpack
+from torchpar.training.stateful import (
+    Access,
+    generators,
+    is_generator,
+    objects_of,
+    pack,
+    unpack,
+)
 from torchpar.training.train_state import (
     TrainState,
     check_copies,
@@ -67,13 +76,7 @@ def check_saveable(state: TrainState) -> None:
             whose state `torch.load` would refuse.
     """
     reshard_all(state)
-    for optimizer in optimizers_of(state.optimizer):
-        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
-            raise ConfigError(
-                "ZeroRedundancyOptimizer shards its state over the ranks, and checkpoints do not "
-                "hold these shards; take another optimizer, or fully_shard"
-            )
-    check_groups(state)
+    check_optimizer(state)
     for name, t in (module_tensors(state) | extra_states(state)[0]).items():
         if t.layout != torch.strided:
             raise ConfigError(f"{plain(name)} is {t.layout}, and would not be saved; make it dense")
@@ -92,7 +95,8 @@ def save(state: TrainState, checkpoints: Checkpoints, number: int) -> None:
     device = state.world.device.type
     on_host = [name for name, t in of_optimizer.items() if t.device.type == "cpu" != device]
     tensors |= of_optimizer | judged_and_trained(state)
-    tensors |= _by_rank(state.world, _packed_objects(state) | values)
+    packed = _packed_objects(state) | values | packed_groups(state)
+    tensors |= _by_rank(state.world, packed)
     tensors |= {name: one.get() for name, one in _generators(state.world.rank).items()}
     facts = {
         "run": state.config,
@@ -107,7 +111,7 @@ def save(state: TrainState, checkpoints: Checkpoints, number: int) -> None:
         "step": state.step,
         "losses": state.world.sum(losses).tolist(),
         "rate": state.lr_scheduler.state_dict() if state.lr_scheduler else {},
-        "groups": settings_of(state.optimizer),
+        "groups": readable_groups(state.optimizer),
     }
     checkpoints.save(number, tensors, facts)
 
@@ -141,19 +145,21 @@ def resume(state: TrainState, checkpoints: Checkpoints) -> bool:
         tensors |= trained_tensors(state, tensors, shapes)
         host = facts["host"] if facts.get("device", "cpu") != "cpu" else None
         tensors |= optimizer_tensors(state, folder, shapes, dtypes, host)
-        packed = _packed_tensors(state, folder, shapes, len(facts["losses"]))
-        random = {
+        found = _packed_names(state, folder, shapes, len(facts["losses"]))
+        random_names = [name for name in _generators(world.rank) if name in shapes]
+        packed = {
             name: torch.zeros(shapes[name], dtype=torch.uint8, device="cpu")
-            for name in _generators(world.rank)
-            if name in shapes
+            for name in (*found.values(), *random_names)
         }
-        read = {**tensors, **extra_tensors, **random, **packed}
+        if has_modes(state.optimizer):  # the weights that are loaded are those of this mode
+            modes: Any = state.optimizer
+            (modes.train if any(n.startswith("trained.") for n in shapes) else modes.eval)()
+        read = {**tensors, **extra_tensors, **packed}
         saved.read({names[name]: t for name, t in read.items()})
         set_extra_states(state, extra_tensors, facts.get("extra", {}))
-        _set_packed(state, packed)
-        for group, values in zip(state.optimizer.param_groups, facts["groups"], strict=True):
-            kept = {key: value for key, value in values.items() if key not in IMPLEMENTATION}
-            group.update(like(group, kept))
+        values = {name: unpack(packed[n], world.device) for name, n in found.items()}
+        load_groups(state, values.pop("groups", facts["groups"]), "groups" not in found)
+        _set_values(state, values)
         if state.lr_scheduler:
             rate = like(state.lr_scheduler.state_dict(), facts["rate"])
             state.lr_scheduler.load_state_dict(rate)
@@ -166,7 +172,7 @@ def resume(state: TrainState, checkpoints: Checkpoints) -> bool:
         raise ConfigError(
             f"{folder} holds no checkpoint of this run ({reason}); use another folder"
         ) from e
-    state.random_states = random
+    state.random_states = {name: packed[name] for name in random_names}
     restore_random_states(state)
     if world.rank == 0 and "random.python" not in shapes:
         said = f"checkpoint: {folder} is of an earlier version, which saved no random numbers of"
@@ -178,10 +184,10 @@ def resume(state: TrainState, checkpoints: Checkpoints) -> bool:
     return True
 
 
-def _packed_tensors(
+def _packed_names(
     state: TrainState, folder: Path, shapes: Mapping[str, torch.Size], ranks: int
-) -> dict[str, Tensor]:
-    """Tensors for the packed states that this rank reads, by names in the checkpoint.
+) -> dict[str, str]:
+    """The names in the checkpoint of the packed states that this rank reads, by their own names.
 
     Args:
         ranks: of the run that was saved.
@@ -189,9 +195,8 @@ def _packed_tensors(
     Raises:
         ConfigError: on every rank: the saved ranks had different states, and are not as many.
     """
-    names = [f"stateful.{name}" for name in objects_of(state.stateful)]
+    names = ["groups", *(f"stateful.{name}" for name in objects_of(state.stateful))]
     names += [f"values.{name}" for name, _ in named_parameters(state.model)]
-    mine = [name if name in shapes else f"{name}.rank{state.world.rank}" for name in names]
     differing = {name.rpartition(".rank")[0] for name in shapes}
     of_each = [name for name in names if name in differing and name not in shapes]
 
@@ -203,29 +208,31 @@ def _packed_tensors(
             )
 
     state.world.gather_results(check)
-    return {
-        name: torch.zeros(shapes[name], dtype=torch.uint8, device="cpu")
-        for name in mine
-        if name in shapes
-    }
+    found = {n: n if n in shapes else f"{n}.rank{state.world.rank}" for n in names}
+    return {name: saved for name, saved in found.items() if saved in shapes}
 
 
-def _set_packed(state: TrainState, packed: Mapping[str, Tensor]) -> None:
+def _set_values(state: TrainState, values: Mapping[str, Any]) -> None:
+    """Set the states of objects, and those of the optimizer that are no tensors."""
     parameters, objects = dict(named_parameters(state.model)), objects_of(state.stateful)
-    for found, t in packed.items():
-        kind, _, name = found.removesuffix(f".rank{state.world.rank}").partition(".")
-        values = unpack(t, state.world.device)
-        if kind == "stateful":
-            objects[name].set(values)
-        else:
-            state.optimizer.state[parameters[name]].update(values)
+    for name, value in values.items():
+        kind, _, rest = name.partition(".")
+        if kind == "values":
+            state.optimizer.state[parameters[rest]].update(value)
+            continue
+        objects[rest].set(value)
+        if is_generator(state.stateful[rest]):
+            state.generator_states[rest] = value
 
 
 def restore_random_states(state: TrainState) -> None:
-    """Set this process's generators to the states of the checkpoint that was resumed."""
+    """Set all generators to the states of the checkpoint that was resumed."""
     for name, one in _generators(state.world.rank).items():
         if name in state.random_states:
             one.set(state.random_states[name])
+    objects = objects_of(state.stateful)
+    for name, value in state.generator_states.items():
+        objects[name].set(value)
 
 
 def _packed_objects(state: TrainState) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from torchpar.errors import ConfigError, first_line
 from torchpar.library.sharding import is_dtensor
@@ -28,6 +29,14 @@ _NUMPY: list[Any] = [
     np.float64(0).__reduce__()[0],
     *{type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"},
 ]
+
+_GENERATORS = (
+    torch.Generator,
+    random.Random,
+    np.random.RandomState,
+    np.random.Generator,
+    np.random.BitGenerator,
+)
 
 
 class Access(NamedTuple):
@@ -50,8 +59,39 @@ def access(value: object) -> Access | None:
     if isinstance(value, np.random.BitGenerator):
         bits = value
         return Access(lambda: bits.state, lambda state: setattr(bits, "state", state))
+    if isinstance(value, Optimizer):
+        return Access(value.state_dict, partial(_load_optimizer, value))
     get, put = (getattr(value, name, None) for name in ("state_dict", "load_state_dict"))
     return Access(get, put) if callable(get) and callable(put) else None
+
+
+def _load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a state dict. PyTorch casts state to the dtype of its parameter; this does not."""
+    optimizer.load_state_dict(dict(state))
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, p in zip(numbers, parameters, strict=True):
+        for key, value in state["state"].get(number, {}).items():
+            if isinstance(value, Tensor):
+                optimizer.state[p][key] = value.to(optimizer.state[p][key].device, copy=True)
+
+
+def is_generator(value: object) -> bool:
+    return isinstance(value, _GENERATORS)
+
+
+def is_plain_module(value: object) -> bool:
+    """Whether a module's state dict is that of `torch.nn.Module`: parameters, buffers, and extra
+    states. Another one is saved as any object is."""
+    if not isinstance(value, nn.Module):
+        return False
+    methods = "state_dict", "load_state_dict", "_save_to_state_dict"
+    return all(
+        getattr(type(module), name) is getattr(nn.Module, name)
+        or type(module).__module__.startswith("torch.")
+        for module in value.modules()
+        for name in methods
+    )
 
 
 def check_stateful(stateful: object) -> dict[str, Any]:
@@ -80,16 +120,17 @@ def check_stateful(stateful: object) -> dict[str, Any]:
 
 
 def objects_of(stateful: Mapping[str, object]) -> dict[str, Access]:
-    """The objects that are no modules, by name."""
-    found = {name: access(x) for name, x in stateful.items() if not isinstance(x, nn.Module)}
+    """The objects that are not saved as modules are, by name."""
+    found = {name: access(x) for name, x in stateful.items() if not is_plain_module(x)}
     return {name: one for name, one in found.items() if one is not None}
 
 
-def pack(name: str, state: object) -> Tensor:
+def pack(name: str, state: object, is_known: bool = False) -> Tensor:
     """Return ``state`` as a tensor of bytes.
 
     Args:
         name: of the state, for the error.
+        is_known: the state can be loaded, and need not be tried.
 
     Raises:
         ConfigError: the state has a value that could not be loaded, such as a DTensor.
@@ -100,7 +141,8 @@ def pack(name: str, state: object) -> Tensor:
     try:
         torch.save(state, file)
         packed = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
-        unpack(packed)
+        if not is_known:
+            unpack(packed)
     except Exception as e:  # of any kind: values have methods of their own for pickling
         kinds = _refused_kinds(file) if isinstance(e, UnpicklingError) else []
         reason = f"of type {kinds[0]}" if kinds else first_line(e)
@@ -172,7 +214,7 @@ def generators() -> dict[str, Access]:
 
 
 def _packed(name: str, one: Access) -> Access:
-    return Access(lambda: pack(name, one.get()), lambda state: one.set(unpack(state)))
+    return Access(lambda: pack(name, one.get(), is_known=True), lambda t: one.set(unpack(t)))
 
 
 def _of_device(module: Any, index: int) -> Access:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
 from torchpar.errors import ConfigError
 from torchpar.library.sharding import is_dtensor
@@ -17,6 +18,7 @@ from torchpar.parallel.launch.agreement import checksum
 from torchpar.parallel.launch.world import World
 from torchpar.parallel.split.parts import as_dtensor, part_of, reshard
 from torchpar.training.outcome import EpochResult
+from torchpar.training.stateful import is_plain_module
 
 
 @dataclass
@@ -30,7 +32,8 @@ class TrainState:
         loss_sum: this rank's losses of the current epoch, added in the order of the steps: in
             another order the sum of a resumed run could differ from the sum of an uninterrupted
             run.
-        random_states: the random states of the checkpoint from which the run resumed.
+        random_states, generator_states: the states of the process's generators and of those in
+            ``stateful``, in the checkpoint from which the run resumed.
         stateful: other objects that are saved, by name: modules, generators, and objects that have
             a state dict.
     """
@@ -45,56 +48,66 @@ class TrainState:
     loss_sum: float | Tensor = 0.0
     random_states: dict[str, Tensor] = field(default_factory=dict)
     stateful: Mapping[str, Any] = field(default_factory=dict)
+    generator_states: dict[str, Any] = field(default_factory=dict)
 
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
-        """The model and the other modules, by the first words of their names in a checkpoint."""
-        others = {f"stateful.{name}": x for name, x in self.stateful.items()}
-        modules = {name: x for name, x in others.items() if isinstance(x, torch.nn.Module)}
-        return {"model": self.model, **modules}
+        """The model, and modules that are saved as it is, by the first words of their names in a
+        checkpoint."""
+        others = {f"stateful.{name}": x for name, x in self.stateful.items() if is_plain_module(x)}
+        return {"model": self.model, **others}
 
 
 def module_tensors(state: TrainState) -> dict[str, Tensor]:
     """Parameters and buffers of the model and of the other modules, by names in a checkpoint."""
-    own, tensors = dict(named_parameters(state.model)), {}
+    tensors: dict[str, Tensor] = {}
     for word, module in state.modules.items():
+        original = _original(state.model, module)
         for name, p in named_parameters(module):
-            tensors[f"{word}.{name}"] = shard(_like_parameter(own, name, p), p)
+            tensors[f"{word}.{name}"] = shard(original.get(name, p), p)
         for name, buffer in module.named_buffers():
             tensors[f"{word}.{uncompiled(name)}"] = buffer
     return tensors
 
 
-def _like_parameter(own: Mapping[str, Tensor], name: str, p: Tensor) -> Tensor:
-    """The parameter that says how ``p`` is sharded: of a copy of the model the model's.
+def _original(model: torch.nn.Module, module: torch.nn.Module) -> dict[str, Tensor]:
+    """The parameters of the model, by the names that a copy of it has for them; none of others.
 
-    Copies have no marks of shards.
+    They say how the copy is sharded: a copy may have no marks of shards.
     """
-    words = name.split(".")
-    for start in range(len(words)):
-        original = own.get(".".join(words[start:]))
-        if original is not None and original.shape == p.shape and not part_of(p).is_slice:
-            return original if part_of(original).is_slice else p
-    return p
+    own, names = dict(named_parameters(model)), dict(named_parameters(module))
+    for prefix in ("", "module."):
+        if all(f"{prefix}{name}" in names for name in own):
+            copies = {f"{prefix}{name}": p for name, p in own.items()}
+            if all(names[name].shape == p.shape for name, p in copies.items()):
+                return {n: p for n, p in copies.items() if part_of(p).is_slice}
+    return {}
 
 
 def check_copies(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
     """Refuse values beside the model that differ between ranks: those of one rank would be saved.
 
-    Buffers are those of the first rank, as of the model.
+    Buffers of an average are those of the first rank, as of the model.
     """
     if state.world.world_size == 1 or len(state.modules) == 1:
         return
-    words = [word for word in state.modules if word != "model"]
-    named = {f"{word}.{n}" for word in words for n, _ in named_parameters(state.modules[word])}
-    sums = {name: checksum(tensors[name]) for name in named if not is_dtensor(tensors[name])}
+    sums = {}
+    for word, module in state.modules.items():
+        named = [name for name, _ in named_parameters(module)]
+        if not isinstance(module, AveragedModel):
+            named += [uncompiled(name) for name, _ in module.named_buffers()]
+        for name in named if word != "model" else ():
+            t = tensors[f"{word}.{name}"]
+            if not is_dtensor(t):
+                sums[f"{word}.{name}"] = checksum(t)
     first: dict[str, int] = {}
     for of_rank in state.world.gather_results(lambda: sums):
         for name, value in of_rank.items():
             if first.setdefault(name, value) != value:
                 raise ConfigError(
                     f"{plain(name)} differs between ranks, and one rank's values would be saved; "
-                    "update it alike on all ranks, or mark shards by torchpar.parallel.mark_shard"
+                    "update it alike on all ranks, mark shards by torchpar.parallel.mark_shard, or "
+                    "give an object whose state_dict has it"
                 )
 
 
@@ -163,6 +176,8 @@ def plain(name: str) -> str:
     kind, _, rest = name.partition(".")
     if kind in ("extra", "json"):
         return f"the extra state of {rest.removeprefix('stateful.')}"
+    if kind == "groups":
+        return "the settings of the optimizer"
     return f"the optimizer's state of {rest}" if kind == "values" else rest
 
 

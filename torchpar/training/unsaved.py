@@ -1,20 +1,32 @@
 # SPDX-License-Identifier: MIT
 """Find what a loop keeps beside its run, and what a resumed run would lose.
 
-An average of the model is updated after each step, and a gradient scaler changes its scale. `Run`
-sees neither, unless it is given them. So it looks at the task and at the variables of the loop: for
-averages, scalers, other optimizers and schedulers, and for modules whose values change.
+An average of the model is updated after each step, and a gradient scaler changes its scale. A
+checkpoint holds neither, unless `Run` is given it. Before it saves, `Run` therefore searches the
+task, the loop's variables and what these hold: for averages, scalers, other optimizers and
+schedulers, and for modules and objects with a state dict whose state changes.
 """
 
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
-from types import CodeType, FrameType, FunctionType, MethodType
-from typing import Any
+from itertools import islice
+from types import (
+    CodeType,
+    FrameType,
+    FunctionType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
@@ -22,21 +34,37 @@ from torch.optim.swa_utils import AveragedModel
 from torchpar.errors import ConfigError
 from torchpar.library.sharding import local
 from torchpar.parallel.launch.agreement import checksum
+from torchpar.training.stateful import pack
 from torchpar.training.train_state import TrainState
 
-_DEEPEST = 4  # objects within objects: a function within a dict of an attribute of a variable
+_DEEPEST = 7  # objects within objects: a function within a dict of an attribute of a variable
 _MOST = 10_000  # objects that are looked at
+_LONGEST = 1_000  # items of a container
 _FRAMES = 20  # functions between the loop and the end of its step
-# What a resumed run would lose of objects, by their kind.
-_LOST: dict[type, str] = {
-    AveragedModel: "the average of the weights",
-    GradScaler: "the scale of the gradients",
-    Optimizer: "the state of an optimizer",
-    LRScheduler: "the state of a learning-rate scheduler",
-    nn.Module: "the values of a module, which the loop changes",
+
+
+@runtime_checkable
+class _Stateful(Protocol):
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state_dict: Any, /) -> Any: ...
+
+
+# What a resumed run would lose of objects, by their kind, and a name for such an object.
+_LOST: dict[type, tuple[str, str]] = {
+    AveragedModel: ("the average of the weights", "average"),
+    GradScaler: ("the scale of the gradients", "scaler"),
+    Optimizer: ("the state of an optimizer", "optimizer"),
+    LRScheduler: ("the state of a learning-rate scheduler", "scheduler"),
+    nn.Module: ("the values of a module, which the loop changes", "module"),
+    _Stateful: ("the state of an object, which the loop changes", "state"),
 }
-# Objects of these packages hold no averages or scalers of a program.
+_KINDS = AveragedModel, GradScaler, Optimizer, LRScheduler, nn.Module
+# Objects of these packages hold no averages or scalers of a program, but for these modules of
+# Python's: their objects hold what a program puts into them.
 _FOREIGN = {"torch", "numpy", "torchvision", *sys.stdlib_module_names}
+_HOLDERS = {"types", "argparse", "collections"}
+_OWN = {"torchpar.training.run", "torchpar.training.unsaved"}  # a run holds what it was given
 
 
 class Unsaved:
@@ -50,15 +78,16 @@ class Unsaved:
     def __init__(self, state: TrainState, task: object):
         self._state, self._task = state, task
         self._loop: CodeType | None = None
-        self._sums: dict[int, int] = {}  # of objects before the first step, by their ids
-        self._held: list[Any] = []  # these objects, so that no other one gets the id of one
+        # The objects before the first step with their names and checksums, by their ids, which stay
+        # theirs while the objects are held here.
+        self._before: dict[int, tuple[str, Any, int]] = {}
 
     def begin(self, loop: FrameType) -> None:
         """Remember the function that has the loop, and its variables before the first step."""
         if self._loop is None:
             self._loop = loop.f_code
-            self._held = [value for _, value in self._beside(loop)]
-            self._sums = {id(value): _sum(value) for value in self._held}
+            found = self._beside(loop)
+            self._before = {id(value): (name, value, _sum(value)) for name, value in found}
 
     def check(self, step: FrameType) -> None:
         """Look at the variables of the loop before a step is saved. Every rank must call this.
@@ -72,23 +101,31 @@ class Unsaved:
         self._state.world.gather_results(lambda: self._refuse(step))
 
     def _refuse(self, step: FrameType) -> None:
-        for name, value in self._beside(step):
-            lost = next(words for kind, words in _LOST.items() if isinstance(value, kind))
-            if not self._is_used(value):
-                continue
-            kind = type(value).__name__
-            raise ConfigError(
-                f"a resumed run would lose {lost}: {name}, of type {kind}, is in no checkpoint; "
-                f'give Run(…, stateful={{"{name}": {name}}})'
-            )
+        found = {id(value): (name, value) for name, value in self._beside(step)}
+        # Also what another function than that of the loop has.
+        for key, (name, value, _) in self._before.items():
+            found.setdefault(key, (name, value))
+        for name, value in found.values():
+            if self._is_used(value):
+                lost, word = next(one for kind, one in _LOST.items() if isinstance(value, kind))
+                path = name.split(".")
+                if all(part.isidentifier() for part in path):
+                    remedy = f'stateful={{"{path[-1]}": {name}}}'
+                else:
+                    remedy = f'stateful={{"{word}": …}}'
+                raise ConfigError(
+                    f"a resumed run would lose {lost}: {name}, of type {type(value).__name__}, is "
+                    f"in no checkpoint; give Run(…, {remedy})"
+                )
 
     def _is_used(self, value: Any) -> bool:
-        """Whether the loop changes an object, or will: what is left of another run stays as it is.
+        """Whether the loop changes an object.
 
-        An object that is newer than the first step may be made in each step, except for an average
-        and a scaler.
+        An average that was never updated counts: the loop may update it later. Objects of an
+        earlier run do not change, and do not count. A module made after the first step is ignored,
+        since a loop may make one in each step. An average or a scaler is not.
         """
-        before = self._sums.get(id(value))
+        _, _, before = self._before.get(id(value), ("", None, None))
         if isinstance(value, AveragedModel):
             return not int(value.n_averaged) or before != _sum(value)
         if isinstance(value, GradScaler):
@@ -98,30 +135,50 @@ class Unsaved:
     def _beside(self, step: FrameType) -> Iterator[tuple[str, Any]]:
         """The objects with a state that the task or the loop has, and the run does not."""
         state = self._state
-        parts = (state.model, state.optimizer, state.lr_scheduler)
-        kept = {id(value) for _, value in _reachable([("", one) for one in parts])}
+        parts = [("", one) for one in (state.model, state.optimizer, state.lr_scheduler)]
+        # A function that the optimizer calls, such as a hook, may hold an average.
+        kept = {id(value) for _, value in _reachable(parts, functions=False)}
         kept |= {id(value) for _, value in _reachable([*state.stateful.items()])}
-        own = {id(p) for p in state.model.parameters()}
-        for name, value in _reachable([*self._variables(step), ("task", self._task)]):
-            # The model in another module, or the optimizer in another one, is the run's.
+        own = {id(p) for one in (state.model, *state.stateful.values()) for p in _parameters(one)}
+        variables = [*self._variables(step)]
+        for name, value in _reachable([*variables, ("task", self._task), *parts]):
+            # What the run has in another module or optimizer is the run's, too.
             if (
-                isinstance(value, tuple(_LOST))
+                isinstance(value, _KINDS)
                 and id(value) not in kept
                 and not any(id(p) in own for p in _parameters(value))
             ):
                 yield name, value
+        # Objects of a task know the place in the data, which a checkpoint holds.
+        of_task = {id(value) for _, value in _reachable([("", self._task)])}
+        for name, value in _reachable(variables):
+            is_object = _is_stateful(value) and not isinstance(value, _KINDS)
+            if is_object and id(value) not in kept | of_task:
+                yield name, value
 
     def _variables(self, step: FrameType) -> Iterator[tuple[str, Any]]:
-        """The variables of the functions from the end of a step up to the loop."""
-        frames, frame = [step], step.f_back
+        """The variables of the functions from the end of a step up to the loop, and of those of the
+        loop's file that call it, such as where a generator has the loop."""
+        frames, frame, is_before = [step], step.f_back, step.f_code is not self._loop
         for _ in range(_FRAMES):
-            if frames[-1].f_code is self._loop or frame is None:
+            if frame is None:
                 break
-            frames.append(frame)
+            in_file = self._loop is not None and frame.f_code.co_filename == self._loop.co_filename
+            if is_before or in_file:
+                frames.append(frame)
+            is_before &= frame.f_code is not self._loop
             frame = frame.f_back
-        for one in frames if frames[-1].f_code is self._loop else frames[:1]:
+        if is_before:  # the loop has another function end its steps
+            frames = frames[:1]
+        for one in frames:
             yield from one.f_locals.items()
             yield from _globals(one.f_code, one.f_globals)
+
+
+def _is_stateful(value: object) -> bool:
+    package = type(value).__module__.partition(".")[0]
+    methods = (getattr(type(value), name, None) for name in ("state_dict", "load_state_dict"))
+    return package not in _FOREIGN and type(value).__module__ not in _OWN and all(methods)
 
 
 def _parameters(value: object) -> list[Tensor]:
@@ -135,8 +192,14 @@ def _globals(code: CodeType, values: Mapping[str, Any]) -> Iterator[tuple[str, A
     return ((name, values[name]) for name in code.co_names if name in values)
 
 
-def _reachable(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Objects with their names: those given, and those within them, each once."""
+def _reachable(
+    named: Iterable[tuple[str, Any]], functions: bool = True
+) -> Iterator[tuple[str, Any]]:
+    """Objects with their names: those given, and those within them, each once.
+
+    Args:
+        functions: whether to look into functions.
+    """
     seen, level = set[int](), [*named]
     for _ in range(_DEEPEST):
         following: list[tuple[str, Any]] = []
@@ -145,36 +208,54 @@ def _reachable(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
                 continue
             seen.add(id(value))
             yield name, value
-            following += _within(name, value)
+            if functions or not isinstance(value, FunctionType | MethodType | partial):
+                following += islice(_within(name, value), _LONGEST)
         level = following
 
 
-def _within(name: str, value: Any) -> Iterable[tuple[str, Any]]:
-    """The objects that another one holds, with their names; those without a name have its name."""
-    package = type(value).__module__.partition(".")[0]
+def _within(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The objects that another one holds, with their names as a program writes them."""
     if isinstance(value, FunctionType):
-        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-        held = [(word, cell.cell_contents) for word, cell in cells if _is_full(cell)]
-        held += [(name, one) for one in value.__defaults__ or ()]
-        held += [
-            *(value.__kwdefaults__ or {}).items(),
-            *_globals(value.__code__, value.__globals__),
-        ]
+        for word, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            if _is_full(cell):
+                yield word, cell.cell_contents
+        yield from ((f"{name}(…)", one) for one in value.__defaults__ or ())
+        yield from ((f"{name}(…)", one) for one in (value.__kwdefaults__ or {}).values())
+        yield from _globals(value.__code__, value.__globals__)
+        if (wrapped := getattr(value, "__wrapped__", None)) is not None:
+            yield name, wrapped
     elif isinstance(value, MethodType):
-        held = [(name, value.__self__), (name, value.__func__)]
+        yield from ((name, value.__func__), (f"{name}(…)", value.__self__))
     elif isinstance(value, partial):
-        held = [(name, one) for one in (value.func, *value.args)] + [*value.keywords.items()]
+        yield from ((f"{name}(…)", one) for one in (*value.args, *value.keywords.values()))
+        yield name, value.func
     elif isinstance(value, dict):
-        held = [(key if isinstance(key, str) else name, one) for key, one in value.items()]
-    elif isinstance(value, list | tuple | set):
-        held = [(name, one) for one in value]
-    elif isinstance(value, nn.Module):
-        held = [(name, module) for module in value.modules() if module is not value]
-    elif isinstance(value, type) or (package in _FOREIGN and not isinstance(value, LRScheduler)):
-        held = []
-    else:
-        held = [*getattr(value, "__dict__", {}).items()]
-    return held
+        yield from ((f"{name}[{key!r}]", one) for key, one in value.items())
+    elif isinstance(value, list | tuple | set | deque):
+        yield from ((f"{name}[{i}]", one) for i, one in enumerate(value))
+    elif not isinstance(value, type | Tensor | ModuleType):
+        yield from _attributes(name, value)
+
+
+def _attributes(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    kind = type(value)
+    package = kind.__module__.partition(".")[0]
+    if isinstance(value, nn.Module):
+        yield from ((f"{name}.{path}", one) for path, one in value.named_modules() if path)
+    elif kind.__module__ in _OWN or (
+        package in _FOREIGN - _HOLDERS and not isinstance(value, LRScheduler | Optimizer)
+    ):
+        return
+    for key, one in getattr(value, "__dict__", {}).items():
+        if not (isinstance(value, nn.Module) and key.startswith("_")):
+            yield f"{name}.{key}", one
+    for base in kind.__mro__ if package not in _FOREIGN else ():
+        for key, one in vars(base).items():
+            if isinstance(one, MemberDescriptorType):  # of __slots__
+                with suppress(AttributeError):
+                    yield f"{name}.{key}", getattr(value, key)
+            elif isinstance(one, _KINDS):
+                yield f"{name}.{key}", one
 
 
 def _is_full(cell: Any) -> bool:
@@ -193,10 +274,18 @@ def _sum(value: Any) -> int:
         # PyTorch's scaler makes its scale when it is first used.
         is_new = getattr(value, "_scale", value) is None
         return 0 if is_new else hash(tuple(value.state_dict().values()))
-    buffers = [*value.buffers()] if isinstance(value, nn.Module) else []
+    if not isinstance(value, nn.Module | Optimizer):
+        try:
+            return checksum(pack("", value.state_dict(), is_known=True))
+        except Exception:  # of any kind: the object is a program's own
+            return 0
+    tensors = _parameters(value)
+    for module in value.modules() if isinstance(value, nn.Module) else ():
+        cached: set[str] = getattr(module, "_non_persistent_buffers_set", set())
+        tensors += [t for n, t in module.named_buffers(recurse=False) if n not in cached]
     dense = [
         local(t)
-        for t in (*_parameters(value), *buffers)
-        if t.layout == torch.strided and t.device.type != "meta"
+        for t in tensors
+        if not is_lazy(t) and t.layout == torch.strided and t.device.type != "meta"
     ]
     return hash(tuple(checksum(t) for t in dense))
