@@ -133,6 +133,16 @@ def test_shares_of_a_large_tensor_are_all_of_it():
 # Planted differences
 
 
+def without_gradient(model: nn.Module) -> None:
+    """Let the next backward pass leave a bias without a gradient."""
+
+    def forget(p: Tensor) -> None:
+        p.grad = None
+        handle.remove()
+
+    handle = model[5].bias.register_post_accumulate_grad_hook(forget)
+
+
 class Unsure(nn.Module):
     """An operator whose result differs by a bit from run to run, in one step."""
 
@@ -227,6 +237,18 @@ PLANTED: dict[str, tuple[dict[str, Any], str]] = {
         {"at": 4, "plant": lambda run: run[1].param_groups[0].update(lr=2e-3)},
         "parted in step 4: setting lr of group 0 of AdamW",
     ),
+    "a gradient is missing": (
+        {"at": 3, "plant": lambda run: without_gradient(run[0])},
+        "parted in step 3: gradient 5.bias, which the first run alone has",
+    ),
+    "a module is called once more": (
+        {"at": 2, "plant": lambda run: run[0][4](torch.ones(1))},
+        "parted in step 2: input 0 of 4, which the second run alone has",
+    ),
+    "a state of one run": (
+        {"at": 1, "plant": lambda run: run[1].state[run[0][0].bias].update(own=torch.ones(2))},
+        "parted in step 1: state own of 0.bias, which the second run alone has",
+    ),
     "an optimizer's state": (
         {"at": 1, "plant": lambda run: spoil_state(*run[:2])},
         "parted in step 1: state exp_avg of 0.bias",
@@ -273,6 +295,65 @@ def test_the_table_says_by_kinds_what_differs(expected, tmp_path, capsys):
     table = {line.split("  ")[0]: line.split()[-2:] for line in lines if "  " in line}
     assert table["setting"] == ["0.001", "0.002"]
     assert table["loss"] == ["1", "0"]  # compared, and parted
+
+
+def test_what_one_run_alone_has_is_in_the_table(expected, tmp_path, capsys):
+    train(tmp_path, **PLANTED["a gradient is missing"][0])
+    assert main([str(tmp_path), str(expected)]) == 1  # in the other order
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "parted in step 3: gradient 5.bias, which the second run alone has"
+    assert lines[1].startswith("look at what is called, computed or left out in one run")
+    table = {line.split("  ")[0]: line.split() for line in lines if "  " in line}
+    assert table["gradient"][1:3] == ["6", "1"]
+    assert table["gradient"][3:] == ["5.bias", "missing", "float32", "[3]"]
+
+
+def evaluated(path: Path, steps: int, calls: int, scale: float = 1.0) -> None:
+    """Record a training that ends with calls of the model."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with exact.record(path):
+        for _ in range(steps):
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for _ in range(calls):
+            model(torch.full((1, 3), scale))
+
+
+def test_an_evaluation_after_the_last_step_is_no_step(tmp_path, capsys):
+    note = "the {} run calls modules after its last step, as an evaluation does; these calls are "
+    note += "not compared"
+    evaluated(tmp_path / "a", 3, 0)
+    evaluated(tmp_path / "b", 3, 1)
+    evaluated(tmp_path / "c", 3, 1, 2.0)
+    for first, second, of in (("a", "b", "second"), ("b", "a", "first")):
+        assert main([str(tmp_path / first), str(tmp_path / second)]) == 0
+        said, last = capsys.readouterr().out.splitlines()
+        assert said == note.format(of)
+        assert last.startswith("the same in 3 steps, by ")
+    assert main([str(tmp_path / "b"), str(tmp_path / "b")]) == 0
+    assert capsys.readouterr().out.startswith("the same in 3 steps and the calls after them, by ")
+    assert main([str(tmp_path / "b"), str(tmp_path / "c")]) == 1
+    assert capsys.readouterr().out.startswith("parted in step 3: input 0 of Linear\n")
+
+
+def test_calls_without_a_step_are_compared_and_weights_alone_are_not_enough(tmp_path, capsys):
+    evaluated(tmp_path / "a", 0, 2)
+    evaluated(tmp_path / "b", 0, 3)
+    assert main([str(tmp_path / "a"), str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().out.startswith("the same in the calls of modules, by ")
+    assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    said = "parted in step 0: input 0 of Linear, which the second run alone has"
+    assert capsys.readouterr().out.splitlines()[0] == said
+    evaluated(tmp_path / "c", 2, 0)
+    lines = (tmp_path / "c" / "rank0.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1]) | {"step": 0}  # the weights with which a recording ends
+    kept = [line for line in lines if not line.startswith('{"step"')]
+    (tmp_path / "c" / "rank0.jsonl").write_text("\n".join([*kept, json.dumps(last), ""]))
+    assert main([str(tmp_path / "c"), str(tmp_path / "c")]) == 2
+    assert capsys.readouterr().out.startswith("no step is complete in both; the 2 checksums")
 
 
 def test_operators_are_named_by_their_line(tmp_path, capsys):
@@ -470,6 +551,122 @@ def test_what_cannot_be_compared_is_refused_in_one_line(expected, tmp_path, caps
         raise AssertionError(err)
 
 
+def changed(place: int, **keys: object) -> Callable[[list[str]], str]:
+    """Change the line of a step, or with -1 the first line."""
+
+    def change(lines: list[str]) -> str:
+        at = 0 if place < 0 else at_step(lines, place)
+        line = json.dumps(json.loads(lines[at]) | keys)
+        return "".join([*lines[:at], f"{line}\n", *lines[at + 1 :]])
+
+    return change
+
+
+def at_step(lines: list[str], step: int) -> int:
+    return next(i for i, line in enumerate(lines) if line.startswith(f'{{"step":{step},'))
+
+
+def replaced(step: int, text: str, count: int = 1) -> Callable[[list[str]], str]:
+    """Put a text in the place of the line of a step, or with 0 before it."""
+
+    def change(lines: list[str]) -> str:
+        at = at_step(lines, step)
+        return "".join([*lines[:at], text, *lines[at + count :]])
+
+    return change
+
+
+def tensor_line(**keys: object) -> str:
+    described = {"tensor": 999, "kind": "weight", "name": "w", "shape": [2], "dtype": "int8"}
+    return json.dumps(described | {"by": ""} | keys) + "\n"
+
+
+# How the file of a recording is changed, and what is said of it.
+DAMAGED: dict[str, tuple[Callable[[list[str]], str], str]] = {
+    "no JSON": (replaced(2, "{broken\n"), "it is no JSON"),
+    "an empty line": (replaced(2, "\n"), "it is no JSON"),
+    "NUL bytes": (replaced(2, "\0" * 50 + "\n"), "it is no JSON"),
+    "a list": (replaced(2, "[1]\n"), "the line is no JSON object"),
+    "nested": (replaced(2, "[" * 99999 + "\n"), "it is no JSON"),
+    "another object": (replaced(2, "{}\n", 0), "has no 'step'"),
+    "a step is missing": (replaced(2, ""), "step 3 stands in the place of step 2"),
+    "a step twice": (changed(3, step=2), "step 2 stands in the place of step 3"),
+    "a step of text": (changed(2, step="2"), "step '2' stands in the place of step 2"),
+    "a step after the error": (changed(2, broken=True), "a step follows the error"),
+    "an odd flag": (changed(2, replayed=1), "broken or replayed is neither true nor false"),
+    "checksums too few": (changed(2, tensors=[0, 1], checksums="0" * 16), "16 digits, expected 16"),
+    "checksums too many": (changed(2, tensors=[0], checksums="0" * 32), "for each of 1 tensors"),
+    "no checksums": (changed(2, checksums=""), "the checksums have 0 digits"),
+    "checksums of NaN": (changed(2, checksums=float("nan")), "the checksums have 0 digits"),
+    "checksums of spaces": (changed(2, tensors=[0], checksums=" " * 16), "no hexadecimal digits"),
+    "unknown tensors": (changed(2, tensors=[999], checksums="0" * 16), "[999] was not described"),
+    "tensors of text": (changed(2, tensors="0", checksums="0" * 16), "tensors are no numbers"),
+    "no tensors": (replaced(2, '{"step":2}\n'), "has no 'tensors'"),
+    "a tensor twice": (replaced(2, tensor_line(tensor=0), 0), "tensor 0 is described twice"),
+    "an unknown kind": (replaced(2, tensor_line(kind="x"), 0), "the tensor's kind is 'x'"),
+    "an odd shape": (replaced(2, tensor_line(shape=[-1]), 0), "the shape is [-1]"),
+    "an odd dtype": (replaced(2, tensor_line(dtype=None), 0), "name or dtype is no text"),
+    "an odd number": (replaced(2, tensor_line(tensor=True), 0), "the tensor's number is True"),
+    "no ranks": (changed(-1, ranks=0), "the number of ranks is 0"),
+    "another rank's file": (
+        changed(-1, rank=1, ranks=2),
+        "is of rank 1 of 2, expected rank 0 of 2",
+    ),
+    "no such rank": (changed(-1, rank=7), "it is of rank 7 of 1"),
+    "operators of text": (changed(-1, operators="no"), "operators is 'no'"),
+    "another format": (changed(-1, format="x"), "is no recording"),
+    "no first line": (lambda lines: "".join(lines[1:]), "is no recording"),
+    "empty": (lambda lines: "", "is no recording"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_recording_is_refused_with_its_line(expected, tmp_path, capsys, name):
+    damage, message = DAMAGED[name]
+    lines = (expected / "rank0.jsonl").read_text().splitlines(keepends=True)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "a" / "rank0.jsonl").write_text("".join(lines))
+    (tmp_path / "b" / "rank0.jsonl").write_text(damage(lines))
+    if "rank 1 of 2" in message:
+        shutil.copy(tmp_path / "b" / "rank0.jsonl", tmp_path / "b" / "rank1.jsonl")
+    for first, second in (("a", "b"), ("b", "a"), ("b", "b")):
+        assert main([str(tmp_path / first), str(tmp_path / second)]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert message in err
+        assert f"{tmp_path / 'b' / 'rank0.jsonl'} " in err
+    assert main([str(tmp_path / "a"), str(expected)]) == 0
+
+
+def test_ranks_that_ended_at_different_steps_or_are_of_two_runs(ranks, tmp_path, capsys):
+    ranks(2, trained_on_a_rank, tmp_path / "a", None)
+    file = tmp_path / "a" / "rank1.jsonl"
+    whole = file.read_text()
+    file.write_text(whole[: whole.index('{"step":2')])
+    assert main([str(tmp_path / "a"), str(tmp_path / "a")]) == 0
+    first, second, last = capsys.readouterr().out.splitlines()
+    said = "the ranks of the {} run have 3 and 2 steps; those of all are compared"
+    assert [first, second] == [said.format("first"), said.format("second")]
+    assert last.startswith("the same in 2 steps")
+    file.write_text(whole.replace('"ranks":2', '"ranks":3'))
+    assert main([str(tmp_path / "a"), str(tmp_path / "a")]) == 2
+    assert "is of rank 1 of 3, expected rank 1 of 2" in capsys.readouterr().err
+    file.write_text(whole.replace('"operators":false', '"operators":true'))
+    assert main([str(tmp_path / "a"), str(tmp_path / "a")]) == 2
+    assert "expected all ranks or none" in capsys.readouterr().err
+
+
+def test_a_tensor_of_another_name_is_a_difference(expected, tmp_path, capsys):
+    text = (expected / "rank0.jsonl").read_text()
+    renamed = text.replace('"kind":"activation","name":"3"', '"kind":"activation","name":"x"')
+    assert renamed != text
+    (tmp_path / "rank0.jsonl").write_text(renamed)
+    assert main([str(expected), str(tmp_path)]) == 1
+    said = "parted in step 0: activation x (by Dropout, Mul), which the second run alone has"
+    assert capsys.readouterr().out.splitlines()[0] == said
+
+
 def test_the_command(expected, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["torchpar", "compare", str(expected), str(expected)])
     with pytest.raises(SystemExit, match="0"):
@@ -558,7 +755,8 @@ def test_a_compiled_run_is_compared_with_an_eager_one(expected, tmp_path, capsys
     train(tmp_path, prepare=partial(torch.compile, backend="eager"), unsure=sigmoid)
     assert main([str(expected), str(tmp_path)]) == 0
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("not compared, because only one run has them: activation ")
+    said = "not compared, because only one run has them: activation 0, 1, 2, 3 and 2 others; "
+    assert first.startswith(f"{said}activation's gradient ")
     assert second.startswith(f"the same in {STEPS} steps, by ")
 
 

@@ -6,8 +6,9 @@ A folder has a file ``rank0.jsonl`` for each rank. Each line is an object. The f
 "processor" (the instructions that ATen uses) and "threads". A line with "tensor" describes a tensor
 before it is first used: its number, "kind", "name", "shape", "dtype", and "by", which made it. A
 line with "step" holds the tensors of a step in their order, as numbers, and "checksums", a string
-of 16 hexadecimal digits for each, as `checksums` defines them. A step that an error of the program
-has ended is "broken".
+of 16 hexadecimal digits for each, as `checksums` defines them. Steps are counted from 0. A step
+that an error of the program has ended is "broken"; it is the last. One that a CUDA graph has
+"replayed" shows fewer tensors.
 """
 
 import json
@@ -24,6 +25,13 @@ from torchpar.errors import ConfigError, writing
 
 FORMAT = "torchpar.exact.record 1"
 OF_MACHINE = ("torch", "processor", "threads")  # of the first line
+# Of tensors, in the order in which a step mostly computes them.
+KINDS = (
+    *("weight", "input", "activation", "loss", "activation's gradient", "gradient", "setting"),
+    *("state", "operator"),
+)
+OF_OPTIMIZER = {"gradient", "setting", "state"}  # kinds that a step has which an optimizer ends
+DIGITS = 16  # of a checksum
 _FORMATS = {"float64": "d", "float32": "f", "float16": "e", "int64": "q", "int32": "i", "bool": "?"}
 
 
@@ -88,13 +96,18 @@ class RunFile:
         self._add({"tensor": number, **tensor._asdict()})
 
     def add_step(
-        self, step: int, tensors: list[int], checksums: NDArray[np.uint64], is_broken: bool
+        self,
+        step: int,
+        tensors: list[int],
+        checksums: NDArray[np.uint64],
+        is_broken: bool,
+        is_replayed: bool,
     ) -> None:
         if tensors != self._tensors:  # most steps have those of the step before
             self._tensors, self._tensors_text = tensors, str(tensors).replace(" ", "")
         digits = checksums.astype(">u8").tobytes().hex()
-        end = ',"broken":true}\n' if is_broken else "}\n"
-        text = f'{{"step":{step},"tensors":{self._tensors_text},"checksums":"{digits}"{end}'
+        flags = ',"broken":true' * is_broken + ',"replayed":true' * is_replayed
+        text = f'{{"step":{step},"tensors":{self._tensors_text},"checksums":"{digits}"{flags}}}\n'
         self._lines.append(text)
 
     def close(self) -> None:
@@ -109,11 +122,18 @@ class RecordedStep:
     tensors: list[Described]
     checksums: list[int]
     is_broken: bool = False  # by an error of the program
+    is_replayed: bool = False  # by a CUDA graph, whose activations and gradients nobody sees
 
     @property
     def is_complete(self) -> bool:
-        """Whether it is a whole step, and not only the weights with which the recording ends."""
+        """Whether it has more than the weights with which a recording ends, and no error."""
         return not self.is_broken and any(one.kind != "weight" for one in self.tensors)
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether an optimizer has ended it. Calls after the last step, as of an evaluation, are
+        none."""
+        return not self.is_broken and any(one.kind in OF_OPTIMIZER for one in self.tensors)
 
 
 @dataclass
@@ -127,40 +147,67 @@ class RecordedRank:
     steps: dict[int, RecordedStep]
     machine: dict[str, object]  # by `OF_MACHINE`; older files lack some
 
+    @property
+    def length(self) -> int:
+        """The number of steps that an optimizer has ended."""
+        return sum(one.is_taken for one in self.steps.values())
+
 
 def read_ranks(path: Path) -> list[RecordedRank]:
     """The ranks of a run, of a folder that `torchpar.exact.record` wrote, or one rank's file.
 
     Raises:
-        ConfigError: a file is missing, or not of this format.
+        ConfigError: a file is missing, damaged, of another rank, or not of this format.
     """
     if not path.is_dir():
         return [_read_rank(path)]
     first = _read_rank(path / "rank0.jsonl")
-    return [first, *(_read_rank(path / f"rank{rank}.jsonl") for rank in range(1, first.ranks))]
+    ranks = [first, *(_read_rank(path / f"rank{rank}.jsonl") for rank in range(1, first.ranks))]
+    for expected, one in enumerate(ranks):
+        if (one.rank, one.ranks) != (expected, first.ranks):
+            raise ConfigError(
+                f"{one.path} is of rank {one.rank} of {one.ranks}, expected rank {expected} of "
+                f"{first.ranks}; copy the whole folder again, or record it again"
+            )
+        if one.has_operators != first.has_operators:
+            raise ConfigError(
+                f"of {first.path} and {one.path} one was recorded with operators=True, expected "
+                "all ranks or none; record it again"
+            )
+    return ranks
 
 
 def _read_rank(path: Path) -> RecordedRank:
+    number = 1
     try:
         lines = _lines(path)
-        head = next(lines, {})
-        if head.get("format") != FORMAT:
-            raise ConfigError(f"{path} is no recording: its first line does not have {FORMAT!r}")
+        head: Any = next(lines, {})
+        if not isinstance(head, dict) or head.get("format") != FORMAT:
+            raise ConfigError(
+                f"{path} is no recording: its first line does not have {FORMAT!r}; name the folder "
+                "that was given to torchpar.exact.record, or the file of one rank"
+            )
+        rank, ranks, has_operators = (head[key] for key in ("rank", "ranks", "operators"))
+        _expect(_is_count(ranks) and ranks > 0, f"the number of ranks is {ranks!r}")
+        _expect(_is_count(rank) and rank < ranks, f"it is of rank {rank!r} of {ranks}")
+        _expect(type(has_operators) is bool, f"operators is {has_operators!r}")
         tensors: dict[int, Described] = {}
-        steps = {}
+        steps: dict[int, RecordedStep] = {}
         for line in lines:
+            number += 1
+            _expect(isinstance(line, dict), "the line is no JSON object")
             if "tensor" in line:
-                number, shape = line.pop("tensor"), tuple(line.pop("shape"))
-                tensors[number] = Described(shape=shape, **line)
-            else:
-                steps[line["step"]] = RecordedStep(
-                    [tensors[number] for number in line["tensors"]],
-                    np.frombuffer(bytes.fromhex(line["checksums"]), ">u8").tolist(),
-                    line.get("broken", False),
-                )
-        rank, ranks = int(head["rank"]), int(head["ranks"])
+                key, described = _tensor(line)
+                _expect(key not in tensors, f"tensor {key} is described twice")
+                tensors[key] = described
+                continue
+            step = line["step"]
+            place = f"step {step!r} stands in the place of step {len(steps)}"
+            _expect(type(step) is int and step == len(steps), place)
+            _expect(not (step and steps[step - 1].is_broken), "a step follows the error")
+            steps[step] = _step(line, tensors)
         machine = {key: head[key] for key in OF_MACHINE if key in head}
-        return RecordedRank(path, rank, ranks, head["operators"], steps, machine)
+        return RecordedRank(path, rank, ranks, has_operators, steps, machine)
     except ConfigError:
         raise
     except OSError as e:
@@ -168,15 +215,76 @@ def _read_rank(path: Path) -> RecordedRank:
             f"{path} cannot be read ({e.strerror or e}); name the folder that was given to "
             "torchpar.exact.record, or the file of one rank"
         ) from e
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise ConfigError(f"{path} is damaged ({type(e).__name__}: {e}); record it again") from e
+    except KeyError as e:
+        raise ConfigError(
+            f"{path} is damaged: line {number} has no {e}; copy or record it again"
+        ) from e
+    except _Damaged as e:
+        raise ConfigError(
+            f"{path} is damaged: line {e.line or number}: {e}; copy or record it again"
+        ) from e
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file, up to one that a killed run has not completed."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
+class _Damaged(Exception):
+    """A line of a recording is not as it was written."""
+
+    def __init__(self, text: str, line: int = 0):
+        self.line = line
+        super().__init__(text)
+
+
+def _expect(is_right: bool, text: str) -> None:
+    if not is_right:
+        raise _Damaged(text)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _tensor(line: dict[str, Any]) -> tuple[int, Described]:
+    """The number and the description of a tensor."""
+    number, shape, kind = line["tensor"], line["shape"], line["kind"]
+    texts = [line[key] for key in ("name", "dtype", "by")]
+    _expect(_is_count(number), f"the tensor's number is {number!r}")
+    _expect(kind in KINDS, f"the tensor's kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    _expect(isinstance(shape, list) and all(map(_is_count, shape)), f"the shape is {shape!r}")
+    _expect(all(type(one) is str for one in texts), "the tensor's name or dtype is no text")
+    name, dtype, by = texts
+    return number, Described(kind, name, tuple(shape), dtype, by)
+
+
+def _step(line: dict[str, Any], tensors: Mapping[int, Described]) -> RecordedStep:
+    numbers, digits = line["tensors"], line["checksums"]
+    flags = [line.get(key, False) for key in ("broken", "replayed")]
+    _expect(
+        isinstance(numbers, list) and all(map(_is_count, numbers)), "its tensors are no numbers"
+    )
+    unknown = [one for one in numbers if one not in tensors]
+    _expect(not unknown, f"tensor {unknown[:1]} was not described before")
+    _expect(
+        type(digits) is str and len(digits) == DIGITS * len(numbers),
+        f"the checksums have {len(digits) if type(digits) is str else 0} digits, expected {DIGITS} "
+        f"for each of {len(numbers)} tensors",
+    )
+    _expect(set(digits) <= set("0123456789abcdef"), "the checksums are no hexadecimal digits")
+    _expect(all(type(one) is bool for one in flags), "broken or replayed is neither true nor false")
+    checksums = np.frombuffer(bytes.fromhex(digits), ">u8").tolist()
+    return RecordedStep([tensors[one] for one in numbers], checksums, *flags)
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    """The lines of a file. A killed run may have left a part of the last line, which is left out.
+
+    Raises:
+        _Damaged: another line is no JSON.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
             try:
-                yield json.loads(line)
-            except ValueError:
-                return
+                value = json.loads(line.decode())
+            except (ValueError, RecursionError):
+                if not line.endswith(b"\n"):
+                    return
+                raise _Damaged("it is no JSON", number) from None
+            yield value

@@ -277,6 +277,7 @@ class _Recorder:
     ) -> Iterator[None]:
         """Note a step that is replayed in the block, and then has these inputs and outputs."""
         self.begin()
+        self._step.is_replayed = True
         yield
         for kind, tensors in {"input": inputs, "loss": outputs}.items():
             for i, t in enumerate(_tensors(tensors)):
@@ -319,7 +320,9 @@ class _Recorder:
                 step.of_host = sums[first : first + len(step.on_host)]
                 first += len(step.on_host)
         for step in self._ended[:count]:
-            self.file.add_step(step.number, step.tensors, step.checksums(), step.is_broken)
+            self.file.add_step(
+                step.number, step.tensors, step.checksums(), step.is_broken, step.is_replayed
+            )
         del self._ended[:count]
         self.file.write()
 
@@ -450,6 +453,7 @@ class _Step:
     def __init__(self, number: int):
         self.number = number
         self.is_broken = False  # by an error of the program
+        self.is_replayed = False  # by a CUDA graph
         self.tensors: list[int] = []
         self.on_host: list[int] = []  # places of tensors on the CPU
         self.on_devices: dict[torch.device, list[int]] = {}
