@@ -56,9 +56,9 @@ COMMANDS = {
     ),
 }
 # The commands that run a reader's code, as `torchpar.parallel.launch.guard.guarded` takes them.
+# Another one, exercises, has a process for that code alone.
 GUARDED = {
     "check": ("python -m torchpar check", "take smaller samples, or a longer --limit"),
-    "exercises": ("the check", ""),
 }
 
 PTX = (

@@ -13,6 +13,7 @@ from pathlib import Path
 
 __all__ = ["AllRanksError", "ConfigError", "DivergedError", "RankLostError", "TorchparError"]
 __all__ += ["check_finite", "first_line"]
+LONGEST = 4000  # characters of a message
 
 
 class TorchparError(Exception):
@@ -116,9 +117,21 @@ class RankLostError(TorchparError, RuntimeError):
         self.missing = missing
 
 
+def message_of(error: BaseException) -> str:
+    """The message of an error, of which at most `LONGEST` characters are taken.
+
+    An error of somebody else's class may raise another one when it is asked.
+    """
+    try:
+        text = str(error)
+    except (Exception, SystemExit, GeneratorExit) as e:
+        text = f"(str of it raises {type(e).__name__})"
+    return str.__getitem__(text, slice(LONGEST))  # of a subclass, too, an ordinary string
+
+
 def first_line(error: BaseException) -> str:
     """The type of an error, and the first line of its message, if it has any."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
+    return f"{type(error).__name__}: {message_of(error)}".partition("\n")[0].removesuffix(": ")
 
 
 @contextmanager

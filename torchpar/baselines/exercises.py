@@ -19,21 +19,19 @@ import numpy as np
 
 from torchpar.baselines import numpy_mlp, students_mpi
 from torchpar.baselines.grader import (
-    LIMIT,
     OPERATORS,
     Function,
+    Lost,
     Wrong,
     as_array,
-    calling,
     check_unchanged,
     compare,
-    load,
-    watching,
 )
+from torchpar.baselines.students_process import StudentsFile
 from torchpar.console import say_progress
 from torchpar.data.files import Images, read
-from torchpar.errors import ConfigError, TorchparError
-from torchpar.parallel.launch.guard import WATCHED, GivenUp, TooSlow
+from torchpar.errors import ConfigError, TorchparError, first_line
+from torchpar.parallel.launch.guard import TooSlow
 
 Array = numpy_mlp.Array
 
@@ -44,6 +42,8 @@ EPOCHS, BATCH_SIZE, LR = 20, 32, 1.0
 ASKED = 0.95  # of the test images
 # σ has a relative error of a few roundings in whatever form; float32 has 2⁻²⁴.
 TOLERANCE = 16 * 2.0**-24
+# Some libraries cut the normal distribution at twice its deviation, which becomes so much smaller.
+CUT, OF_CUT = 2.0, 0.8796256610342398
 
 
 class Verdict(NamedTuple):
@@ -84,9 +84,13 @@ def check_sigmoid_prime(sigmoid_prime: Function) -> str:
 
 
 def check_random_weights(random_weights: Function) -> str:
-    """Xavier's rules draw with variances of 1/(3m) to 2/(m + n), or with n in m's place."""
+    """Xavier's rules draw normal or uniform numbers with variances of 1/(3m) to 2/(m + n), or with
+    n in m's place."""
     weights = check_shapes(random_weights(list(SIZES)), weight_shapes())
     for i, weight in enumerate(weights):
+        what = f"the numbers of weights[{i}]"
+        if not np.isfinite(weight).all():
+            raise Wrong(f"{what} are not finite")
         spread, (m, n) = float(weight.std()), weight.shape
         if abs(float(weight.mean())) > 6 * spread / weight.size**0.5:
             raise Wrong(f"weights[{i}] have the mean {weight.mean():.3g}, expected 0")
@@ -96,10 +100,55 @@ def check_random_weights(random_weights: Function) -> str:
         least, most = (float(f"{one:.2g}") for one in bounds)
         if not least <= spread <= most:
             raise Wrong(
-                f"the numbers of weights[{i}] have the standard deviation {spread:.3g}, expected "
-                f"{least} to {most}, as Xavier's rule draws them"
+                f"{what} have the standard deviation {spread:.3g}, expected {least} to {most}, as "
+                "Xavier's rule draws them"
             )
+        off, bound = distance(weight / spread), distance_bound(weight.size)
+        if off > bound:
+            raise Wrong(
+                f"{what} are neither normal nor uniform, as Xavier's rules draw them: their "
+                f"distribution function is off by {off:.2g}, expected at most {bound:.2g}"
+            )
+        for pairs, of in (
+            ((weight[1:], weight[:-1]), "rows"),
+            ((weight.T[1:], weight.T[:-1]), "columns"),
+        ):
+            correlation = float((pairs[0] * pairs[1]).mean()) / spread**2
+            if abs(correlation) > 6 / pairs[0].size ** 0.5:
+                raise Wrong(
+                    f"neighbouring {of} of weights[{i}] have the correlation {correlation:.2g}, "
+                    "expected 0; draw each number by itself"
+                )
     return ""
+
+
+def distance(x: Array) -> float:
+    """Kolmogorov's distance sup |Fₙ − F| of numbers of variance 1 from the nearest of the normal
+    distribution, the uniform one, and the normal one that is cut at twice its deviation."""
+    ordered = np.sort(x.ravel().astype(np.float64))
+    uniform = np.clip(0.5 + ordered / 12**0.5, 0, 1)
+    outside = normal(np.array(-CUT))
+    cut = np.clip((normal(ordered * OF_CUT) - outside) / (1 - 2 * outside), 0, 1)
+    steps = np.arange(len(ordered) + 1) / len(ordered)
+    return min(
+        float(np.maximum(steps[1:] - f, f - steps[:-1]).max())
+        for f in (normal(ordered), uniform, cut)
+    )
+
+
+def normal(x: Array) -> Array:
+    """The distribution function Φ(x) of the standard normal distribution."""
+    erf: Array = np.vectorize(math.erf, otypes=[float])(x / 2**0.5)
+    return 0.5 * (1 + erf)
+
+
+def distance_bound(count: int) -> float:
+    """The distance that so many right numbers exceed with a probability of 10⁻⁹ at most.
+
+    P(sup |Fₙ − F| > ε) ≤ 2·exp(−2nε²) (Dvoretzky, Kiefer and Wolfowitz; the constant is Massart's,
+    1990). That the variance is the numbers' own makes the distance smaller.
+    """
+    return math.sqrt(math.log(2e9) / (2 * count))
 
 
 def check_zeros_weights(zeros_weights: Function) -> str:
@@ -270,42 +319,47 @@ def check_training(functions: dict[str, Function], training: Images, test: Image
 # The command
 
 
-def judge(name: str, function: Function, file: str) -> Verdict:
-    """The verdict on a function of a file; an error of it is one, too."""
+def judge(name: str, function: Function) -> Verdict:
+    """The verdict on a function; an error of it is one, too."""
     try:
-        with np.errstate(all="ignore"), calling(file, name, LIMIT, function):
+        with np.errstate(all="ignore"):
             return Verdict(name, True, CHECKS[name](function))
     except Wrong as e:
         return Verdict(name, False, str(e))
     except TooSlow as e:
         return Verdict(name, False, f"{e} for a few numbers")
+    except (ArithmeticError, LookupError, TypeError, ValueError) as e:  # of a result of any kind
+        return Verdict(name, False, f"its result cannot be compared: {first_line(e)}")
 
 
-def in_training(name: str, function: Function, file: str) -> Function:
-    """A function of a file, whose name is told if the training ends or hangs in it."""
+def in_training(name: str, function: Function) -> Function:
+    """A function whose name is told if the training ends or hangs in it."""
 
     def called(*arguments: Any) -> Any:
         try:
-            with watching(file, f"{name} in the training", LIMIT):
-                return function(*arguments)
-        except GivenUp as e:
+            return function(*arguments)
+        except Lost as e:
             raise Wrong(f"{name}: {e}") from None
 
     return called
 
 
-def judge_training(functions: dict[str, Function], file: str, data: Path) -> Verdict:
+def judge_training(file: StudentsFile, data: Path) -> Verdict:
     """The verdict on a training through the functions of a file."""
     try:
         training, test = read("mnist", data)
     except ConfigError as e:
         raise ConfigError(f"--data {data}: {e}") from e
-    watched = {name: in_training(name, one, file) for name, one in functions.items()}
+    functions = {
+        name: in_training(name, file.function(name, in_training=True)) for name in file.names
+    }
     try:
-        with np.errstate(all="ignore"), calling(file, "the training", math.inf):
-            return check_training(watched, training, test)
+        with np.errstate(all="ignore"):
+            return check_training(functions, training, test)
     except Wrong as e:
         return Verdict("the training", False, str(e))
+    except (ArithmeticError, LookupError, TypeError, ValueError) as e:  # of results of any kind
+        return Verdict("the training", False, f"results do not fit: {first_line(e)}")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -337,17 +391,19 @@ def check_file(path: Path, data: Path) -> int:
     """Check the functions of a file, print a line for each, and train; 1 if one is not right."""
     if students_mpi.is_program(path, list(CHECKS)):
         return students_mpi.check(path)
-    functions, error = load(path, CHECKS, {"ladder": OPERATORS})
-    verdicts = []
-    for name, function in functions.items():
-        verdicts.append(judge(name, function, str(path.resolve())))
-        WATCHED.say(f"{path.name}: {verdicts[-1]}")
-    missing = [name for name in CHECKS if name not in functions]
-    wrong = [one.name for one in verdicts if not one.is_right]
-    if missing or wrong:
-        why = f"{', '.join(missing)} missing" if missing else f"{', '.join(wrong)} not right"
-        print(f"The training is left out: {why}.")
-        return int(bool(wrong or error))
-    trained = judge_training(functions, str(path.resolve()), data)
-    print(trained)
-    return int(bool(error) or not trained.is_right)
+    with StudentsFile(path, CHECKS, {"ladder": OPERATORS}) as file:
+        if file.error:
+            print(f"{file.error}; functions above this line are checked", flush=True)
+        verdicts = []
+        for name in file.names:
+            verdicts.append(judge(name, file.function(name)))
+            print(f"{path.name}: {verdicts[-1]}", flush=True)
+        missing = [name for name in CHECKS if name not in file.names]
+        wrong = [one.name for one in verdicts if not one.is_right]
+        if missing or wrong:
+            why = f"{', '.join(missing)} missing" if missing else f"{', '.join(wrong)} not right"
+            print(f"The training is left out: {why}.")
+            return int(bool(wrong or file.error))
+        trained = judge_training(file, data)
+        print(trained)
+        return int(bool(file.error) or not trained.is_right)

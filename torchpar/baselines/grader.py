@@ -28,7 +28,7 @@ import torch
 
 from torchpar.baselines.numpy_mlp import Array
 from torchpar.console import breaking_silence
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, message_of
 from torchpar.parallel.launch.guard import TOP, WATCHED, GivenUp, TooSlow, advice, is_readers
 
 Function = Callable[..., Any]
@@ -50,6 +50,7 @@ OPERATORS = {
 LIMIT = 10.0  # seconds of a call
 TOP_LEVEL = 120.0  # seconds of a file's top level, which may compile and time functions
 PATIENCE = 50.0  # seconds beyond these limits, in which compiled code may return
+TRACEBACK: Any = vars(BaseException)["__traceback__"]  # that of a class may be another attribute
 PACKAGES = ("matplotlib", "numba", "scipy", "triton")  # whose names pip knows
 
 
@@ -63,6 +64,10 @@ class Wrong(Exception):
     def __init__(self, text: str, is_endless: bool = False):
         self.is_endless = is_endless
         super().__init__(text)
+
+
+class Lost(Wrong):
+    """A call has ended its process, or has not returned."""
 
 
 # The file
@@ -81,10 +86,27 @@ def load(
     others: Mapping[str, Collection[str]],
     takes_imports: bool = True,
 ) -> Loaded:
+    """The functions of `find_functions`. The error of a line that fails is printed.
+
+    Raises:
+        ConfigError: there is no such file, or it defines none of the functions.
+    """
+    functions, error = find_functions(path, names, others, takes_imports)
+    if error:
+        WATCHED.say(f"{error}; functions above this line are checked")
+    return Loaded(functions, error)
+
+
+def find_functions(
+    path: Path,
+    names: Collection[str],
+    others: Mapping[str, Collection[str]],
+    takes_imports: bool = True,
+) -> Loaded:
     """Execute a file, and return those of its functions that have one of the ``names``.
 
-    If a line fails, or takes too long, the functions above it are there, and the error is printed.
-    Code behind ``if __name__ == "__main__"`` does not run.
+    If a line fails, or takes too long, the functions above it are there. Code behind
+    ``if __name__ == "__main__"`` does not run.
 
     Args:
         others: the names of functions that other commands take, by command.
@@ -117,8 +139,6 @@ def load(
         raise ConfigError(
             f"--with {path}: {error or f'it has no function that is known; {remedy}'}"
         )
-    if error:
-        WATCHED.say(f"{error}; functions above this line are checked")
     return Loaded(functions, error)
 
 
@@ -345,15 +365,17 @@ def calling(
             Compilation(tell).watched() as compilation,
             time_limit(limit, compilation),
         ):
-            yield compilation
-    except Wrong:
-        raise
+            try:
+                yield compilation
+            except Wrong:
+                raise
+            except BaseException as e:
+                if not is_readers(e) or isinstance(e, GivenUp):
+                    raise
+                # Within the limit: to describe an error calls methods of its class.
+                raise Wrong(describe(e, file, function) + advice(e)) from None
     except GivenUp as e:
-        raise Wrong(str(e), e.is_endless) from None
-    except BaseException as e:
-        if not is_readers(e):
-            raise
-        raise Wrong(describe(e, file, function) + advice(e)) from None
+        raise Lost(str(e), e.is_endless) from None
 
 
 def describe(
@@ -366,19 +388,30 @@ def describe(
         at_top: the line is that of the file's top level. Where that has called something else, the
             line of the error stands behind it.
     """
+    try:
+        return description(error, file, function, at_top)
+    except BaseException as e:  # a class of the student's may raise it when it is asked
+        if not is_readers(e):
+            raise
+        return f"{line_of(file, None)}: an error that raises {type(e).__name__} when it is asked"
+
+
+def description(error: Any, file: str, function: Function | None, at_top: bool) -> str:
+    """The text of `describe`."""
+    kind = type(error)  # `isinstance` would ask the error, too
     places: list[tuple[str, int | None]] = []
     top: list[tuple[str, int | None]] = []
-    for frame in traceback.extract_tb(error.__traceback__):
+    for frame in traceback.extract_tb(TRACEBACK.__get__(error)):
         path = os.path.realpath(frame.filename)
         # "<frozen importlib._bootstrap>" is no file, also where the folder is the current one.
         if os.path.isfile(frame.filename) and is_beside(path, file):
             places.append((path, frame.lineno))
             if (path, frame.name) == (file, "<module>"):
                 top.append(places[-1])
-    told = str(error)
-    if isinstance(error, SyntaxError) and is_beside(os.path.realpath(error.filename or ""), file):
+    told = message_of(error)
+    if issubclass(kind, SyntaxError) and is_beside(os.path.realpath(error.filename or ""), file):
         places.append((os.path.realpath(error.filename or ""), error.lineno))
-        told = error.msg  # without the place again
+        told = str(error.msg)  # without the place again
     code = code_of(function)
     if not places:  # an error of Numba's compiler names the line in its text
         numbers = re.findall(rf'File "[^"]*{re.escape(Path(file).name)}", line (\d+)', told)
@@ -388,10 +421,10 @@ def describe(
     place = (top if at_top and top else places or [(file, None)])[-1]
     plain = re.sub(r"\x1b\[[0-9;]*m", "", told)  # Numba's errors are colored
     text = " ".join(" ".join(plain.splitlines()[:2]).split())
-    if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
+    if issubclass(kind, ModuleNotFoundError) and error.name in PACKAGES:
         text += f"; pip install {error.name}"
     behind = f" ({line_of(*places[-1])})" if at_top and top and places[-1] != place else ""
-    return f"{line_of(*place)}: {type(error).__name__}{': ' * bool(text)}{text}{behind}"
+    return f"{line_of(*place)}: {kind.__name__}{': ' * bool(text)}{text}{behind}"
 
 
 def line_of(file: str, line: int | None) -> str:

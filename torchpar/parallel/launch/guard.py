@@ -5,7 +5,9 @@ A reader's function may end its process, as by os._exit or a fault of compiled c
 return, also where Python cannot stop it: a handler of a signal is called after compiled code has
 returned. It may return twice, after os.fork. So a command runs in a child process, which tells this
 one when it calls a reader's function, and when the function has returned. This process names a call
-in which the child has ended or hangs. Then it starts another child without that call, or ends.
+in which the child has ended or hangs. Then it starts another child without that call, or ends. Last
+the child tells its exit status, which stays, however the process ends then: a handler of atexit may
+call os._exit(0).
 """
 
 import faulthandler
@@ -18,6 +20,7 @@ import signal
 import sys
 import sysconfig
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -25,7 +28,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from threading import enumerate as threads
 from threading import main_thread
-from typing import IO, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 from torchpar.parallel.launch.processes import Terminated, die_with_parent
 
@@ -98,9 +101,10 @@ def is_readers(error: BaseException) -> bool:
     In a process that nobody watches, other errors than Exceptions and SystemExits may be those of
     anybody's handler of a signal.
     """
+    # `isinstance` would ask the error, too, whose class may say anything.
     if WATCHED.pipe is None:
-        return isinstance(error, Exception | SystemExit)
-    return not isinstance(error, TooSlow | Terminated | Interrupted)
+        return issubclass(type(error), Exception | SystemExit)
+    return not issubclass(type(error), TooSlow | Terminated | Interrupted)
 
 
 def advice(error: BaseException, at_top: bool = False) -> str:
@@ -109,10 +113,11 @@ def advice(error: BaseException, at_top: bool = False) -> str:
     Args:
         at_top: it has ended the top level of a file, and no function.
     """
+    kind = type(error)
     if at_top:
-        return f"; {BEHIND_MAIN}" if isinstance(error, TooSlow | GivenUp) else ""
+        return f"; {BEHIND_MAIN}" if issubclass(kind, TooSlow | GivenUp) else ""
     is_exit = isinstance(error, GivenUp) and error.how.endswith(AS_EXIT)
-    return f"; {RETURN}" if is_exit or isinstance(error, SystemExit) else ""
+    return f"; {RETURN}" if is_exit or issubclass(kind, SystemExit) else ""
 
 
 # The child's side
@@ -128,6 +133,7 @@ class Watched:
         limit: seconds of a call that names no others.
         said: the lines that earlier children have printed by `say`.
         progress: such as "3 of 40 rows are done", or "".
+        streams: the command's output streams.
     """
 
     def __init__(self) -> None:
@@ -137,6 +143,7 @@ class Watched:
         self.limit = math.inf
         self.said = set[str]()
         self.progress = ""
+        self.streams: Streams | None = None
 
     def say(self, line: str) -> None:
         """Print a line, unless an earlier child has printed it."""
@@ -144,16 +151,18 @@ class Watched:
             print(line, flush=True)
             self.tell(line)
 
-    def tell(self, message: Call | Done | str | None) -> None:
-        """Tell that a function is called, that none is called any more, a line, or the end.
+    def tell(self, message: "Message") -> None:
+        """Tell that a function is called, that none is called any more, a line, an answer, or the
+        end.
 
         What was printed before is flushed, for it would be lost if this process is killed. If
         stdout or the pipe is closed, this process ends in silence, and its parent names the call.
         """
         if self.pipe is not None:
             try:
-                with suppress(OSError):  # the next `print` raises it
-                    sys.stdout.flush()
+                if self.streams is not None and self.streams.stdout is not None:
+                    with suppress(OSError):  # the next `print` raises it
+                        self.streams.stdout.flush()
                 os.write(self.pipe, encoded(message))
             except (OSError, ValueError):  # a reader's call has closed it
                 os._exit(CLOSED)
@@ -177,6 +186,7 @@ class Watched:
         if known := self.given_up.get((file, name)):
             raise GivenUp(known.how, known.is_endless)
         process, outer = os.getpid(), self.call
+        before = sys.stdout, sys.stderr
         self.call = call = Call(file, name, self.limit if seconds is None else seconds, shown)
 
         def compiling(has_begun: bool) -> None:
@@ -189,6 +199,8 @@ class Watched:
             if os.getpid() != process:  # what follows is that process's, too
                 os._exit(0)
             self.call = outer
+            if self.streams is not None:
+                self.streams.restore(*before)
             self.tell(outer)
 
     def counted(self, items: Sequence[T], what: str, total: int) -> Iterator[T]:
@@ -203,13 +215,81 @@ class Watched:
         return "; ".join(filter(None, (self.progress, str(self.call or ""))))
 
 
+class Streams:
+    """The output streams of a command, whose lines a reader's code must not lose.
+
+    A reader may replace sys.stdout, and redirect or close its file descriptor.
+    """
+
+    def __init__(self) -> None:
+        self.stdout = sys.stdout
+        self._files: dict[int, tuple[int, tuple[int, int]]] = {}  # a copy of each, and its identity
+        self._replaced: list[Any] = []  # when such a stream is destroyed, it closes its file
+        for number in (1, 2):
+            with suppress(OSError):  # it was closed
+                self._files[number] = os.dup(number), identity(number)
+
+    def restore(self, stdout: Any, stderr: Any) -> None:
+        """Let the streams be those that they were before a call."""
+        if sys.stdout is not stdout or sys.stderr is not stderr:
+            self._replaced += (sys.stdout, sys.stderr)
+            for one in self._replaced[-2:]:
+                with suppress(BaseException):  # the reader's class may do anything
+                    one.flush()
+            sys.stdout, sys.stderr = stdout, stderr
+        for number, (copy, before) in self._files.items():
+            with suppress(OSError):  # the copy is closed, too
+                if identity(number) != before:
+                    if number == 1 and self.stdout is not None:
+                        self.stdout.flush()  # to where the reader has redirected it
+                    os.dup2(copy, number)
+
+
+def identity(number: int) -> tuple[int, int]:
+    """The file of a descriptor; (0, 0) if it is closed."""
+    try:
+        file = os.fstat(number)
+    except OSError:
+        return 0, 0
+    return file.st_dev, file.st_ino
+
+
+# What a child tells: the call that it begins, or goes on with; its end; a line that it has printed;
+# that no call is left; an answer to its parent.
+Message = Call | Done | str | None | dict[str, Any]
 WATCHED = Watched()
 
 
-@cache
-def encoded(message: Call | Done | str | None) -> bytes:
-    """A line for the pipe. A training tells a few calls a hundred thousand times."""
+def encoded(message: Message) -> bytes:
+    """A line for the pipe."""
+    return encoded_answer(message) if isinstance(message, dict) else encoded_call(message)
+
+
+def encoded_answer(message: object) -> bytes:
     return json.dumps(message).encode() + b"\n"
+
+
+# A training tells a few calls a hundred thousand times.
+encoded_call = cache(encoded_answer)
+
+
+def decoded(line: bytes) -> Any:
+    """What a child has told. A line that a reader's code has written there is False.
+
+    Lists are the fields of a `Call` or a `Done`.
+    """
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    match message:
+        case [str(), str(), int() | float(), int() | float() | None]:
+            return Call(*message)
+        case [int(), str()]:
+            return Done(*message)
+        case str() | dict() | None:
+            return message
+    return False
 
 
 # The parent's side
@@ -223,24 +303,30 @@ class Child:
         dump: the file to which faulthandler writes where the child is.
         call: that which it has told last, or None if that has returned.
         done: what it has told of its end, or None.
+        asked: the call that this process waits for, also while the child has told none.
+        answer: what the child has told of it, or None.
     """
 
     def __init__(self, pid: int, pipe: int, what: str, dump: IO[bytes]):
         self.pid, self.pipe, self.what, self.dump = pid, pipe, what, dump
         self.call: Call | None = None
         self.done: Done | None = None
+        self.asked: Call | None = None
+        self.answer: dict[str, Any] | None = None
         self.text = b""
+        self.is_open = True  # the pipe
 
     def wait(self) -> bool:
-        """Wait until the child ends; False if its call, or a thread at its end, does not."""
+        """Wait until the child answers or ends; False if its call, or a thread at its end, does
+        not."""
         waited, last, is_noted = 0.0, time.monotonic(), False
         while True:
-            if select.select([self.pipe], [], [], TICK)[0]:
-                if not self.hear():
+            if self.tells():
+                if self.answer is not None:
                     return True
                 waited, last, is_noted = 0.0, time.monotonic(), False
                 continue
-            if self.has_ended():  # and a process of its own holds the pipe
+            if self.has_ended():  # although a process of its own may hold the pipe
                 return True
             now = time.monotonic()
             waited += min(now - last, 2 * TICK)  # not while this process was stopped, as by Ctrl-Z
@@ -262,21 +348,36 @@ class Child:
                     flush=True,
                 )
 
+    def tells(self) -> bool:
+        """Wait for a moment, and take what the child tells; False if that is nothing."""
+        if not self.is_open:  # a reader's call has closed the pipe, or the process is ending
+            time.sleep(min(TICK, 0.01))
+            return False
+        if not select.select([self.pipe], [], [], TICK)[0]:
+            return False
+        self.is_open = self.hear()
+        return self.is_open
+
     def hear(self) -> bool:
         """Take what the child has told; False at the end of the pipe."""
         read = os.read(self.pipe, 2**16)
         *lines, self.text = (self.text + read).split(b"\n")
-        for message in map(json.loads, lines):
+        for message in map(decoded, lines):
             if isinstance(message, str):
                 WATCHED.said.add(message)
-                continue
-            self.done = Done(*message) if message and len(message) == len(Done._fields) else None
-            self.call = Call(*message) if message and not self.done else None
+            elif isinstance(message, dict):
+                self.answer = message
+            elif isinstance(message, Done):
+                # Of two, one is a reader's: an error that one of them tells stays.
+                self.done = max(self.done or message, message)
+                self.call = None
+            elif message is not False:
+                self.call = message or self.asked
         return bool(read)
 
     def hear_rest(self) -> None:
         """Take what the child has told by now."""
-        while select.select([self.pipe], [], [], 0)[0] and self.hear():
+        while self.is_open and select.select([self.pipe], [], [], 0)[0] and self.hear():
             pass
 
     def has_ended(self) -> bool:
@@ -284,14 +385,19 @@ class Child:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def status(self) -> tuple[int, str]:
-        """The exit status, as a shell has it, and how the child has ended; "" at its own end."""
+        """The exit status, as a shell has it, and how the child has ended; "" at its own end.
+
+        The status that the child has told stays, whatever its process has done then.
+        """
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         self.hear_rest()
+        if self.done:
+            return self.done.status, ""
         if code < 0:
             return 128 - code, f"by {signal.Signals(-code).name}{self.place()}"
-        if code == CLOSED and not self.done:
+        if code == CLOSED:
             return code, "by closing sys.stdout, or a file that it has not opened"
-        return code, "" if self.done else f"with status {code}, {AS_EXIT}"
+        return code, f"with status {code}, {AS_EXIT}"
 
     def say(self, status: int, how: str) -> int:
         """The status of a child that has ended. If it did not by itself, a line says how."""
@@ -368,10 +474,9 @@ def guarded(main: Callable[[], int], what: str, remedy: str = "") -> int:
     if sys.platform != "linux":  # where a fork is safe, also with NumPy's threads
         return main()
     while True:
-        sys.stdout.flush()
         read, write = os.pipe()
         with TemporaryFile() as dump:
-            pid = os.fork()
+            pid = fork()
             if pid == 0:
                 os.close(read)
                 return watched(main, write, dump)
@@ -400,10 +505,20 @@ def guarded(main: Callable[[], int], what: str, remedy: str = "") -> int:
             print(f"{call} {lost.how}; {what} begins again without it", flush=True)
 
 
+def fork() -> int:
+    """Fork this process, whose stdout is flushed before, so that no line is printed twice."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    with warnings.catch_warnings():
+        # The threads that are there are of NumPy's and PyTorch's pools, which take no lock of ours.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
 def watched(main: Callable[[], int], pipe: int, dump: IO[bytes]) -> int:
     """Run ``main`` in the child, and tell its end."""
     die_with_parent(signal.SIGKILL)
-    process, WATCHED.pipe = os.getpid(), pipe
+    process, WATCHED.pipe, WATCHED.streams = os.getpid(), pipe, Streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     faulthandler.enable(dump, all_threads=False)
@@ -433,8 +548,14 @@ def interrupt(*_: object) -> None:
 
 
 def outcome(child: Child) -> int | GivenUp:
-    """Wait for a child; the status, or what became of the call in which it has ended or hangs."""
-    if not child.wait():
+    """Wait for a child; the status, or what became of the call in which it has ended or hangs.
+
+    A child that has answered goes on, and its status is 0.
+    """
+    is_over = child.wait()
+    if child.answer is not None:
+        return 0
+    if not is_over:
         if child.done:
             child.kill()
             text = f"{child.what} is done, but its process does not end, and is stopped"
