@@ -199,6 +199,71 @@ def test_an_end_of_the_process_is_named_with_its_function_and_a_fork_ends_in_sil
     assert (status, err) == (1, "the ladder was ended with status 0, as os._exit does\n")
 
 
+# What a reader's module does when it is imported, of which a command finds the status 7 or 0, and
+# what stderr says then. Python ends each process, and calls its handlers.
+LATE = """
+import atexit, os, signal, sys, threading, time
+from torchpar.parallel.launch import guard
+
+guard.TICK, guard.GRACE = 0.01, 0.2
+
+class Out:
+    def __getattr__(self, name): raise SystemExit(0)
+
+def redirected():
+    null = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2): os.dup2(null, number)
+
+def patched():
+    sys.stdout = sys.stderr = Out()
+
+IMPORTED = {
+    "nothing": lambda: None,
+    "os._exit": lambda: atexit.register(os._exit, 0),
+    "another status": lambda: atexit.register(os._exit, 5),
+    "sys.exit": lambda: atexit.register(sys.exit, 0),
+    "a signal": lambda: atexit.register(os.kill, os.getpid(), signal.SIGKILL),
+    "a thread": lambda: threading.Thread(target=time.sleep, args=[60], name="T").start(),
+    "hooks": lambda: setattr(sys, "excepthook", lambda *_: os._exit(0)),
+    "no stdout": lambda: setattr(sys, "stdout", None),
+    "another stdout": patched,
+    "no files": lambda: (os.close(1), os.close(2)),
+    "other files": redirected,
+    "other lines": lambda: os.write(guard.WATCHED.pipe, b'[0, ""]\\n{]\\n[1]\\n7\\n[[\\n'),
+}
+
+def main(name, status):
+    with guard.WATCHED.calling("my.py", name, 60.0):
+        IMPORTED[name]()
+    print(name, "has", status, flush=True)
+    return status
+
+for name in IMPORTED:
+    for status in (7, 0):
+        if os.fork() == 0:
+            sys.exit(guard.guarded(lambda: main(name, status), "the ladder"))
+        _, found = os.wait()
+        if os.waitstatus_to_exitcode(found) != status:
+            print(name, "ends with", os.waitstatus_to_exitcode(found), "instead of", status)
+"""
+
+
+@needs_fork
+def test_the_status_is_that_which_was_found_whatever_the_process_does_then(tmp_path):
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    status, out, err = forked(str(script), cwd=tmp_path)
+    assert status == 0
+    names = LATE.split("IMPORTED = {")[1].split("}\n\ndef")[0]
+    expected = [line.split('"')[1] for line in names.splitlines() if line.startswith('    "')]
+    assert out.splitlines() == [f"{name} has {number}" for name in expected for number in (7, 0)]
+    said = {line for line in err.splitlines() if line.startswith("the ladder")}
+    assert said == {
+        "the ladder is done, but its process does not end, and is stopped: its thread T has not "
+        "ended; join it, or start it with daemon=True"
+    }
+
+
 @needs_fork
 def test_a_signal_that_ends_the_ladder_is_named_with_the_function(capsys):
     read, write = os.pipe()

@@ -364,18 +364,27 @@ def calling(
             watching(file, name, limit) as tell,
             Compilation(tell).watched() as compilation,
             time_limit(limit, compilation),
-        ):
-            try:
-                yield compilation
-            except Wrong:
-                raise
-            except BaseException as e:
-                if not is_readers(e) or isinstance(e, GivenUp):
-                    raise
-                # Within the limit: to describe an error calls methods of its class.
-                raise Wrong(describe(e, file, function) + advice(e)) from None
+            describing(file, function),
+        ):  # within the limit
+            yield compilation
     except GivenUp as e:
         raise Lost(str(e), e.is_endless) from None
+
+
+@contextmanager
+def describing(file: str, function: Function | None = None) -> Iterator[None]:
+    """Let an error of a student's function in the block be Wrong, with its line.
+
+    The error's class is the student's, too, and is asked: that may take any time.
+    """
+    try:
+        yield
+    except (Wrong, GivenUp):
+        raise
+    except BaseException as e:
+        if not is_readers(e):
+            raise
+        raise Wrong(describe(e, file, function) + advice(e)) from None
 
 
 def describe(

@@ -24,7 +24,7 @@ import numpy as np
 from numpy import errstate
 
 from torchpar.baselines import grader
-from torchpar.baselines.grader import Function, Lost, Wrong, calling, watching
+from torchpar.baselines.grader import Function, Lost, Wrong, calling, describing, modules_beside
 from torchpar.baselines.plain_data import Unreadable, pack, unpack, writable
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.guard import (
@@ -43,7 +43,6 @@ from torchpar.parallel.launch.guard import (
 )
 
 COMMAND = "the check"  # whose process it is, in messages of the guard
-IN_TRAINING = " in the training"
 UNREADABLE = "its process sends what cannot be read"
 
 
@@ -122,8 +121,7 @@ class StudentsFile:
             if self._process is None:  # it has ended in another call
                 self._execute()
             assert self._process is not None
-            label = name + IN_TRAINING * in_training
-            call = Call(self._file, label, grader.LIMIT + grader.PATIENCE)
+            call = call_of(self._file, name, in_training)
             try:
                 answer = self._process.answer(call, question)
             except GivenUp as e:
@@ -296,8 +294,9 @@ def serve(find: Callable[[], grader.Loaded], file: str, ends: _Ends) -> int:
         ends.answer(pack(["refused", str(e)]))
     except Interrupted:
         ends.answer(pack(["interrupted"]))
-    for question in ends.questions():
-        ends.answer(answered(functions, file, question))
+    with modules_beside(file):
+        for question in ends.questions():
+            ends.answer(answered(functions, file, question))
     return 0
 
 
@@ -307,10 +306,11 @@ def answered(functions: Mapping[str, Function], file: str, question: bytes) -> b
     function = functions.get(name)
     if function is None:
         return pack(["wrong", "it is missing when the file is executed once more"])
+    limited = watched_by_parent if in_training else watched_here
     try:
-        with errstate(all="ignore"), limited(file, name, in_training, function):
+        with errstate(all="ignore"), limited(file, name, function):
             result = function(*arguments)
-            # Within the limit: to pack a result calls methods of its class.
+            # In the block, since to pack a result calls methods of its class.
             return pack(["result", result, None if in_training else arguments])
     except Wrong as e:
         return pack(["wrong", str(e)])
@@ -321,12 +321,32 @@ def answered(functions: Mapping[str, Function], file: str, question: bytes) -> b
 
 
 @contextmanager
-def limited(file: str, name: str, in_training: bool, function: Function) -> Iterator[None]:
-    """Call a function in the block, for a time that a training does not limit, but the guard."""
-    if not in_training:
-        with calling(file, name, grader.LIMIT, function):
-            yield
-        return
-    label = name + IN_TRAINING
-    with calling(file, "the training", math.inf), watching(file, label, grader.LIMIT):
+def watched_here(file: str, name: str, function: Function) -> Iterator[None]:
+    """Call a function in the block, for a limited time."""
+    with calling(file, name, grader.LIMIT, function):
         yield
+
+
+@contextmanager
+def watched_by_parent(file: str, name: str, function: Function) -> Iterator[None]:
+    """Call a function in the block, of which the parent is told nothing but compilations.
+
+    A training makes ten thousands of calls. The parent knows each, and gives it up.
+    """
+    process, call = os.getpid(), call_of(file, name, in_training=True)
+
+    def tell(has_begun: bool) -> None:
+        WATCHED.tell(call._replace(seconds=math.inf) if has_begun else call)
+
+    try:
+        with grader.Compilation(tell).watched(), describing(file, function):
+            yield
+    finally:
+        if os.getpid() != process:  # a fork of the function's, which must not answer
+            os._exit(0)
+
+
+def call_of(file: str, name: str, in_training: bool) -> Call:
+    """A call, which is given up some time after its limit."""
+    label = f"{name} in the training" if in_training else name
+    return Call(file, label, grader.LIMIT + grader.PATIENCE)
