@@ -559,6 +559,7 @@ def students_entries(
     for name, function in functions.items():
         operator, than = OPERATORS[name]
         if operator not in cases:
+            print(f"{path.name}: {name} is left out; add {operator} to --cases", flush=True)
             continue
         case = cases[operator]
         is_cuda = isinstance(function, cuda_files.CudaKernel)
@@ -581,6 +582,15 @@ def students_entries(
             for one in entry_rungs(entry, than)
         ]
     return entries
+
+
+def is_any_tried(entries: Mapping[str, Sequence[Rung]]) -> bool:
+    """Whether a function of the student's was called, and say so if none was."""
+    rungs = [one for of_operator in entries.values() for one in of_operator]
+    if any(one.turn is not None or one.executed for one in rungs):
+        return True
+    print("No function of the files is checked: each is left out.", flush=True)
+    return False
 
 
 def entry_rungs(entry: student.Entry, than: str) -> Iterator[Rung]:
@@ -782,9 +792,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rounds = 2 if options.quick else ROUNDS
     names = options.cases or list(LADDERS)
     files, status = load_files(options.paths)
+    used = {OPERATORS[own][0] for _, one in files for own in one.functions}
     if files and not options.cases:
-        used = {OPERATORS[own][0] for _, one in files for own in one.functions}
         names = [name for name in LADDERS if name in used]
+    if files and not used.intersection(names):
+        raise ConfigError(
+            f"--cases {' '.join(names)} leaves out all functions of the files; add "
+            f"{' or '.join(sorted(used))}, or drop --cases"
+        )
     cases = {
         name: make_case(name, LADDERS[name].quick if options.quick else LADDERS[name].shape)
         for name in names
@@ -793,6 +808,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path, one in files:
         for name, added in students_entries(path, one.functions, cases).items():
             entries[name] += added
+    status |= int(bool(files) and not is_any_tried(entries))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     table = Table(command.csv(options), CPU, cores=CORES, gpu=gpu, load_before=round(load, 2))
     with (

@@ -130,11 +130,22 @@ def error_of(
     """Compare a result with ``reference(*inputs)`` in float64, as `compare` does.
 
     Errors of a result of another shape are infinite.
+
+    Raises:
+        ConfigError: nothing can be compared, because the result has no element, or PyTorch's own is
+            not finite.
     """
     exact = reference(*(t.double() for t in inputs))
     if result.shape != exact.shape:
         return Comparison(math.inf, 0.0, 0.0, exact)
+    if not exact.numel():
+        raise ConfigError(f"a result of shape {tuple(exact.shape)} has nothing to compare")
     error, native = ((t - exact).abs().max().item() for t in (result, reference(*inputs)))
+    if not math.isfinite(native):
+        raise ConfigError(
+            f"PyTorch's own result in {result.dtype} is off by {native}, so that no result could "
+            "be wrong; take smaller inputs"
+        )
     rounding = torch.finfo(result.dtype).eps * max(exact.abs().max().item(), size)
     return Comparison(error, native, 2 * native + terms**0.5 * rounding, exact)
 
@@ -154,7 +165,8 @@ def compare(
     the terms' magnitudes, which is larger where terms cancel.
 
     Raises:
-        ConfigError: another shape, or an error above those roundings and twice PyTorch's error.
+        ConfigError: another shape, or an error above those roundings and twice PyTorch's error; or
+            as from `error_of`.
     """
     if not isinstance(result, Tensor):
         raise ConfigError(f"{part} is {type(result).__name__}, expected a tensor; mend its formula")
@@ -190,8 +202,10 @@ def compare_gradients(
         function: of the inputs, differentiable by autograd; ``reference`` is PyTorch's.
 
     Raises:
-        ConfigError: as from `compare`, or ``function`` has no gradient.
+        ConfigError: as from `compare`; or ``function`` has no gradient, or no inputs.
     """
+    if not inputs:
+        raise ConfigError(f"{part} has no inputs, expected one at least; name what it is of")
 
     def gradients(f: Callable[..., Tensor], *values: Tensor) -> tuple[Tensor, ...]:
         leaves = [t.detach().requires_grad_() for t in values]

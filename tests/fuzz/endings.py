@@ -53,11 +53,24 @@ ENDS = {
     "sys.exit(0)": "SystemExit: 0; return the result instead",
     "exit('bye')": "SystemExit: bye; return the result instead",
     "1 / 0": "ZeroDivisionError: division by zero",
+    "raises(Silent)": "Silent: (str of it raises RuntimeError)",
+    "atexit.register(os._exit, 0)": "",
+    "atexit.register(os.kill, os.getpid(), signal.SIGKILL)": "",
+    "setattr(sys, 'stdout', None)": "",
+    "os.closerange(1, 3)": "",
+    "os.dup2(os.open(os.devnull, os.O_WRONLY), 1)": "",
     "os.fork()": "",
     "os.fork() or sys.exit(3)": "",
     "os.fork() or os._exit(3)": "",
 }
-IMPORTS = "import ctypes, os, signal, sys\ncalls = []"
+IMPORTS = """import atexit, ctypes, os, signal, sys
+calls = []
+
+class Silent(BaseException):
+    def __str__(self): raise RuntimeError
+
+def raises(error): raise error
+"""
 LATE = 30  # calls, which no check makes
 EPOCHS, STEPS = 20, 5  # of a run, and of its epochs
 PER_BATCH = ("sigmoid", "sigmoid_prime", "zeros_weights", "zeros_biases", "add_elementwise")
@@ -89,6 +102,7 @@ def exercise(rng: random.Random) -> str:
 
 def check(status: int, out: str, err: str, expected: dict[str, str], late: str, top: str) -> None:
     """Raise `Found` unless each end is named, and no other."""
+    err = re.sub(r"\d+ of \d+ batches after \d+ s\n", "", err)  # of a busy machine
     ends_top = top.startswith(("ends", "does not end"))
     if ends_top:
         if status != 2 or out or f"its top level {top}" not in err or err.count("\n") != 1:

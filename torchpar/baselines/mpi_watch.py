@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,21 @@ def timed(name: str, method: Callable[..., Any], messages: dict[str, list[float]
     return called
 
 
+def told_by(error: BaseException) -> str:
+    """The class and the first line of an error, whose class may raise another one."""
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except BaseException as e:
+        text = f"{type(error).__name__}: (str of it raises {type(e).__name__})"
+    return "".join(text[:1000].splitlines()[:1])
+
+
+def flush() -> None:
+    """Write what the program has printed, if it has left an output."""
+    with suppress(Exception):
+        sys.stdout.flush()
+
+
 def main(folder: Path, seconds: float, file: str) -> int:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with mpirun
@@ -72,11 +88,11 @@ def main(folder: Path, seconds: float, file: str) -> int:
     try:
         runpy.run_path(file, run_name="__main__")
     except BaseException as e:
-        if isinstance(e, SystemExit) and not e.code:
+        if issubclass(type(e), SystemExit) and not e.code:
             return 0
         places = [one for one in traceback.extract_tb(e.__traceback__) if one.filename == file]
         at = f"{Path(file).name}, line {places[-1].lineno}: " if places else ""
-        text = "".join(f"{type(e).__name__}: {e}".splitlines()[:1])
+        text = told_by(e)
         if isinstance(e, MPI.Exception):
             text = f"MPI: {MPI.Get_error_string(e.Get_error_class())}"
             if e.Get_error_class() == MPI.ERR_TRUNCATE:
@@ -85,10 +101,10 @@ def main(folder: Path, seconds: float, file: str) -> int:
                     "dtype, and of shares of equal size"
                 )
         Path(f"{rank}.error").write_text(at + text, "utf-8")
-        sys.stdout.flush()
+        flush()
         world.Abort(1)
     finally:
-        sys.stdout.flush()
+        flush()
         taken = {"seconds": time.perf_counter() - start, "messages": messages}
         Path(f"{rank}.json").write_text(json.dumps(taken), "utf-8")
         faulthandler.cancel_dump_traceback_later()

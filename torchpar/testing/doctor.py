@@ -96,9 +96,14 @@ def _print_json(findings: dict[str, list[Finding]]) -> int:
 
 
 def examine(area: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """The findings in an area. An examination that fails is a problem."""
+    """The findings in an area. An examination that fails, or finds nothing, is a problem."""
+    findings = 0
     try:
-        yield from area()
+        for finding in area():
+            findings += 1
+            yield finding
+        if not findings:
+            yield Finding("examination", "it has found nothing", "problem", REPORT)
     except Exception as e:
         remedy = REPORT
         if isinstance(e, OSError):
