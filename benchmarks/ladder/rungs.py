@@ -584,6 +584,22 @@ def students_entries(
     return entries
 
 
+def case_names(given: Sequence[str] | None, files: Sequence[tuple[Path, Loaded]]) -> Sequence[str]:
+    """The cases of the flag ``--cases``; without it those of a student's files, or all.
+
+    Raises:
+        ConfigError: the flag leaves out all functions of the files.
+    """
+    used = {OPERATORS[own][0] for _, one in files for own in one.functions}
+    names = given or [name for name in LADDERS if name in used or not files]
+    if files and not used.intersection(names):
+        raise ConfigError(
+            f"--cases {' '.join(names)} leaves out all functions of the files; add "
+            f"{' or '.join(sorted(used))}, or drop --cases"
+        )
+    return names
+
+
 def is_any_tried(entries: Mapping[str, Sequence[Rung]]) -> bool:
     """Whether a function of the student's was called, and say so if none was."""
     rungs = [one for of_operator in entries.values() for one in of_operator]
@@ -790,16 +806,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     silence_search_for_cuda()
     keep_freed_memory()
     rounds = 2 if options.quick else ROUNDS
-    names = options.cases or list(LADDERS)
     files, status = load_files(options.paths)
-    used = {OPERATORS[own][0] for _, one in files for own in one.functions}
-    if files and not options.cases:
-        names = [name for name in LADDERS if name in used]
-    if files and not used.intersection(names):
-        raise ConfigError(
-            f"--cases {' '.join(names)} leaves out all functions of the files; add "
-            f"{' or '.join(sorted(used))}, or drop --cases"
-        )
+    names = case_names(options.cases, files)
     cases = {
         name: make_case(name, LADDERS[name].quick if options.quick else LADDERS[name].shape)
         for name in names

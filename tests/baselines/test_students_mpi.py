@@ -92,6 +92,17 @@ def test_a_right_program_has_the_costs_of_one_process_and_its_messages_by_time(t
             "    comm.Bcast(w[:7 - 3 * size])\n    assert size == 1, 'for one'",
             r"mpirun -n 2 ends by an error of process \d: my_mpi.py, line 17: AssertionError: for",
         ),
+        (
+            "    comm.Bcast(w)",
+            "    class E(BaseException):\n        __str__ = lambda self: 1 / 0\n    raise E",
+            r"mpirun -n 1 ends by an error of process 0: my_mpi.py, line 19: E: \(str of it raises "
+            r"ZeroDivisionError\)",
+        ),
+        (
+            "import numpy as np",
+            "import numpy as np, sys\nsys.stdout = None",
+            "it prints 0 costs on 1 process, expected one of each ",
+        ),
         ("w -= 0.5", "w += 0.5", "it has costs that do not fall on 1 process: 0.693147 to "),
         ("cost {sum", "value {sum", "it prints 0 costs on 1 process, expected one of each "),
     ],
@@ -155,6 +166,20 @@ def test_a_process_that_has_ended_is_told_from_one_that_waits(tmp_path):
     (tmp_path / "0.json").touch()
     said = students_mpi.places(tmp_path, file)
     assert said == " (process 0 has ended; process 1: my_mpi.py, line 8)"
+
+
+def test_an_error_has_one_line_whatever_its_class_does():
+    class Silent(Exception):
+        def __str__(self) -> str:
+            raise SystemExit
+
+    class Long(Exception):
+        def __str__(self) -> str:
+            return "x" * 10**6
+
+    assert mpi_watch.told_by(ValueError("a\nb")) == "ValueError: a"
+    assert mpi_watch.told_by(Silent()) == "Silent: (str of it raises SystemExit)"
+    assert mpi_watch.told_by(Long()) == f"Long: {'x' * 994}"
 
 
 def test_the_message_that_takes_most_is_named():

@@ -657,3 +657,22 @@ def test_a_students_file_chooses_the_cases(tmp_path, monkeypatch):
     ):
         rungs.main(["--quick", f"--with={path}"])
     assert [*entries.call_args.args[2]] == ["maximum", "matmul_t"]
+
+
+def test_files_of_which_nothing_would_be_checked_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NUMBA_NUM_THREADS", str(CORES))  # which Numba takes once in a process
+    path = tmp_path / "my.py"
+    path.write_text("def max_cpu(A, B): pass\ndef gemm(A, B): pass\n")
+    said = "--cases matmul_t leaves out all functions of the files; add matmul or maximum, or drop"
+    with pytest.raises(ConfigError, match=said):
+        rungs.main(["--quick", "--cases", "matmul_t", f"--with={path}"])
+    forget_modules(tmp_path)
+    cases = {"maximum": rungs.make_case("maximum", (3, 5))}
+    (row,) = rungs.students_entries(path, {"gemm": min, "max_cpu": max}, cases)["maximum"]
+    assert "my.py: gemm is left out; add matmul to --cases\n" in capsys.readouterr().out
+    assert rungs.is_any_tried({"maximum": [row], "matmul": []})
+    left_out = rungs.Rung(name="my.cu: gemm", left_out="a GPU is there")
+    for rows in ([], [left_out]):
+        assert not rungs.is_any_tried({"matmul": rows})
+        assert "No function of the files is checked" in capsys.readouterr().out
+    assert rungs.is_any_tried({"matmul": [rungs.Rung(name="x", left_out="no GPU", executed="r")]})

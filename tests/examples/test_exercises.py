@@ -430,6 +430,18 @@ def test_more_than_twice_pytorchs_error_is_refused():
             compare("sine", wrong, torch.sin, x)
 
 
+def test_what_cannot_be_compared_is_refused():
+    x = torch.full((3,), 100.0)  # of which exp is infinite in float32
+    assert torch.isfinite(x.double().exp()).all()
+    with pytest.raises(ConfigError, match=r"own result in torch.float32 is off by inf, so that no"):
+        compare("exp", torch.zeros(3), torch.exp, x)
+    compare("exp", (x / 2).exp(), torch.exp, x / 2)
+    with pytest.raises(ConfigError, match=r"^a result of shape \(0,\) has nothing to compare$"):
+        compare("exp", x[:0], torch.exp, x[:0])
+    with pytest.raises(ConfigError, match=r"^sum has no inputs, expected one at least"):
+        compare_gradients("sum", torch.sum, torch.sum, {})
+
+
 def test_the_path_of_a_line_ends_at_its_weights():
     torch.manual_seed(0)
     x, y = matmul_regression.make_samples(torch.tensor(matmul_regression.LINE))

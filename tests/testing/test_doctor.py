@@ -203,6 +203,14 @@ def test_an_examination_that_fails_is_a_problem():
     ]
 
 
+def test_an_examination_that_finds_nothing_is_a_problem():
+    assert [*doctor.examine(lambda: iter(()))] == [
+        doctor.Finding("examination", "it has found nothing", "problem", doctor.REPORT)
+    ]
+    ok = doctor.Finding("a", "b")
+    assert [*doctor.examine(lambda: iter([ok]))] == [ok]
+
+
 def test_a_full_disk_has_another_remedy():
     def fail() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
