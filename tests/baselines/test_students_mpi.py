@@ -95,7 +95,7 @@ def test_a_right_program_has_the_costs_of_one_process_and_its_messages_by_time(t
         (
             "    comm.Bcast(w)",
             "    class E(BaseException):\n        __str__ = lambda self: 1 / 0\n    raise E",
-            r"mpirun -n 1 ends by an error of process 0: my_mpi.py, line 19: E: \(str of it raises "
+            r"mpirun -n 1 ends by an error of process 0: my_mpi.py, line 18: E: \(str of it raises "
             r"ZeroDivisionError\)",
         ),
         (

@@ -9,8 +9,9 @@ of mpi4py is checked by `torchpar.baselines.students_mpi`.
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,6 @@ from torchpar.baselines import numpy_mlp, students_mpi
 from torchpar.baselines.grader import (
     OPERATORS,
     Function,
-    Lost,
     Wrong,
     as_array,
     check_unchanged,
@@ -34,6 +34,7 @@ from torchpar.errors import ConfigError, TorchparError, first_line
 from torchpar.parallel.launch.guard import TooSlow
 
 Array = numpy_mlp.Array
+Together = Callable[..., list[Any]]  # takes calls, each of a function's name and its arguments
 
 SIZES = (784, 30, 10)
 IN_CHECKOUT = Path(__file__).parents[2] / "examples" / "data"
@@ -257,32 +258,39 @@ def check_zeros(arrays: Sequence[Array]) -> None:
 
 
 def train(
-    functions: dict[str, Function], x: Array, labels: Array, epochs: int
+    f: Together, x: Array, labels: Array, epochs: int
 ) -> Iterator[tuple[list[Array], list[Array]]]:
     """Train a network by the student's functions; yield weights and biases after each epoch.
 
     Descent of the binary cross-entropy, whose gradient by the last z is a − t. Gradients of a
     batch's samples are means; `add_elementwise` adds them to zeros, and takes the step.
     """
-    f = functions
-    weights = [np.array(one, np.float32) for one in f["random_weights"](list(SIZES))]
-    biases = layers_of(f["zeros_biases"](list(SIZES)))
+    drawn, zeros = f(("random_weights", list(SIZES)), ("zeros_biases", list(SIZES)))
+    weights, biases = [np.array(one, np.float32) for one in drawn], layers_of(zeros)
     for _ in range(epochs):
-        for inputs, targets in say_progress(f["create_batches"](x, labels, BATCH_SIZE), "batches"):
+        (batches,) = f(("create_batches", x, labels, BATCH_SIZE))
+        for inputs, targets in say_progress(batches, "batches"):
             # What the checks take as an array may be a list, here too.
-            zs, activations = forward(f["sigmoid"], weights, biases, as_array(inputs))
+            activations, slopes = forward(f, weights, biases, as_array(inputs))
             classes = as_array(targets).ravel()
             delta = activations[-1] - np.eye(SIZES[-1], dtype=np.float32)[classes]
-            d_weights = list(f["zeros_weights"](list(SIZES)))
-            d_biases = layers_of(f["zeros_biases"](list(SIZES)))
+            zeros = f(("zeros_weights", list(SIZES)), ("zeros_biases", list(SIZES)))
+            d_weights, d_biases = list(zeros[0]), layers_of(zeros[1])
             for i in reversed(range(len(weights))):
                 d_weights[i] = activations[i].T @ delta * np.float32(-LR / len(inputs))
                 d_biases[i] = delta.sum(0) * np.float32(-LR / len(inputs))
                 if i > 0:
-                    delta = delta @ weights[i].T * as_array(f["sigmoid_prime"](zs[i - 1]))
-            weights = list(map(as_array, f["add_elementwise"](weights, d_weights)))
-            biases = list(map(as_array, f["add_elementwise"](biases, d_biases)))
+                    delta = delta @ weights[i].T * slopes[i - 1]
+            steps = (weights, d_weights), (biases, d_biases)
+            weights, biases = (
+                list(map(as_array, one)) for one in f(*(("add_elementwise", *two) for two in steps))
+            )
         yield weights, biases
+
+
+def one_by_one(functions: Mapping[str, Function], *calls: tuple[Any, ...]) -> list[Any]:
+    """The results of calls of functions of this process."""
+    return [functions[name](*arguments) for name, *arguments in calls]
 
 
 def layers_of(biases: Sequence[Array]) -> list[Array]:
@@ -291,23 +299,28 @@ def layers_of(biases: Sequence[Array]) -> list[Array]:
 
 
 def forward(
-    sigmoid: Function, weights: Sequence[Array], biases: Sequence[Array], x: Array
+    f: Together, weights: Sequence[Array], biases: Sequence[Array], x: Array
 ) -> tuple[list[Array], list[Array]]:
-    """The z of each layer, and the inputs of each layer with the output."""
-    zs: list[Array] = []
-    activations = [x]
-    for weight, bias in zip(weights, biases, strict=True):
-        zs.append(activations[-1] @ weight + bias)
-        activations.append(as_array(sigmoid(zs[-1])))
-    return zs, activations
+    """The inputs of each layer with the output, and σ′ of each layer but the last."""
+    activations, slopes = [x], list[Array]()
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True), 1):
+        z = activations[-1] @ weight + bias
+        names = ("sigmoid", "sigmoid_prime") if i < len(weights) else ("sigmoid",)
+        a, *slope = map(as_array, f(*((name, z) for name in names)))
+        activations.append(a)
+        slopes += slope
+    return activations, slopes
 
 
-def check_training(functions: dict[str, Function], training: Images, test: Images) -> Verdict:
+def check_training(
+    functions: Mapping[str, Function] | Together, training: Images, test: Images
+) -> Verdict:
     """Train on digits until `ASKED` is reached, for at most `EPOCHS`."""
+    f = partial(one_by_one, functions) if isinstance(functions, Mapping) else functions
     x, accuracies = test.inputs(), list[float]()
-    results = train(functions, training.inputs(), training.labels, EPOCHS)
+    results = train(f, training.inputs(), training.labels, EPOCHS)
     for epoch, (weights, biases) in enumerate(results, 1):
-        output = forward(functions["sigmoid"], weights, biases, x)[1][-1]
+        output = forward(f, weights, biases, x)[0][-1]
         accuracies.append(float((np.argmax(output, 1) == test.labels).mean()))
         print(f"epoch {epoch}: accuracy {accuracies[-1]:.4f}", flush=True)
         if accuracies[-1] > ASKED:
@@ -332,30 +345,15 @@ def judge(name: str, function: Function) -> Verdict:
         return Verdict(name, False, f"its result cannot be compared: {first_line(e)}")
 
 
-def in_training(name: str, function: Function) -> Function:
-    """A function whose name is told if the training ends or hangs in it."""
-
-    def called(*arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except Lost as e:
-            raise Wrong(f"{name}: {e}") from None
-
-    return called
-
-
 def judge_training(file: StudentsFile, data: Path) -> Verdict:
     """The verdict on a training through the functions of a file."""
     try:
         training, test = read("mnist", data)
     except ConfigError as e:
         raise ConfigError(f"--data {data}: {e}") from e
-    functions = {
-        name: in_training(name, file.function(name, in_training=True)) for name in file.names
-    }
     try:
         with np.errstate(all="ignore"):
-            return check_training(functions, training, test)
+            return check_training(file.together, training, test)
     except Wrong as e:
         return Verdict("the training", False, str(e))
     except (ArithmeticError, LookupError, TypeError, ValueError) as e:  # of results of any kind

@@ -66,10 +66,6 @@ class Wrong(Exception):
         super().__init__(text)
 
 
-class Lost(Wrong):
-    """A call has ended its process, or has not returned."""
-
-
 # The file
 
 
@@ -368,7 +364,7 @@ def calling(
         ):  # within the limit
             yield compilation
     except GivenUp as e:
-        raise Lost(str(e), e.is_endless) from None
+        raise Wrong(str(e), e.is_endless) from None
 
 
 @contextmanager

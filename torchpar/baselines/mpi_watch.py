@@ -88,7 +88,7 @@ def main(folder: Path, seconds: float, file: str) -> int:
     try:
         runpy.run_path(file, run_name="__main__")
     except BaseException as e:
-        if issubclass(type(e), SystemExit) and not e.code:
+        if isinstance(e, SystemExit) and not e.code:
             return 0
         places = [one for one in traceback.extract_tb(e.__traceback__) if one.filename == file]
         at = f"{Path(file).name}, line {places[-1].lineno}: " if places else ""

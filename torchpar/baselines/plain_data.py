@@ -56,6 +56,14 @@ class Listed(Iterated):
         return self._items[at]
 
 
+class Packed:
+    """A value that is made plain now, and packed later."""
+
+    def __init__(self, value: object):
+        self.parts: list[bytes] = []
+        self.header = _header(value, self.parts, 0)
+
+
 def pack(value: object) -> bytes:
     """The bytes of a value. Objects that are no plain data leave the names of their classes.
 
@@ -72,6 +80,9 @@ def _padded(data: bytes) -> bytes:
 
 def _header(value: Any, parts: list[bytes], depth: int) -> object:
     kind = type(value)  # what `isinstance` asks, a class may answer as it likes
+    if kind is Packed:
+        parts += value.parts
+        return value.header
     if kind in PLAIN and not (kind is int and value.bit_length() > 1024):
         return value[:LONGEST] if kind is str else value
     if issubclass(kind, Tensor):

@@ -24,8 +24,8 @@ import numpy as np
 from numpy import errstate
 
 from torchpar.baselines import grader
-from torchpar.baselines.grader import Function, Lost, Wrong, calling, describing, modules_beside
-from torchpar.baselines.plain_data import Unreadable, pack, unpack, writable
+from torchpar.baselines.grader import Function, Wrong, calling, describing, modules_beside
+from torchpar.baselines.plain_data import Packed, Unreadable, pack, unpack, writable
 from torchpar.errors import ConfigError
 from torchpar.parallel.launch.guard import (
     CLOSED,
@@ -75,18 +75,31 @@ class StudentsFile:
         if self._process is not None:
             self._process.close(is_lost=kind is not None)
 
-    def function(self, name: str, in_training: bool = False) -> Function:
+    def function(self, name: str) -> Function:
         """A function that calls the student's. What that changes in its arguments is changed here.
-
-        Args:
-            in_training: it may take longer, and what it changes stays there.
 
         Raises:
             TooSlow: it takes longer than the grader's limit.
-            Wrong: an error of the function, with its line. Lost: its process has ended in the call,
-                or is given up.
+            Wrong: an error of the function, with its line; or the call has ended its process, or
+                has not returned.
         """
-        return partial(self._call, name, in_training)
+
+        def call(*arguments: Any) -> Any:
+            (result,), after = self._results([(name, *arguments)], in_training=False)
+            write_back(arguments, after)
+            return result
+
+        return call
+
+    def together(self, *calls: tuple[Any, ...]) -> list[Any]:
+        """The results of several calls in a training, each of a name and arguments.
+
+        They may take longer than single calls, and what they change stays there.
+
+        Raises:
+            Wrong: an error of a function.
+        """
+        return self._results(calls, in_training=True)[0]
 
     def _execute(self) -> tuple[list[str], str]:
         """Execute the file; the names of its functions, and an error."""
@@ -113,27 +126,31 @@ class StudentsFile:
                 raise KeyboardInterrupt
         raise ConfigError(f"--with {self._path}: {UNREADABLE}")
 
-    def _call(self, name: str, in_training: bool, *arguments: Any) -> Any:
-        question = pack([name, in_training, list(arguments)])
+    def _results(
+        self, calls: Sequence[tuple[Any, ...]], in_training: bool
+    ) -> tuple[list[Any], object]:
+        """The results of calls, and what they have left of the arguments of the last one."""
+        names = [name for name, *_ in calls]
+        question = pack([in_training, [[name, arguments] for name, *arguments in calls]])
         if sys.platform != "linux":
             answer = unpack(answered(self._own, self._file, question))
         else:
             if self._process is None:  # it has ended in another call
                 self._execute()
             assert self._process is not None
-            call = call_of(self._file, name, in_training)
+            call = call_of(self._file, names, in_training)
             try:
                 answer = self._process.answer(call, question)
             except GivenUp as e:
-                self._process = None
-                if not in_training:
-                    print(f"{call} {e.how}; {COMMAND} begins again without it", flush=True)
-                raise Lost(str(e), e.is_endless) from None
+                at, self._process = self._process.place, None
+                if in_training:
+                    name = names[at if at < len(names) else 0]
+                    raise Wrong(f"{name}: {e}") from None
+                print(f"{call} {e.how}; {COMMAND} begins again without it", flush=True)
+                raise Wrong(str(e)) from None
         match answer:
-            case ["result", result, after]:
-                if not in_training:
-                    write_back(arguments, after)
-                return result
+            case ["results", [*results], after] if len(results) == len(calls):
+                return results, after
             case ["wrong", str() as reason]:
                 raise Wrong(in_a_line(reason))
             case ["slow", str() as reason]:
@@ -182,6 +199,7 @@ class _Process:
         os.close(write)
         os.close(asked)
         self._questions, self._answers = questions, answers
+        self.place = 0  # of the call in which the process has ended, among those of the question
         self._child = Child(pid, read, COMMAND, self._dump)
 
     def answer(self, call: Call, question: bytes | None = None) -> Any:
@@ -224,6 +242,7 @@ class _Process:
         self._free()
 
     def _free(self) -> None:
+        self.place = int.from_bytes(os.pread(self._answers, 1, 0))
         for number in (self._child.pipe, self._questions, self._answers, self._ask):
             if number >= 0:
                 os.close(number)
@@ -239,6 +258,10 @@ class _Ends:
     def questions(self) -> Iterator[bytes]:
         while line := os.read(self._asked, 100):
             yield bytes(read_whole(self._questions, int(line)))
+
+    def begin(self, place: int) -> None:
+        """Say which of a question's calls begins, for the case that it ends this process."""
+        os.pwrite(self._answers, bytes([place]), 0)
 
     def answer(self, data: bytes) -> None:
         write_whole(self._answers, data)
@@ -296,22 +319,29 @@ def serve(find: Callable[[], grader.Loaded], file: str, ends: _Ends) -> int:
         ends.answer(pack(["interrupted"]))
     with modules_beside(file):
         for question in ends.questions():
-            ends.answer(answered(functions, file, question))
+            ends.answer(answered(functions, file, question, ends.begin))
     return 0
 
 
-def answered(functions: Mapping[str, Function], file: str, question: bytes) -> bytes:
-    """Call the function that a question names; the answer."""
-    name, in_training, arguments = writable(unpack(question))
-    function = functions.get(name)
-    if function is None:
-        return pack(["wrong", "it is missing when the file is executed once more"])
+def answered(
+    functions: Mapping[str, Function],
+    file: str,
+    question: bytes,
+    begin: Callable[[int], None] = lambda place: None,
+) -> bytes:
+    """Call the functions that a question names; the answer."""
+    in_training, calls = writable(unpack(question))
     limited = watched_by_parent if in_training else watched_here
+    results: list[Any] = []
     try:
-        with errstate(all="ignore"), limited(file, name, function):
-            result = function(*arguments)
-            # In the block, since to pack a result calls methods of its class.
-            return pack(["result", result, None if in_training else arguments])
+        for place, (name, arguments) in enumerate(calls):
+            if name not in functions:
+                raise Wrong("it is missing when the file is executed once more")
+            begin(place)
+            with errstate(all="ignore"), limited(file, name, functions[name]):
+                # In the block, since to pack a result calls methods of its class.
+                results.append(Packed(functions[name](*arguments)))
+        return pack(["results", results, None if in_training else arguments])
     except Wrong as e:
         return pack(["wrong", str(e)])
     except TooSlow as e:
@@ -333,7 +363,7 @@ def watched_by_parent(file: str, name: str, function: Function) -> Iterator[None
 
     A training makes ten thousands of calls. The parent knows each, and gives it up.
     """
-    process, call = os.getpid(), call_of(file, name, in_training=True)
+    process, call = os.getpid(), call_of(file, [name], in_training=True)
 
     def tell(has_begun: bool) -> None:
         WATCHED.tell(call._replace(seconds=math.inf) if has_begun else call)
@@ -346,7 +376,7 @@ def watched_by_parent(file: str, name: str, function: Function) -> Iterator[None
             os._exit(0)
 
 
-def call_of(file: str, name: str, in_training: bool) -> Call:
-    """A call, which is given up some time after its limit."""
-    label = f"{name} in the training" if in_training else name
+def call_of(file: str, names: Sequence[str], in_training: bool) -> Call:
+    """A call, or several, which are given up some time after the limit of one."""
+    label = " and ".join(names) + " in the training" * in_training
     return Call(file, label, grader.LIMIT + grader.PATIENCE)
