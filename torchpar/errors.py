@@ -124,7 +124,10 @@ def message_of(error: BaseException) -> str:
     """
     try:
         text = str(error)
-    except (Exception, SystemExit, GeneratorExit) as e:
+    except BaseException as e:
+        # A signal's error, and that of a limit of time, are none of its class.
+        if isinstance(e, KeyboardInterrupt) or type(e).__module__.startswith("torchpar."):
+            raise
         text = f"(str of it raises {type(e).__name__})"
     return str.__getitem__(text, slice(LONGEST))  # of a subclass, too, an ordinary string
 

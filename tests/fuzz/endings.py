@@ -114,7 +114,7 @@ def check(status: int, out: str, err: str, expected: dict[str, str], late: str, 
         if [one for one, _ in verdicts] != [right] or how not in verdicts[0][1]:
             raise Found(f"{name} {how!r}: {verdicts}, {out!r}, {err!r}")
     if late and late.removesuffix("; return the result instead") not in out.splitlines()[-1]:
-        raise Found(f"in the training {late!r}: {out!r}, {err!r}")
+        raise Found(f"in the training {late!r}: {out.splitlines()[-1]!r}, {out!r}, {err!r}")
     if status != int(bool(any(expected.values()) or late or top)) or err:
         raise Found(f"status {status}: {expected} {late!r} {top!r}: {out!r}, {err!r}")
 
