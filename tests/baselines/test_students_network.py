@@ -615,7 +615,7 @@ ODD: dict[str, tuple[str, str]] = {
     "str that stops": (
         "class S(BaseException): pass\nclass E(Exception):\n    def __str__(self): raise S\n"
         "def sigmoid(z): raise E",
-        "my.py, line 6: E: (str of it raises S)",
+        "my.py, line 5: E: (str of it raises S)",
     ),
     "str that never ends": (
         "class E(Exception):\n    def __str__(self):\n        while True: pass\n"

@@ -160,6 +160,8 @@ def main():
             print(name, "is right")
     if "--late" in sys.argv:
         os._exit(0)
+    if "--exit" in sys.argv:  # as an error's str may do, outside of a call
+        sys.exit(0)
     return 7
 
 sys.exit(guard.guarded(main, "the ladder"))
@@ -197,6 +199,8 @@ def test_an_end_of_the_process_is_named_with_its_function_and_a_fork_ends_in_sil
     assert out.count("forks is right") == 1
     status, _, err = forked(str(script), "--late", cwd=tmp_path)
     assert (status, err) == (1, "the ladder was ended with status 0, as os._exit does\n")
+    status, _, err = forked(str(script), "--exit", cwd=tmp_path)
+    assert (status, err) == (1, "the ladder was ended by sys.exit(0)\n")
 
 
 # What a reader's module does when it is imported, of which a command finds the status 7 or 0, and

@@ -293,7 +293,7 @@ def run(serve: Callable[[], int], pipe: int, dump: Any) -> NoReturn:
     """Serve in a child, and end it when its threads have ended."""
     status = 1
     try:
-        status = watched(serve, pipe, dump)
+        status = watched(serve, COMMAND, pipe, dump)
         for one in threads():
             if one is not main_thread() and not one.daemon:
                 one.join()

@@ -134,6 +134,7 @@ class Watched:
         said: the lines that earlier children have printed by `say`.
         progress: such as "3 of 40 rows are done", or "".
         streams: the command's output streams.
+        has_called: whether there was a call.
     """
 
     def __init__(self) -> None:
@@ -144,6 +145,7 @@ class Watched:
         self.said = set[str]()
         self.progress = ""
         self.streams: Streams | None = None
+        self.has_called = False
 
     def say(self, line: str) -> None:
         """Print a line, unless an earlier child has printed it."""
@@ -187,6 +189,7 @@ class Watched:
             raise GivenUp(known.how, known.is_endless)
         process, outer = os.getpid(), self.call
         before = sys.stdout, sys.stderr
+        self.has_called = True
         self.call = call = Call(file, name, self.limit if seconds is None else seconds, shown)
 
         def compiling(has_begun: bool) -> None:
@@ -365,8 +368,8 @@ class Child:
         for message in map(decoded, lines):
             if isinstance(message, str):
                 WATCHED.said.add(message)
-            elif isinstance(message, dict):
-                self.answer = message
+            elif isinstance(message, dict):  # of two, one is a reader's
+                self.answer = message if self.answer is None else {}
             elif isinstance(message, Done):
                 # Of two, one is a reader's: an error that one of them tells stays.
                 self.done = max(self.done or message, message)
@@ -479,7 +482,7 @@ def guarded(main: Callable[[], int], what: str, remedy: str = "") -> int:
             pid = fork()
             if pid == 0:
                 os.close(read)
-                return watched(main, write, dump)
+                return watched(main, what, write, dump)
             os.close(write)
             child = Child(pid, read, what, dump)
             try:
@@ -515,7 +518,7 @@ def fork() -> int:
         return os.fork()
 
 
-def watched(main: Callable[[], int], pipe: int, dump: IO[bytes]) -> int:
+def watched(main: Callable[[], int], what: str, pipe: int, dump: IO[bytes]) -> int:
     """Run ``main`` in the child, and tell its end."""
     die_with_parent(signal.SIGKILL)
     process, WATCHED.pipe, WATCHED.streams = os.getpid(), pipe, Streams()
@@ -529,6 +532,9 @@ def watched(main: Callable[[], int], pipe: int, dump: IO[bytes]) -> int:
         return status
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else int(bool(e.code))
+        if not status and WATCHED.has_called:  # it is none of --help, but of a reader's class
+            print(f"{what} was ended by sys.exit({e.code!r})", file=sys.stderr)
+            status = e.code = 1
         raise
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Generator, Iterator
 
+from torchpar.errors import message_of
 from torchpar.parallel.launch.guard import is_readers
 
 Attempt = tuple[str, Callable[[], None]]  # a label, and a trial
@@ -35,7 +36,7 @@ def outcome_of(
         outcome, message = e.args
         return outcome, _headline(message)
     except REFUSALS as e:
-        return "crashes" if INTERNAL in str(e) else "refuses", _message(e)
+        return "crashes" if INTERNAL in message_of(e) else "refuses", _message(e)
     except BaseException as e:
         if not is_readers(e):
             raise
@@ -75,7 +76,7 @@ def _message(e: BaseException) -> str:
         while e.__context__:
             e = e.__context__
     return _headline(
-        "\n".join([*getattr(e, "__notes__", []), str(getattr(e, "inner_exception", e))])
+        "\n".join([*getattr(e, "__notes__", []), message_of(getattr(e, "inner_exception", e))])
     )
 
 
