@@ -639,22 +639,27 @@ def test_a_damaged_recording_is_refused_with_its_line(expected, tmp_path, capsys
     assert main([str(tmp_path / "a"), str(expected)]) == 0
 
 
-def test_ranks_that_ended_at_different_steps_or_are_of_two_runs(ranks, tmp_path, capsys):
-    ranks(2, trained_on_a_rank, tmp_path / "a", None)
-    file = tmp_path / "a" / "rank1.jsonl"
-    whole = file.read_text()
+def test_ranks_that_ended_at_different_steps_or_are_of_two_runs(expected, tmp_path, capsys):
+    text = (expected / "rank0.jsonl").read_text()
+    of_two = text.replace('"rank":0,"ranks":1', '"rank":0,"ranks":2')
+    (tmp_path / "rank0.jsonl").write_text(of_two)
+    file = tmp_path / "rank1.jsonl"
+    whole = of_two.replace('"rank":0,"ranks":2', '"rank":1,"ranks":2')
+    assert len({text, of_two, whole}) == 3
     file.write_text(whole[: whole.index('{"step":2')])
-    assert main([str(tmp_path / "a"), str(tmp_path / "a")]) == 0
+    assert main([str(tmp_path), str(tmp_path)]) == 0
     first, second, last = capsys.readouterr().out.splitlines()
-    said = "the ranks of the {} run have 3 and 2 steps; those of all are compared"
+    said = f"the ranks of the {{}} run have {STEPS} and 2 steps; those of all are compared"
     assert [first, second] == [said.format("first"), said.format("second")]
     assert last.startswith("the same in 2 steps")
-    file.write_text(whole.replace('"ranks":2', '"ranks":3'))
-    assert main([str(tmp_path / "a"), str(tmp_path / "a")]) == 2
-    assert "is of rank 1 of 3, expected rank 1 of 2" in capsys.readouterr().err
-    file.write_text(whole.replace('"operators":false', '"operators":true'))
-    assert main([str(tmp_path / "a"), str(tmp_path / "a")]) == 2
-    assert "expected all ranks or none" in capsys.readouterr().err
+    for old, new, message in (
+        ('"ranks":2', '"ranks":3', "is of rank 1 of 3, expected rank 1 of 2"),
+        ('"rank":1', '"rank":0', "is of rank 0 of 2, expected rank 1 of 2"),
+        ('"operators":false', '"operators":true', "expected all ranks or none"),
+    ):
+        file.write_text(whole.replace(old, new))
+        assert main([str(tmp_path), str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_tensor_of_another_name_is_a_difference(expected, tmp_path, capsys):
