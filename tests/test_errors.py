@@ -1,13 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""Numbers as arguments: those of NumPy and of tensors are taken, others refused in one line."""
+"""Numbers as arguments: those of NumPy and of tensors are taken, others refused in one line.
+Messages of errors whose classes are anybody's."""
 
+import asyncio
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from torchpar.errors import ConfigError, check_number, check_whole, whole_or_text
+from torchpar.errors import (
+    LONGEST,
+    ConfigError,
+    check_number,
+    check_whole,
+    first_line,
+    message_of,
+    whole_or_text,
+)
+from torchpar.parallel.launch.guard import TooSlow
+from torchpar.parallel.launch.processes import Terminated
+from torchpar.testing.operators.attempts import outcome_of
 
 BOOLS = [True, np.True_, torch.tensor(True), np.array(True)]
 BROKEN = [torch.ones(3, 3), np.ones((3, 3)), torch.tensor(1, device="meta"), "2", None]
@@ -51,3 +65,33 @@ def test_an_int_of_many_digits_is_refused_in_one_line():
         check_whole("n", -(10**5000))
     with pytest.raises(ConfigError, match=r"^x is 0x.*, expected a number from 0 on\Z"):
         check_number("x", 10**5000)
+
+
+def raising(what: BaseException) -> Exception:
+    """An error whose str raises another one."""
+
+    class Silent(Exception):
+        def __str__(self) -> str:
+            raise what
+
+    return Silent()
+
+
+def test_an_error_is_described_whatever_its_str_does():
+    for what in (RuntimeError("x"), SystemExit(0), GeneratorExit(), asyncio.CancelledError()):
+        said = f"(str of it raises {type(what).__name__})"
+        assert message_of(raising(what)) == said
+        assert first_line(raising(what)) == f"Silent: {said}"
+        assert outcome_of(raises(raising(what))) == ("crashes", f"Silent: {said}")
+    assert len(message_of(ValueError("x" * 10**7))) == LONGEST
+    assert first_line(ValueError("a\nb")) == "ValueError: a"
+    for ours in (KeyboardInterrupt(), TooSlow(), Terminated(15)):  # these end what asks
+        with pytest.raises(type(ours)):
+            message_of(raising(ours))
+
+
+def raises(error: Exception) -> Callable[[], None]:
+    def attempt() -> None:
+        raise error
+
+    return attempt
