@@ -6,6 +6,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from commands import forget_modules, forked
 
 from torchpar import console
-from torchpar.baselines import exercises, grader
+from torchpar.baselines import exercises, grader, students_process
 from torchpar.data.files import Images, read
 from torchpar.parallel.launch import guard
 
@@ -163,7 +164,7 @@ def test_an_error_in_the_training_is_one_line_and_one_of_ours_is_none_of_the_stu
     tmp_path, capsys
 ):
     path = tmp_path / "my.py"
-    late = "z[2000] if np.shape(z)[:1] == (100,) else 1 / (1 + np.exp(-z))"  # of the test images
+    late = "z[2000] if np.shape(z)[:1] == (16,) else 1 / (1 + np.exp(-z))"  # of the last batch
     path.write_text(RIGHT.replace("return 1 / (1 + np.exp(-z))", f"return {late}"))
     with patch.object(exercises, "read", lambda *_: (images(2000), images(100))):
         assert exercise(path) == 1
@@ -200,10 +201,29 @@ def images(count: int) -> Images:
     return Images(features, labels.astype(np.int64), ())
 
 
+def on(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the functions be called as on this platform; without a fork but on Linux."""
+    if sys.platform == "linux":
+        monkeypatch.setattr(
+            students_process, "sys", SimpleNamespace(**vars(sys) | {"platform": platform})
+        )
+
+
+def trained(text: str, training: Images, test: Images) -> exercises.Verdict:
+    """The verdict on a training through the functions of a text, in this process."""
+    f = functions(text)
+    epochs = exercises.train(
+        lambda name, take: lambda *arguments: take(f[name](*arguments)),
+        training.features,
+        training.labels,
+    )
+    return exercises.check_training(epochs, test)
+
+
 @pytest.mark.parametrize("biases", ["sizes[1:]", "sizes"])
 def test_a_network_is_trained_through_the_functions(biases):
     text = RIGHT.replace("np.zeros(n) for n in sizes[1:]", f"np.zeros(n) for n in {biases}")
-    verdict = exercises.check_training(functions(text), images(2000), images(100))
+    verdict = trained(text, images(2000), images(100))
     assert verdict.is_right
     assert re.match(r"accuracy 1\.0000 after epoch \d; above 0\.95 is asked", verdict.text)
 
@@ -284,7 +304,11 @@ def test_the_distance_is_that_of_the_definition():
     assert exercises.distance_bound(23520) == pytest.approx(0.0213, abs=1e-4)
 
 
-def test_a_network_is_trained_through_functions_that_return_lists(tmp_path, capsys):
+@pytest.mark.parametrize("platform", ["linux", "win32"])
+def test_a_network_is_trained_through_functions_that_return_lists(
+    tmp_path, capsys, monkeypatch, platform
+):
+    on(platform, monkeypatch)
     changes = {
         "return sigmoid(z) * (1 - sigmoid(z))": "return (sigmoid(z) * (1 - sigmoid(z))).tolist()",
         "return 1 / (1 + np.exp(-z))": "return (1 / (1 + np.exp(-z))).tolist()",
@@ -314,9 +338,38 @@ def test_a_network_is_trained_through_functions_that_return_lists(tmp_path, caps
 def test_a_training_that_learns_nothing_is_not_right():
     text = RIGHT.replace("[x + y for x, y in zip(a, b)]", "a")
     with patch.object(exercises, "EPOCHS", 2):
-        verdict = exercises.check_training(functions(text), images(100), images(100))
+        verdict = trained(text, images(100), images(100))
     assert not verdict.is_right
     assert "after epoch 2" in verdict.text
+
+
+WEIGHTS, BIASES = [np.zeros((784, 30)), np.zeros((30, 10))], [np.zeros(30), np.zeros(10)]
+# What a process sends that is no network of finite numbers, and what is said of it.
+SENT = {
+    "None": (None, "weights after epoch 1: it returns NoneType, expected a list of arrays"),
+    "one": ([WEIGHTS], "weights after epoch 1: it returns NoneType, expected a list of arrays"),
+    "other shapes": (
+        (WEIGHTS, WEIGHTS),
+        "biases after epoch 1: the arrays have shapes [(784, 30), (30, 10)], expected [(30,), (10,",
+    ),
+    "texts": (
+        (WEIGHTS, [np.full(30, "x"), BIASES[1]]),
+        "biases after epoch 1: array 0 has dtype <U1, expected numbers",
+    ),
+    "NaN": (
+        ([WEIGHTS[0], WEIGHTS[1] * np.nan], BIASES),
+        "weights after epoch 1: the numbers of array 1 are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_a_network_that_does_not_fit_is_not_judged(name):
+    sent, reason = SENT[name]
+    with patch.object(exercises, "EPOCHS", 1):
+        assert not exercises.check_training([(WEIGHTS, BIASES)], images(10)).is_right
+    with pytest.raises(exercises.Wrong, match=f"^results do not fit: {re.escape(reason)}"):
+        exercises.check_training([sent], images(10))
 
 
 def test_a_function_of_the_ladder_is_refused_in_one_line(tmp_path, capsys):
@@ -337,7 +390,7 @@ def test_digits_that_are_not_there_are_asked_for_by_the_flag(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_mnist_is_learnt_to_95_percent():
-    assert exercises.check_training(functions(RIGHT), *read("mnist", exercises.DATA)).is_right
+    assert trained(RIGHT, *read("mnist", exercises.DATA)).is_right
 
 
 def test_a_slow_epoch_says_how_far_it_is(capsys):
@@ -353,10 +406,16 @@ def test_a_slow_epoch_says_how_far_it_is(capsys):
     assert (out, err) == ("", "1 of 4 batches after 9 s\n0 batches after 10 s\n")
 
 
-def test_the_training_says_how_far_an_epoch_is(capsys):
-    with patch.object(exercises, "EPOCHS", 1), patch.object(console, "SILENCE", 0.0):
-        exercises.check_training(functions(RIGHT), images(64), images(10))
-    assert re.match(r"0 of 2 batches after \d+ s\n1 of 2 batches", capsys.readouterr().err)
+def test_the_training_says_how_far_an_epoch_is(tmp_path, capfd):
+    closes = "import os, sys; os.close(2); sys.stderr = None"
+    (tmp_path / "my.py").write_text(beginning(RIGHT, create_batches=closes))
+    with (
+        patch.object(exercises, "EPOCHS", 1),
+        patch.object(console, "SILENCE", 0.0),
+        patch.object(exercises, "read", lambda *_: (images(64), images(10))),
+    ):
+        exercise(tmp_path / "my.py")
+    assert re.search(r"0 of 2 batches after \d+ s\n1 of 2 batches", capfd.readouterr().err)
 
 
 # Ends of the process, and silence
@@ -449,7 +508,9 @@ def test_a_training_that_is_ended_names_the_function_and_a_right_one_ends_by_its
     assert out[-1] == last
 
 
-def test_a_training_that_calls_exit_is_not_right(tmp_path, capsys):
+@pytest.mark.parametrize("platform", ["linux", "win32"])
+def test_a_training_that_calls_exit_is_not_right(tmp_path, capsys, monkeypatch, platform):
+    on(platform, monkeypatch)
     (tmp_path / "my.py").write_text(
         beginning(RIGHT, sigmoid_prime="if z.shape == (32, 30): exit('bye')")
     )
@@ -457,6 +518,43 @@ def test_a_training_that_calls_exit_is_not_right(tmp_path, capsys):
         assert exercise(tmp_path / "my.py") == 1
     line = "the training is not right: my.py, line 8: SystemExit: bye; return the result instead\n"
     assert capsys.readouterr().out.endswith(line)
+
+
+@pytest.mark.parametrize("platform", ["linux", "win32"])
+def test_results_that_do_not_fit_are_told_as_such(tmp_path, capsys, monkeypatch, platform):
+    on(platform, monkeypatch)
+    (tmp_path / "my.py").write_text(
+        beginning(RIGHT, sigmoid_prime="if z.shape == (32, 30): return z.T")
+    )
+    with patch.object(exercises, "read", lambda *_: (images(2000), images(100))):
+        assert exercise(tmp_path / "my.py") == 1
+    line = "\nthe training is not right: results do not fit: ValueError: operands could not be "
+    assert line in capsys.readouterr().out
+
+
+# The file learns nothing when it is trained, and lets its own process find that right.
+PATCHES = """
+from torchpar.baselines import exercises
+exercises.ASKED = -1.0
+np.argmax = lambda *_: np.arange(100) % 10
+"""
+
+
+@needs_fork
+@pytest.mark.parametrize("platform, status", [("linux", 1), ("win32", 0)])
+def test_what_a_file_patches_makes_no_training_right_where_a_process_is_forked(
+    tmp_path, capsys, monkeypatch, platform, status
+):
+    on(platform, monkeypatch)
+    for module, name in ((exercises, "ASKED"), (np, "argmax")):  # let them be as they were
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(exercises, "EPOCHS", 2)
+    monkeypatch.setattr(exercises, "read", lambda *_: (images(100), images(100)))
+    nothing = beginning(RIGHT, add_elementwise="if len(b[0]) in (784, 30): return a")
+    (tmp_path / "my.py").write_text(nothing + PATCHES)
+    assert exercise(tmp_path / "my.py") == status
+    last = r"the training is not right: accuracy 0\.\d+ after epoch 2; above 0\.95 is asked\n"
+    assert bool(re.search(last, capsys.readouterr().out)) == bool(status)
 
 
 STOP = "raise type('Stop', (BaseException,), {})('mine')"  # a class of the student's own

@@ -2,16 +2,16 @@
 """Check a student's NumPy network: ``python -m torchpar exercises --with utils.py``.
 
 The functions are those of a course's first assignment. Each is compared with a plain formula, at
-the sizes of a network [784, 30, 10]. Then the network is trained through them on MNIST. A program
-of mpi4py is checked by `torchpar.baselines.students_mpi`.
+the sizes of a network [784, 30, 10]. Then the network is trained through them on MNIST, in the
+student's process, and the weights of each epoch are judged here. A program of mpi4py is checked by
+`torchpar.baselines.students_mpi`.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,14 +27,13 @@ from torchpar.baselines.grader import (
     check_unchanged,
     compare,
 )
-from torchpar.baselines.students_process import StudentsFile
+from torchpar.baselines.students_process import StudentsFile, Take
 from torchpar.console import say_progress
 from torchpar.data.files import Images, read
 from torchpar.errors import ConfigError, TorchparError, first_line
 from torchpar.parallel.launch.guard import TooSlow
 
 Array = numpy_mlp.Array
-Together = Callable[..., list[Any]]  # takes calls, each of a function's name and its arguments
 
 SIZES = (784, 30, 10)
 IN_CHECKOUT = Path(__file__).parents[2] / "examples" / "data"
@@ -257,76 +256,117 @@ def check_zeros(arrays: Sequence[Array]) -> None:
 # Training
 
 
+def layers(found: Sequence[Any]) -> list[Array]:
+    """The arrays of a list; what the checks take as an array may be a list, here too."""
+    return [as_array(one) for one in found]
+
+
+def layers_of_biases(found: Sequence[Any]) -> list[Array]:
+    """The biases of the layers; the input, of which some functions make one, has none."""
+    return layers(found)[-(len(SIZES) - 1) :]
+
+
+def batches(found: Iterable[tuple[Any, Any]]) -> list[tuple[Array, Array]]:
+    """The inputs and the labels of each batch."""
+    return [(as_array(inputs), as_array(labels).ravel()) for inputs, labels in found]
+
+
+# Arrays of what each function returns.
+TAKES: dict[str, Take] = {
+    "sigmoid": as_array,
+    "sigmoid_prime": as_array,
+    "random_weights": layers,
+    "zeros_weights": layers,
+    "zeros_biases": layers_of_biases,
+    "create_batches": batches,
+    "add_elementwise": layers,
+}
+
+
 def train(
-    f: Together, x: Array, labels: Array, epochs: int
+    student: Callable[[str, Take], Function], features: Array, labels: Array
 ) -> Iterator[tuple[list[Array], list[Array]]]:
     """Train a network by the student's functions; yield weights and biases after each epoch.
 
     Descent of the binary cross-entropy, whose gradient by the last z is a − t. Gradients of a
     batch's samples are means; `add_elementwise` adds them to zeros, and takes the step.
+
+    Args:
+        student: returns the function of a name, whose results are taken.
+        features, labels: those of `Images`.
     """
-    drawn, zeros = f(("random_weights", list(SIZES)), ("zeros_biases", list(SIZES)))
-    weights, biases = [np.array(one, np.float32) for one in drawn], layers_of(zeros)
-    for _ in range(epochs):
-        (batches,) = f(("create_batches", x, labels, BATCH_SIZE))
-        for inputs, targets in say_progress(batches, "batches"):
-            # What the checks take as an array may be a list, here too.
-            activations, slopes = forward(f, weights, biases, as_array(inputs))
-            classes = as_array(targets).ravel()
+    f = {name: student(name, take) for name, take in TAKES.items()}
+    x = Images(features, labels, ()).inputs()
+    drawn, zeros = f["random_weights"](list(SIZES)), f["zeros_biases"](list(SIZES))
+    weights, biases = ([np.array(one, np.float32) for one in two] for two in (drawn, zeros))
+    while True:
+        for inputs, classes in say_progress(f["create_batches"](x, labels, BATCH_SIZE), "batches"):
+            zs, activations = forward(f["sigmoid"], weights, biases, inputs)
             delta = activations[-1] - np.eye(SIZES[-1], dtype=np.float32)[classes]
-            zeros = f(("zeros_weights", list(SIZES)), ("zeros_biases", list(SIZES)))
-            d_weights, d_biases = list(zeros[0]), layers_of(zeros[1])
+            d_weights, d_biases = f["zeros_weights"](list(SIZES)), f["zeros_biases"](list(SIZES))
             for i in reversed(range(len(weights))):
                 d_weights[i] = activations[i].T @ delta * np.float32(-LR / len(inputs))
                 d_biases[i] = delta.sum(0) * np.float32(-LR / len(inputs))
                 if i > 0:
-                    delta = delta @ weights[i].T * slopes[i - 1]
-            steps = (weights, d_weights), (biases, d_biases)
-            weights, biases = (
-                list(map(as_array, one)) for one in f(*(("add_elementwise", *two) for two in steps))
-            )
+                    delta = delta @ weights[i].T * f["sigmoid_prime"](zs[i - 1])
+            weights = f["add_elementwise"](weights, d_weights)
+            biases = f["add_elementwise"](biases, d_biases)
         yield weights, biases
 
 
-def one_by_one(functions: Mapping[str, Function], *calls: tuple[Any, ...]) -> list[Any]:
-    """The results of calls of functions of this process."""
-    return [functions[name](*arguments) for name, *arguments in calls]
-
-
-def layers_of(biases: Sequence[Array]) -> list[Array]:
-    """The biases of the layers; the input, of which some functions make one, has none."""
-    return [np.array(one, np.float32) for one in biases[-(len(SIZES) - 1) :]]
-
-
 def forward(
-    f: Together, weights: Sequence[Array], biases: Sequence[Array], x: Array
+    sigmoid: Function, weights: Sequence[Array], biases: Sequence[Array], x: Array
 ) -> tuple[list[Array], list[Array]]:
-    """The inputs of each layer with the output, and σ′ of each layer but the last."""
-    activations, slopes = [x], list[Array]()
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True), 1):
-        z = activations[-1] @ weight + bias
-        names = ("sigmoid", "sigmoid_prime") if i < len(weights) else ("sigmoid",)
-        a, *slope = map(as_array, f(*((name, z) for name in names)))
-        activations.append(a)
-        slopes += slope
-    return activations, slopes
+    """The z of each layer, and the inputs of each layer with the output."""
+    zs, activations = list[Array](), [x]
+    for weight, bias in zip(weights, biases, strict=True):
+        zs.append(activations[-1] @ weight + bias)
+        activations.append(sigmoid(zs[-1]))
+    return zs, activations
 
 
-def check_training(
-    functions: Mapping[str, Function] | Together, training: Images, test: Images
-) -> Verdict:
-    """Train on digits until `ASKED` is reached, for at most `EPOCHS`."""
-    f = partial(one_by_one, functions) if isinstance(functions, Mapping) else functions
+def check_training(epochs: Iterable[object], test: Images) -> Verdict:
+    """Judge the network after each epoch until `ASKED` is reached, for at most `EPOCHS`.
+
+    Args:
+        epochs: what the student's process sends as weights and biases.
+
+    Raises:
+        Wrong: it is something else.
+    """
     x, accuracies = test.inputs(), list[float]()
-    results = train(f, training.inputs(), training.labels, EPOCHS)
-    for epoch, (weights, biases) in enumerate(results, 1):
-        output = forward(f, weights, biases, x)[0][-1]
+    for epoch, found in zip(range(1, EPOCHS + 1), epochs, strict=False):
+        output = forward(numpy_mlp.sigmoid, *parameters(found, epoch), x)[1][-1]
         accuracies.append(float((np.argmax(output, 1) == test.labels).mean()))
         print(f"epoch {epoch}: accuracy {accuracies[-1]:.4f}", flush=True)
         if accuracies[-1] > ASKED:
             break
     text = f"accuracy {accuracies[-1]:.4f} after epoch {len(accuracies)}"
     return Verdict("the training", accuracies[-1] > ASKED, f"{text}; above {ASKED:.2f} is asked")
+
+
+def parameters(found: Any, epoch: int) -> tuple[list[Array], list[Array]]:
+    """Finite weights and biases of the network, in float32."""
+    weights, biases = found if isinstance(found, list | tuple) and len(found) == 2 else (None, None)
+    return (
+        finite(f"weights after epoch {epoch}", weights, weight_shapes()),
+        finite(f"biases after epoch {epoch}", biases, [(size,) for size in SIZES[1:]]),
+    )
+
+
+def finite(what: str, found: object, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+    """Arrays of these shapes, which hold finite numbers, in float32."""
+    try:
+        arrays = check_shapes(found, shapes)
+        for i, one in enumerate(arrays):
+            if one.dtype.kind not in "biuf":
+                raise Wrong(f"array {i} has dtype {one.dtype}, expected numbers")
+            arrays[i] = one.astype(np.float32)
+            if not np.isfinite(arrays[i]).all():
+                raise Wrong(f"the numbers of array {i} are not finite")
+    except Wrong as e:
+        raise Wrong(f"results do not fit: {what}: {e}") from None
+    return arrays
 
 
 # The command
@@ -353,11 +393,9 @@ def judge_training(file: StudentsFile, data: Path) -> Verdict:
         raise ConfigError(f"--data {data}: {e}") from e
     try:
         with np.errstate(all="ignore"):
-            return check_training(file.together, training, test)
+            return check_training(file.epochs(training.features, training.labels), test)
     except Wrong as e:
         return Verdict("the training", False, str(e))
-    except (ArithmeticError, LookupError, TypeError, ValueError) as e:  # of results of any kind
-        return Verdict("the training", False, f"results do not fit: {first_line(e)}")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -389,7 +427,7 @@ def check_file(path: Path, data: Path) -> int:
     """Check the functions of a file, print a line for each, and train; 1 if one is not right."""
     if students_mpi.is_program(path, list(CHECKS)):
         return students_mpi.check(path)
-    with StudentsFile(path, CHECKS, {"ladder": OPERATORS}) as file:
+    with StudentsFile(path, CHECKS, {"ladder": OPERATORS}, train) as file:
         if file.error:
             print(f"{file.error}; functions above this line are checked", flush=True)
         verdicts = []

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Call a student's functions in a process of their own, which returns plain data.
 
-The process executes the file, and calls a function when it is asked. Arguments and results are
-`plain_data`. So a result is judged by functions that no code of the file can have replaced, in a
-process that goes on where the file's process ends or hangs. Where no process is forked, as on
-Windows, the functions are called in this one.
+The process executes the file, and calls a function, or makes an epoch of a training, when it is
+asked. Arguments and results are `plain_data`. So a result is judged by functions that no code of
+the file can have replaced, in a process that goes on where the file's process ends or hangs. Where
+no process is forked, as on Windows, the functions are called in this one.
 """
 
-import math
 import os
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -24,9 +23,17 @@ import numpy as np
 from numpy import errstate
 
 from torchpar.baselines import grader
-from torchpar.baselines.grader import Function, Wrong, calling, describing, modules_beside
+from torchpar.baselines.grader import (
+    Compilation,
+    Function,
+    Wrong,
+    calling,
+    describing,
+    modules_beside,
+    watching,
+)
 from torchpar.baselines.plain_data import Packed, Unreadable, pack, unpack, writable
-from torchpar.errors import ConfigError
+from torchpar.errors import ConfigError, first_line
 from torchpar.parallel.launch.guard import (
     CLOSED,
     TOP,
@@ -44,6 +51,12 @@ from torchpar.parallel.launch.guard import (
 
 COMMAND = "the check"  # whose process it is, in messages of the guard
 UNREADABLE = "its process sends what cannot be read"
+IN_TRAINING = " in the training"  # behind the name of a function that a training calls
+
+Take = Callable[[Any], Any]  # makes arrays of what a function returns
+# Yields plain data after each epoch. Its first argument returns the function of a name, whose
+# results are taken; the others are the training's data.
+Training = Callable[..., Iterator[Any]]
 
 
 class StudentsFile:
@@ -56,16 +69,24 @@ class StudentsFile:
     Args:
         names: of the functions that are taken from the file.
         others: the names of functions that other commands take, by command.
+        training: through the functions, for `epochs`.
 
     Raises:
         ConfigError: the file cannot be used.
     """
 
-    def __init__(self, path: Path, names: Collection[str], others: Mapping[str, Collection[str]]):
+    def __init__(
+        self,
+        path: Path,
+        names: Collection[str],
+        others: Mapping[str, Collection[str]],
+        training: Training,
+    ):
         self._path, self._file = path, str(path.resolve())
-        self._find = partial(grader.find_functions, path, names, others)
+        find = partial(grader.find_functions, path, names, others)
+        self._executed = _Executed(find, self._file, training)  # here, where no process is forked
         self._process: _Process | None = None
-        self._own: Mapping[str, Function] = {}  # where no process is forked
+        self._ended_in: Call | None = None  # where a process has ended, or hangs
         self.names, self.error = self._execute()
 
     def __enter__(self) -> Self:
@@ -85,28 +106,40 @@ class StudentsFile:
         """
 
         def call(*arguments: Any) -> Any:
-            (result,), after = self._results([(name, *arguments)], in_training=False)
+            limit = Call(self._file, name, grader.LIMIT + grader.PATIENCE)
+            try:
+                result, after = self._answer(["call", name, [*arguments]], limit)
+            except GivenUp as e:
+                print(f"{limit} {e.how}; {COMMAND} begins again without it", flush=True)
+                raise Wrong(str(e)) from None
             write_back(arguments, after)
             return result
 
         return call
 
-    def together(self, *calls: tuple[Any, ...]) -> list[Any]:
-        """The results of several calls in a training, each of a name and arguments.
-
-        They may take longer than single calls, and what they change stays there.
+    def epochs(self, *data: Any) -> Iterator[Any]:
+        """What a training through the functions yields, which takes these data.
 
         Raises:
-            Wrong: an error of a function.
+            Wrong: an error of a function; or a call has ended the process, or has not returned.
         """
-        return self._results(calls, in_training=True)[0]
+        limit = Call(self._file, "the training", grader.LIMIT + grader.PATIENCE)  # between calls
+        question: list[Any] = ["begin", data]
+        while True:
+            try:
+                result, _ = self._answer(question, limit)
+            except GivenUp as e:
+                name = self._ended_in.name.removesuffix(IN_TRAINING) if self._ended_in else ""
+                raise Wrong(f"{name}: {e}" if name in self.names else str(e)) from None
+            yield result
+            question = ["go on"]
 
     def _execute(self) -> tuple[list[str], str]:
         """Execute the file; the names of its functions, and an error."""
         if sys.platform != "linux":
-            self._own, error = self._find()
-            return list(self._own), error
-        self._process = _Process(partial(serve, self._find, self._file))
+            error = self._executed.execute()
+            return list(self._executed.functions), error
+        self._process = _Process(partial(serve, self._executed))
         try:
             seconds = grader.TOP_LEVEL + grader.PATIENCE
             answer = self._process.answer(Call(self._file, TOP, seconds))
@@ -126,31 +159,30 @@ class StudentsFile:
                 raise KeyboardInterrupt
         raise ConfigError(f"--with {self._path}: {UNREADABLE}")
 
-    def _results(
-        self, calls: Sequence[tuple[Any, ...]], in_training: bool
-    ) -> tuple[list[Any], object]:
-        """The results of calls, and what they have left of the arguments of the last one."""
-        names = [name for name, *_ in calls]
-        question = pack([in_training, [[name, arguments] for name, *arguments in calls]])
+    def _answer(self, question: object, call: Call) -> tuple[Any, object]:
+        """The result that a question has, and what a call has left of its arguments.
+
+        Args:
+            call: that is waited for while the process tells of none.
+
+        Raises:
+            GivenUp: the process has ended, or does not answer.
+            TooSlow, Wrong: what it answers.
+        """
         if sys.platform != "linux":
-            answer = unpack(answered(self._own, self._file, question))
+            answer = unpack(self._executed.answer(pack(question)))
         else:
             if self._process is None:  # it has ended in another call
                 self._execute()
             assert self._process is not None
-            call = call_of(self._file, names, in_training)
             try:
-                answer = self._process.answer(call, question)
-            except GivenUp as e:
-                at, self._process = self._process.place, None
-                if in_training:
-                    name = names[at if at < len(names) else 0]
-                    raise Wrong(f"{name}: {e}") from None
-                print(f"{call} {e.how}; {COMMAND} begins again without it", flush=True)
-                raise Wrong(str(e)) from None
+                answer = self._process.answer(call, pack(question))
+            except GivenUp:
+                self._ended_in, self._process = self._process.call, None
+                raise
         match answer:
-            case ["results", [*results], after] if len(results) == len(calls):
-                return results, after
+            case ["result", result, after]:
+                return result, after
             case ["wrong", str() as reason]:
                 raise Wrong(in_a_line(reason))
             case ["slow", str() as reason]:
@@ -199,8 +231,12 @@ class _Process:
         os.close(write)
         os.close(asked)
         self._questions, self._answers = questions, answers
-        self.place = 0  # of the call in which the process has ended, among those of the question
         self._child = Child(pid, read, COMMAND, self._dump)
+
+    @property
+    def call(self) -> Call | None:
+        """The call that the process has told last."""
+        return self._child.call
 
     def answer(self, call: Call, question: bytes | None = None) -> Any:
         """The answer to a question, or without one, what the process tells first.
@@ -242,7 +278,6 @@ class _Process:
         self._free()
 
     def _free(self) -> None:
-        self.place = int.from_bytes(os.pread(self._answers, 1, 0))
         for number in (self._child.pipe, self._questions, self._answers, self._ask):
             if number >= 0:
                 os.close(number)
@@ -258,10 +293,6 @@ class _Ends:
     def questions(self) -> Iterator[bytes]:
         while line := os.read(self._asked, 100):
             yield bytes(read_whole(self._questions, int(line)))
-
-    def begin(self, place: int) -> None:
-        """Say which of a question's calls begins, for the case that it ends this process."""
-        os.pwrite(self._answers, bytes([place]), 0)
 
     def answer(self, data: bytes) -> None:
         write_whole(self._answers, data)
@@ -307,76 +338,85 @@ def run(serve: Callable[[], int], pipe: int, dump: Any) -> NoReturn:
         os._exit(status)
 
 
-def serve(find: Callable[[], grader.Loaded], file: str, ends: _Ends) -> int:
-    """Execute a file, and call its functions, until no question can follow."""
-    functions: Mapping[str, Function] = {}
+class _Executed:
+    """A file in the process that executes it."""
+
+    def __init__(self, find: Callable[[], grader.Loaded], file: str, training: Training):
+        self._find, self.file, self._training = find, file, training
+        self.functions: Mapping[str, Function] = {}
+        self._epochs: Iterator[Any] = iter(())
+
+    def execute(self) -> str:
+        """Execute the file; the error that has ended that, or ""."""
+        self.functions, error = self._find()
+        return error
+
+    def answer(self, question: bytes) -> bytes:
+        """Call a function, or make an epoch of a training."""
+        try:
+            match writable(unpack(question)):
+                case ["call", name, arguments]:
+                    return pack(["result", self._called(name, arguments), arguments])
+                case ["begin", data]:
+                    self._epochs = self._training(self._in_training, *data)
+            return pack(["result", self._epoch(), None])
+        except Wrong as e:
+            return pack(["wrong", str(e)])
+        except TooSlow as e:
+            return pack(["slow", str(e)])
+        except Interrupted:
+            return pack(["interrupted"])
+
+    def _function(self, name: str) -> Function:
+        if name not in self.functions:
+            raise Wrong("it is missing when the file is executed once more")
+        return self.functions[name]
+
+    def _called(self, name: str, arguments: Sequence[Any]) -> Packed:
+        function = self._function(name)
+        with errstate(all="ignore"), calling(self.file, name, grader.LIMIT, function):
+            # In the block, since to pack a result calls methods of its class.
+            return Packed(function(*arguments))
+
+    def _epoch(self) -> Any:
+        """What the training yields next."""
+        with errstate(all="ignore"), describing(self.file):
+            try:
+                return next(self._epochs)
+            except Wrong:
+                raise
+            except Exception as e:  # of results of any kind
+                raise Wrong(f"results do not fit: {first_line(e)}") from None
+
+    def _in_training(self, name: str, take: Take) -> Function:
+        """A function that calls the student's, and tells the parent so, which may give it up.
+
+        A training makes ten thousands of calls, and sets no timer for any of them.
+        """
+        function, label = self._function(name), name + IN_TRAINING
+
+        def call(*arguments: Any) -> Any:
+            with (
+                watching(self.file, label, grader.LIMIT) as tell,
+                Compilation(tell).watched(),
+                describing(self.file, function),
+            ):
+                # In the block, since to take a result calls methods of its class.
+                return take(function(*arguments))
+
+        return call
+
+
+def serve(executed: _Executed, ends: _Ends) -> int:
+    """Execute a file, and answer questions, until none can follow."""
     try:
-        functions, error = find()
-        ends.answer(pack(["functions", list(functions), error]))
+        error = executed.execute()
+        ends.answer(pack(["functions", list(executed.functions), error]))
     except ConfigError as e:
         ends.answer(pack(["refused", str(e)]))
     except Interrupted:
         ends.answer(pack(["interrupted"]))
-    with modules_beside(file):
+    with modules_beside(executed.file):
         for question in ends.questions():
-            ends.answer(answered(functions, file, question, ends.begin))
+            ends.answer(executed.answer(question))
     return 0
-
-
-def answered(
-    functions: Mapping[str, Function],
-    file: str,
-    question: bytes,
-    begin: Callable[[int], None] = lambda place: None,
-) -> bytes:
-    """Call the functions that a question names; the answer."""
-    in_training, calls = writable(unpack(question))
-    limited = watched_by_parent if in_training else watched_here
-    results: list[Any] = []
-    try:
-        for place, (name, arguments) in enumerate(calls):
-            if name not in functions:
-                raise Wrong("it is missing when the file is executed once more")
-            begin(place)
-            with errstate(all="ignore"), limited(file, name, functions[name]):
-                # In the block, since to pack a result calls methods of its class.
-                results.append(Packed(functions[name](*arguments)))
-        return pack(["results", results, None if in_training else arguments])
-    except Wrong as e:
-        return pack(["wrong", str(e)])
-    except TooSlow as e:
-        return pack(["slow", str(e)])
-    except Interrupted:
-        return pack(["interrupted"])
-
-
-@contextmanager
-def watched_here(file: str, name: str, function: Function) -> Iterator[None]:
-    """Call a function in the block, for a limited time."""
-    with calling(file, name, grader.LIMIT, function):
-        yield
-
-
-@contextmanager
-def watched_by_parent(file: str, name: str, function: Function) -> Iterator[None]:
-    """Call a function in the block, of which the parent is told nothing but compilations.
-
-    A training makes ten thousands of calls. The parent knows each, and gives it up.
-    """
-    process, call = os.getpid(), call_of(file, [name], in_training=True)
-
-    def tell(has_begun: bool) -> None:
-        WATCHED.tell(call._replace(seconds=math.inf) if has_begun else call)
-
-    try:
-        with grader.Compilation(tell).watched(), describing(file, function):
-            yield
-    finally:
-        if os.getpid() != process:  # a fork of the function's, which must not answer
-            os._exit(0)
-
-
-def call_of(file: str, names: Sequence[str], in_training: bool) -> Call:
-    """A call, or several, which are given up some time after the limit of one."""
-    label = " and ".join(names) + " in the training" * in_training
-    return Call(file, label, grader.LIMIT + grader.PATIENCE)
