@@ -596,10 +596,14 @@ def test_an_error_of_any_class_ends_the_training_or_the_top_level(tmp_path):
 
 
 @needs_fork
-def test_a_signal_is_none_of_the_students_errors(tmp_path):
-    text = beginning(RIGHT, sigmoid_prime="os.kill(os.getpid(), signal.SIGINT)")
-    status, out, err = command(tmp_path, text)
-    assert (status, out) == (130, ["my.py: sigmoid is right"])
+@pytest.mark.parametrize("when", ["", "if z.shape == (32, 30): "])  # or in the training
+@pytest.mark.parametrize("who", ["pid", "ppid"])  # Ctrl-C is sent to both
+def test_a_signal_is_none_of_the_students_errors(tmp_path, when, who):
+    stop = f"os.kill(os.get{who}(), signal.SIGINT); signal.pause()"
+    status, out, err = command(tmp_path, beginning(RIGHT, sigmoid_prime=when + stop))
+    rights = len(exercises.CHECKS) if when else 1
+    assert status == 130
+    assert [line.partition(" is right")[1] for line in out] == [" is right"] * rights
     assert err == ["python -m torchpar exercises: interrupted"]
 
 

@@ -231,6 +231,7 @@ class _Process:
         os.close(write)
         os.close(asked)
         self._questions, self._answers = questions, answers
+        self._is_closed = False
         self._child = Child(pid, read, COMMAND, self._dump)
 
     @property
@@ -266,7 +267,9 @@ class _Process:
             raise GivenUp("writes to a file that it has not opened", False) from None
 
     def close(self, is_lost: bool) -> None:
-        """Let the process end, and its threads; or kill it, if it is lost."""
+        """Let the process end, and its threads; or kill it, if it is lost. Once is enough."""
+        if self._is_closed:  # as after Ctrl-C, while it was asked
+            return
         child = self._child
         child.answer = child.asked = child.call = None
         if is_lost:
@@ -278,6 +281,7 @@ class _Process:
         self._free()
 
     def _free(self) -> None:
+        self._is_closed = True
         for number in (self._child.pipe, self._questions, self._answers, self._ask):
             if number >= 0:
                 os.close(number)
