@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Tests of the layers and the MLP against PyTorch's own modules."""
 
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -196,3 +197,20 @@ def test_a_traced_mlp_has_the_values_of_the_mlp(hidden):
 def test_errors_name_the_argument(arguments, message):
     with pytest.raises(ValueError, match=message):
         MLP(*arguments)
+
+
+@pytest.mark.parametrize("hidden", ["sigmoid", "relu", "tanh", "maxout"])
+def test_to_read_the_attributes_of_a_layer_changes_nothing(hidden):
+    """`torch.jit.trace` reads them all, and so do debuggers."""
+    model, x = MLP([4, 6, 3], hidden=hidden), torch.randn(5, 4)
+    weights = [p.detach().clone() for p in model.parameters()]
+    generator = torch.get_rng_state()
+    for layer in model.layers:
+        for name in dir(layer):
+            getattr(layer, name, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        traced = torch.jit.trace(model, x)
+    assert all(map(torch.equal, model.parameters(), weights))
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert torch.equal(traced(x), model(x))

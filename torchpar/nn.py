@@ -9,6 +9,7 @@ one, without its activation. Such tools leave the layers as they are, or raise a
 """
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import ClassVar, Literal, SupportsIndex
@@ -95,7 +96,9 @@ class LinearParameters(torch.nn.Module):
         `_init_weights` does with this layer comes after, and counts.
         """
         is_done: bool = self.__dict__.get("_is_hf_initialized", False)
-        if not is_done:
+        # Others that read all attributes, as torch.jit.trace does, must not draw the weights anew.
+        asks = sys._getframe(1).f_globals.get("__name__", "").startswith("transformers.")
+        if asks and not is_done:
             loaded = [
                 (p, p.detach().clone())
                 for p in self.parameters(recurse=False)
