@@ -131,7 +131,8 @@ def initialization(model: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
     loaded = layer.bias.clone()
     layer.weight.data.fill_(torch.nan)
     layer.bias._is_hf_initialized = True
-    if not getattr(layer, "_is_hf_initialized", False):
+    as_transformers = {"layer": layer, "__name__": "transformers.modeling_utils"}
+    if not eval('getattr(layer, "_is_hf_initialized", False)', as_transformers):
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.02)
         layer._is_hf_initialized = True
