@@ -176,7 +176,7 @@ class Unsaved:
 
 
 def _is_stateful(value: object) -> bool:
-    package = type(value).__module__.partition(".")[0]
+    package = str(type(value).__module__).partition(".")[0]
     methods = (getattr(type(value), name, None) for name in ("state_dict", "load_state_dict"))
     return package not in _FOREIGN and type(value).__module__ not in _OWN and all(methods)
 
@@ -209,7 +209,8 @@ def _reachable(
             seen.add(id(value))
             yield name, value
             if functions or not isinstance(value, FunctionType | MethodType | partial):
-                following += islice(_within(name, value), _LONGEST)
+                with suppress(Exception):  # of any kind: a program's objects answer as they like
+                    following.extend(islice(_within(name, value), _LONGEST))
         level = following
 
 
@@ -230,7 +231,8 @@ def _within(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"{name}(…)", one) for one in (*value.args, *value.keywords.values()))
         yield name, value.func
     elif isinstance(value, dict):
-        yield from ((f"{name}[{key!r}]", one) for key, one in value.items())
+        for key, one in value.items():
+            yield f"{name}[{repr(key) if isinstance(key, str | int) else '…'}]", one
     elif isinstance(value, list | tuple | set | deque):
         yield from ((f"{name}[{i}]", one) for i, one in enumerate(value))
     elif not isinstance(value, type | Tensor | ModuleType):
@@ -239,14 +241,14 @@ def _within(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _attributes(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     kind = type(value)
-    package = kind.__module__.partition(".")[0]
+    package = str(kind.__module__).partition(".")[0]
     if isinstance(value, nn.Module):
         yield from ((f"{name}.{path}", one) for path, one in value.named_modules() if path)
     elif kind.__module__ in _OWN or (
         package in _FOREIGN - _HOLDERS and not isinstance(value, LRScheduler | Optimizer)
     ):
         return
-    for key, one in getattr(value, "__dict__", {}).items():
+    for key, one in list(getattr(value, "__dict__", {}).items()):
         if not (isinstance(value, nn.Module) and key.startswith("_")):
             yield f"{name}.{key}", one
     for base in kind.__mro__ if package not in _FOREIGN else ():
