@@ -140,20 +140,17 @@ class Unsaved:
         kept = {id(value) for _, value in _reachable(parts, functions=False)}
         kept |= {id(value) for _, value in _reachable([*state.stateful.items()])}
         own = {id(p) for one in (state.model, *state.stateful.values()) for p in _parameters(one)}
-        variables = [*self._variables(step)]
-        for name, value in _reachable([*variables, ("task", self._task), *parts]):
-            # What the run has in another module or optimizer is the run's, too.
-            if (
-                isinstance(value, _KINDS)
-                and id(value) not in kept
-                and not any(id(p) in own for p in _parameters(value))
-            ):
-                yield name, value
         # Objects of a task know the place in the data, which a checkpoint holds.
-        of_task = {id(value) for _, value in _reachable([("", self._task)])}
-        for name, value in _reachable(variables):
-            is_object = _is_stateful(value) and not isinstance(value, _KINDS)
-            if is_object and id(value) not in kept | of_task:
+        of_task = {id(value) for _, value in _reachable([("task", self._task)])}
+        for name, value in _reachable([*self._variables(step), ("task", self._task), *parts]):
+            if id(value) in kept:
+                continue
+            # What the run has in another module or optimizer is the run's, too.
+            if isinstance(value, _KINDS):
+                is_other = not any(id(p) in own for p in _parameters(value))
+            else:
+                is_other = id(value) not in of_task and _is_stateful(value)
+            if is_other:
                 yield name, value
 
     def _variables(self, step: FrameType) -> Iterator[tuple[str, Any]]:
@@ -217,14 +214,7 @@ def _reachable(
 def _within(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The objects that another one holds, with their names as a program writes them."""
     if isinstance(value, FunctionType):
-        for word, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            if _is_full(cell):
-                yield word, cell.cell_contents
-        yield from ((f"{name}(…)", one) for one in value.__defaults__ or ())
-        yield from ((f"{name}(…)", one) for one in (value.__kwdefaults__ or {}).values())
-        yield from _globals(value.__code__, value.__globals__)
-        if (wrapped := getattr(value, "__wrapped__", None)) is not None:
-            yield name, wrapped
+        yield from _of_function(name, value)
     elif isinstance(value, MethodType):
         yield from ((name, value.__func__), (f"{name}(…)", value.__self__))
     elif isinstance(value, partial):
@@ -237,6 +227,17 @@ def _within(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"{name}[{i}]", one) for i, one in enumerate(value))
     elif not isinstance(value, type | Tensor | ModuleType):
         yield from _attributes(name, value)
+
+
+def _of_function(name: str, function: FunctionType) -> Iterator[tuple[str, Any]]:
+    for word, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if _is_full(cell):
+            yield word, cell.cell_contents
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    yield from ((f"{name}(…)", one) for one in defaults)
+    yield from _globals(function.__code__, function.__globals__)
+    if (wrapped := getattr(function, "__wrapped__", None)) is not None:
+        yield name, wrapped
 
 
 def _attributes(name: str, value: Any) -> Iterator[tuple[str, Any]]:
