@@ -53,6 +53,7 @@ OPENMPI |= {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "prterun-host-7
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 SLURM = {"SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_ID": "0"}
 MASTER = {"MASTER_ADDR": "m", "MASTER_PORT": "1234"}
+BOTH = (1, 1, 2, 2, "127.0.0.1", None, "openmpi")
 ELSEWHERE = "203.0.113.7"  # an address of documentation, which no machine has
 
 
@@ -75,6 +76,20 @@ ELSEWHERE = "203.0.113.7"  # an address of documentation, which no machine has
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "job.sbatch"}, None),
         ({"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, None),
         ({"MV2_COMM_WORLD_RANK": "0", "MV2_COMM_WORLD_SIZE": "1"}, None),
+        # One process by itself under launchers whose ranks are not read.
+        ({"FLUX_TASK_RANK": "0", "FLUX_JOB_SIZE": "1"}, None),
+        ({"JSM_NAMESPACE_RANK": "0", "JSM_NAMESPACE_SIZE": "1"}, None),
+        ({"PALS_RANKID": "0", "PALS_LOCAL_SIZE": "1"}, None),
+        ({"PMIX_RANK": "0"}, None),
+        ({"SLURM_NPROCS": "1"}, None),
+        ({"SLURM_NTASKS": "1", "SLURM_NPROCS": "1"}, None),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NODE_RANK": "0", "NNODES": "1"}, None),
+        # Empty values count as not set.
+        (dict.fromkeys(("RANK", "WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_PROCID"), ""), None),
+        (MPICH | {"RANK": "", "MASTER_PORT": ""}, (1, 1, 2, 2, "127.0.0.1", None, "mpich")),
+        # Ranks of mpirun and torchrun that inherit variables of another launcher.
+        (OPENMPI | {"PMIX_RANK": "1", "JSM_NAMESPACE_RANK": "1", "JSM_NAMESPACE_SIZE": "2"}, BOTH),
+        (TORCHRUN | {"FLUX_TASK_RANK": "1", "NNODES": "2"}, (3, 1, 4, 2, "a", 29400, "torchrun")),
         # Ranks that mpirun starts in a job of SLURM, or where WORLD_SIZE is exported.
         (
             OPENMPI | {"SLURM_NTASKS": "2", "WORLD_SIZE": "2"},
@@ -119,8 +134,30 @@ def test_rank_info_of_each_launcher(env, expected):
         ({"WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, "RANK is not set"),
         (
             {"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2"},
-            "MVAPICH2 started 2 processes (MV2_COMM_WORLD_SIZE), expected torchrun, or mpirun of",
+            "MVAPICH2 started several processes (MV2_COMM_WORLD_SIZE is 2), expected torchrun, or",
         ),
+        (
+            {"FLUX_TASK_RANK": "0", "FLUX_JOB_SIZE": "2"},
+            "Flux started several processes (FLUX_JOB_",
+        ),
+        (
+            {"FLUX_TASK_RANK": "1"},
+            "(FLUX_TASK_RANK is 1), expected torchrun, or mpirun of Open MPI",
+        ),
+        ({"JSM_NAMESPACE_RANK": "0", "JSM_NAMESPACE_SIZE": "2"}, "(JSM_NAMESPACE_SIZE is 2), exp"),
+        ({"PALS_RANKID": "1", "PALS_LOCAL_SIZE": "1"}, "(PALS_RANKID is 1), expected torchrun"),
+        ({"PALS_RANKID": "0", "PALS_LOCAL_SIZE": "2"}, "(PALS_LOCAL_SIZE is 2), expected torchrun"),
+        (
+            {"PMIX_RANK": "1"},
+            "a launcher with PMIx started several processes (PMIX_RANK is 1), exp",
+        ),
+        ({"SLURM_NPROCS": "2"}, "this job of SLURM has 2 tasks (SLURM_NPROCS), and srun did not"),
+        (
+            {"LOCAL_RANK": "1"},
+            "LOCAL_RANK is 1 and RANK is not set, expected both; start the ranks",
+        ),
+        ({"NODE_RANK": "1", "NNODES": "1"}, "NODE_RANK is 1 and RANK is not set, expected both"),
+        ({"NODE_RANK": "0", "NNODES": "2"}, "NNODES is 2 and RANK is not set, expected both"),
     ],
 )
 def test_bad_variables_are_named(env, message):

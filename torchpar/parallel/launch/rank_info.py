@@ -44,6 +44,19 @@ _VARIABLES = {
     ),
     "mpich": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
+# Rank and number of processes under launchers whose ranks are not read, and their names. The last
+# three are set by hand, or by programs that start processes for `torch.distributed`.
+_UNREAD = (
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "srun"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MVAPICH2"),
+    ("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "Flux"),
+    ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "jsrun"),
+    ("PALS_RANKID", "PALS_LOCAL_SIZE", "PALS"),
+    ("PMIX_RANK", None, "a launcher with PMIx"),
+    (None, "WORLD_SIZE", None),
+    ("LOCAL_RANK", "LOCAL_WORLD_SIZE", None),
+    ("NODE_RANK", "NNODES", None),
+)
 
 
 def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
@@ -59,8 +72,9 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
     Raises:
         ConfigError: a variable is missing or out of range, the ranks span machines without
             MASTER_ADDR and MASTER_PORT, or this is one of several processes that nothing here
-            tells its rank: of srun without torchrun, of MVAPICH2, or with a WORLD_SIZE alone.
+            tells its rank: of a launcher such as srun without torchrun, or with a WORLD_SIZE alone.
     """
+    env = {name: value for name, value in env.items() if value}  # an empty one counts as not set
     # mpirun comes before SLURM: in an allocation its ranks inherit the SLURM variables of its
     # daemons.
     job = None
@@ -109,30 +123,36 @@ def _check_alone(env: Mapping[str, str]) -> None:
 
     Each of them would train alone, on all samples, and write the same files.
     """
-    if env.get("SLURM_STEP_NUM_TASKS", "1") != "1" or env.get("SLURM_PROCID", "0") != "0":
-        raise ConfigError(
-            "srun started several tasks, expected one torchrun per node: examples/cluster"
-        )
-    if env.get("MV2_COMM_WORLD_SIZE", "1") != "1":
-        raise ConfigError(
-            f"MVAPICH2 started {env['MV2_COMM_WORLD_SIZE']} processes (MV2_COMM_WORLD_SIZE), "
-            "expected torchrun, or mpirun of Open MPI or MPICH; start the ranks by one of them"
-        )
-    if env.get("WORLD_SIZE", "1") != "1":
-        raise ConfigError(
-            f"WORLD_SIZE is {env['WORLD_SIZE']} and RANK is not set, expected both; start the "
-            "ranks by torchrun or mpirun, or set RANK on each, or unset WORLD_SIZE for one process"
-        )
+    for rank, size, launcher in _UNREAD:
+        for name, of_one in ((size, "1"), (rank, "0")):
+            if name and env.get(name, of_one) != of_one:
+                raise ConfigError(_of_several(name, env[name], launcher))
     # srun -n 1 is a step of one task. In a shell of salloc a person starts processes one by one.
     is_step = "SLURM_STEP_NUM_TASKS" in env or "SLURM_STEP_ID" in env
     if not is_step and env.get("SLURM_JOB_NAME") not in ("interactive", "bash"):
-        tasks = env.get("SLURM_NTASKS", "1")
+        name = "SLURM_NTASKS" if "SLURM_NTASKS" in env else "SLURM_NPROCS"  # its older name
+        tasks = env.get(name, "1")
         if tasks != "1":
             raise ConfigError(
-                f"this job of SLURM has {tasks} tasks (SLURM_NTASKS), and srun did not start this "
+                f"this job of SLURM has {tasks} tasks ({name}), and srun did not start this "
                 "process; start one torchrun per node as examples/cluster does, or one process by "
                 "srun -n 1"
             )
+
+
+def _of_several(name: str, value: str, launcher: str | None) -> str:
+    """Say that a variable shows a process to be one of several, and what to start them by."""
+    if launcher == "srun":
+        return "srun started several tasks, expected one torchrun per node: examples/cluster"
+    if launcher is None:
+        return (
+            f"{name} is {value} and RANK is not set, expected both; start the ranks by torchrun or "
+            f"mpirun, or set RANK on each, or unset {name} for one process"
+        )
+    return (
+        f"{launcher} started several processes ({name} is {value}), expected torchrun, or mpirun "
+        f"of Open MPI or MPICH; start the ranks by one of them, or unset {name} for one process"
+    )
 
 
 def _number_in_environment(env: Mapping[str, str], name: str) -> int:
