@@ -13,8 +13,9 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -406,7 +407,7 @@ def test_a_checkpoint_goes_from_mesh_to_mesh_with_every_bit(ranks, tmp_path, opt
 HOLDS = """
 import fcntl, json, os, sys, time
 file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
-fcntl.lockf(file, fcntl.LOCK_EX)
+fcntl.flock(file, fcntl.LOCK_EX)
 holder = {"process": os.getpid(), "launcher": int(sys.argv[2]), "host": sys.argv[3]}
 os.write(file, json.dumps(holder).encode())
 print(flush=True)
@@ -466,6 +467,56 @@ def test_a_run_waits_for_ranks_that_may_end(world, tmp_path, monkeypatch, capsys
         Checkpoints(CheckpointConfig(folder), world).lock()
 
 
+ASKS = """
+import fcntl, sys
+try:
+    fcntl.flock(open(sys.argv[1], "r+"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    print("free")
+except BlockingIOError:
+    print("locked")
+"""
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process finds ``folder`` locked."""
+    command = [sys.executable, "-c", ASKS, str(folder / ".lock")]
+    answer = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    assert answer in ("free\n", "locked\n")
+    return answer == "locked\n"
+
+
+def test_a_folder_stays_locked_where_the_run_copies_it_and_runs_again(world, tmp_path):
+    """Reading `.lock` would drop a lock of POSIX."""
+    folder, backup = tmp_path / "run", tmp_path / "backup"
+    before = checkpoint._LOCKED.copy()
+    Checkpoints(CheckpointConfig(folder), world).lock()
+    assert is_locked(folder)
+    shutil.copytree(folder, backup)
+    assert is_locked(folder)
+    assert not is_locked(backup)
+    Checkpoints(CheckpointConfig(folder), world).lock()  # another run of this process
+    (locked,) = checkpoint._LOCKED.items() - before.items()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python 3.12 warns of a fork beside threads
+        child = os.fork()
+    if child == 0:
+        with suppress(BaseException):
+            os._exit(7 if not checkpoint._LOCKED and has_closed(locked[1]) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert is_locked(folder)
+    os.close(checkpoint._LOCKED.pop(locked[0]))
+    assert not is_locked(folder)
+
+
+def has_closed(file: int) -> bool:
+    try:
+        os.fstat(file)
+    except OSError:
+        return True
+    return False
+
+
 def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(two, tmp_path):
     (tmp_path / "file").touch()
     config = CheckpointConfig(tmp_path / "file" / "folder")
@@ -480,7 +531,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(two, t
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_named(world, tmp_path, monkeypatch, code):
-    monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(code, "no locks")))
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(code, "no locks")))
     with pytest.raises(ConfigError, match=r"cannot be locked \(.*no locks\); use a folder of"):
         Checkpoints(CheckpointConfig(tmp_path), world).lock()
 

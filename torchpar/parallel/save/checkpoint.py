@@ -51,6 +51,12 @@ TICK = 0.1  # seconds between two attempts to lock a folder
 LINGER = 3.0  # seconds in which a run that was stopped has ended
 SLACK = 5.0  # seconds in which the system ends ranks that were killed
 COPY_AHEAD = 10_000_000  # bytes of a GPU's tensors, as PyTorch has it by default
+# The locked files of this process, by device and inode. An flock belongs to the open file: unlike
+# lockf's, it stays if the process closes another descriptor of the file, as `shutil.copytree` does.
+# Linux sends it to the server of an NFS. The kernel releases it when the last process has ended
+# that has the open file. A process that Python forks, such as a data loader's worker, closes it at
+# once. One that compiled code forks and that starts no program holds the lock as long as it lives.
+_LOCKED: dict[tuple[int, int], int] = {}
 _UNSIGNED = "0" * 64  # in place of the manifest's SHA-256 while this is computed
 # The classes in torch.distributed.checkpoint's metadata of tensors. BytesStorageMetadata, for other
 # objects, is left out, because PyTorch would unpickle those objects without an allow-list.
@@ -301,7 +307,6 @@ class Checkpoints:
                 _warn(f"{holder} still saves to {self.folder}; waiting up to {patience:g} s")
                 is_silent = False
             time.sleep(TICK)
-        _Holder.this().write(file)
         self._locked = True
 
     def _publish(self, unfinished: Path, path: Path, state: Mapping[str, object]) -> None:
@@ -335,9 +340,14 @@ class Checkpoints:
 
 
 def _is_locked_by_this(file: int, folder: Path) -> bool:
-    """Try to lock a file; return whether this process has locked it."""
+    """Try to lock a file; return whether this process has locked it, now or earlier."""
+    status = os.fstat(file)
+    identity = status.st_dev, status.st_ino
+    if identity in _LOCKED:
+        os.close(file)
+        return True
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         if e.errno in (errno.EACCES, errno.EAGAIN):
             return False
@@ -345,7 +355,20 @@ def _is_locked_by_this(file: int, folder: Path) -> bool:
         raise ConfigError(
             f"{folder} cannot be locked ({e}); use a folder of another file system"
         ) from e
+    _LOCKED[identity] = file
+    _Holder.this().write(file)
     return True
+
+
+def _close_in_a_fork() -> None:
+    """Close what the parent has locked, which stays locked by the parent."""
+    for file in _LOCKED.values():
+        with suppress(OSError):
+            os.close(file)
+    _LOCKED.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_a_fork)
 
 
 @dataclass(frozen=True)
