@@ -227,10 +227,11 @@ def test_batch_norm_does_not_depend_on_the_order_of_samples() -> None:
         (first, *rest), (other, *others) = train(x), train(x[order])
         assert torch.equal(first[order], other)
         assert all(map(torch.equal, rest, others))
-        assert torch.equal(
-            torch.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, True),
-            F.batch_norm(x, None, None, training=True),
-        )
+        arguments = {"weight": None, "bias": None, "running_mean": None, "running_var": None}
+        arguments |= {"training": True, "momentum": 0.1, "eps": 1e-5, "cudnn_enabled": True}
+        expected = F.batch_norm(x, None, None, training=True)
+        assert torch.equal(torch.batch_norm(x, *arguments.values()), expected)
+        assert torch.equal(torch.batch_norm(input=x, **arguments), expected)
         _, *others = train(torch.cat([x[:1] * (1 + 2**-10), x[1:]]))
         assert not any(map(torch.equal, rest, others))
 
@@ -239,16 +240,23 @@ def test_units_of_a_batch_norm_with_running_statistics_are_refused() -> None:
     """They depend on the order of the units, and so on the ranks."""
     x = torch.rand(4, 3)
     with exact.mode():
-        for options in ({}, {"track_running_stats": False}):
-            model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, **options))
-            parallel = exact.DataParallel(model)
-            if not options:
-                with pytest.raises(ConfigError, match=r"^1 is a BatchNorm1d that trains"):
-                    parallel.backward(model(x).square().sum())
-                model.eval()
+        model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        # Before a forward pass changes them.
+        with pytest.raises(ConfigError, match=r"^1 is a BatchNorm1d that trains its running stat"):
+            exact.DataParallel(model)
+        with pytest.raises(ConfigError, match=r"^the model is a BatchNorm1d that trains its runn"):
+            exact.DataParallel(nn.BatchNorm1d(3))
+        parallel = exact.DataParallel(model.eval())
+        parallel.backward(model(x).square().sum())
+        model.train()
+        with pytest.raises(ConfigError, match=r"^1 is a BatchNorm1d that trains its running stat"):
             parallel.backward(model(x).square().sum())
+        for other in (model.eval(), nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False))):
+            parallel = exact.DataParallel(other)
+            parallel.backward(other(x).square().sum())
             parallel.all_reduce()
-            assert model[0].weight.grad is not None
+            assert next(other.parameters()).grad is not None
+            other.zero_grad()
 
 
 SEEDED = torch.Generator().manual_seed(0)

@@ -85,7 +85,8 @@ class DataParallel:
         group: the ranks that share the units; by default only this rank.
 
     Raises:
-        ConfigError: a parameter of another dtype, or a DTensor; no group on several ranks.
+        ConfigError: a parameter of another dtype, or a DTensor; a BatchNorm that trains its running
+            statistics; no group on several ranks.
     """
 
     def __init__(self, model: torch.nn.Module, group: dist.ProcessGroup | None = None):
@@ -108,8 +109,20 @@ class DataParallel:
             for name, module in model.named_modules()
             if isinstance(module, _BatchNorm) and module.track_running_stats
         }
+        self._check_norms()  # before a forward pass changes them
         self._is_checked = False
         self._restart()
+
+    def _check_norms(self) -> None:
+        for name, module in self._norms.items():
+            if module.training:
+                kind = type(module).__name__
+                what = f"{name} is a {kind}" if name else f"the model is a {kind}"
+                raise ConfigError(
+                    f"{what} that trains its running statistics, which depend on the order of the "
+                    "units and on the ranks; give it track_running_stats=False, call its eval(), "
+                    "or take GroupNorm"
+                )
 
     @staticmethod
     def _no_loss() -> Tensor:
@@ -148,13 +161,7 @@ class DataParallel:
             raise ConfigError(
                 "a parameter has a gradient before the backward pass; call zero_grad() before"
             )
-        for name, module in self._norms.items():
-            if module.training:
-                raise ConfigError(
-                    f"{name} is a {type(module).__name__} that trains its running statistics, "
-                    "which depend on the order of the units and on the ranks; give it "
-                    "track_running_stats=False, call its eval(), or take GroupNorm"
-                )
+        self._check_norms()  # also a model whose train() was called after this object was made
         loss.backward(gradient)
         self._add(loss if gradient is None else self._no_loss())
 

@@ -228,7 +228,7 @@ def batch_norm(
 
 
 def batch_norm_of_torch(
-    x: Tensor,
+    input: Tensor,  # as torch.batch_norm names it
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
@@ -239,7 +239,7 @@ def batch_norm_of_torch(
     cudnn_enabled: bool,
 ) -> Tensor:
     """`torch.batch_norm`, whose arguments have another order."""
-    return batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
