@@ -333,6 +333,20 @@ def test_an_evaluation_after_the_last_step_is_no_step(tmp_path, capsys):
         said, last = capsys.readouterr().out.splitlines()
         assert said == note.format(of)
         assert last.startswith("the same in 3 steps, by ")
+    evaluated(tmp_path / "longer", 5, 0)
+    evaluated(tmp_path / "longer too", 5, 1)
+    for first, second, who in (
+        ("longer", "b", "the second run calls"),
+        ("b", "longer", "the first run calls"),
+        ("longer too", "a", "the first run calls"),
+        ("b", "longer too", "each run calls"),
+        ("a", "longer", None),
+    ):
+        assert main([str(tmp_path / first), str(tmp_path / second)]) == 0
+        lengths, *said, last = capsys.readouterr().out.splitlines()
+        assert lengths.endswith(" steps: the first 3 are compared")
+        assert said == [note.replace("the {} run calls", str(who))] * (who is not None)
+        assert last.startswith("the same in 3 steps, by ")
     assert main([str(tmp_path / "b"), str(tmp_path / "b")]) == 0
     assert capsys.readouterr().out.startswith("the same in 3 steps and the calls after them, by ")
     assert main([str(tmp_path / "b"), str(tmp_path / "c")]) == 1
@@ -488,7 +502,8 @@ def test_an_error_ends_the_recording_with_its_step(tmp_path, capsys):
             fail(nn.Linear(2, 1)(torch.full((1, 2), x)))  # before an optimizer's step
     (rank,) = read_ranks(tmp_path / "b")
     assert [(one.is_broken, one.is_complete) for one in rank.steps.values()] == [(True, False)]
-    said = "an error ended the second run in step 0, of which that is compared which both have"
+    said = "an error ended the second run in step 0; the tensors that both runs have in it are "
+    said += "compared"
     for name, status, last in (
         ("b", 2, "no step is complete in both; the 4 checksums of both are the same"),
         ("c", 1, "parted in step 0: input 0 of Linear"),

@@ -140,7 +140,7 @@ def compare(a: Path, b: Path) -> int:
     parted = [one for one in compared if one.first() < len(one.pairs)]
     if not parted:
         steps_of_both = min(length(ranks_a), length(ranks_b))
-        calls = after_steps(ranks_a) and after_steps(ranks_b)
+        calls = after_steps(ranks_a) and after_steps(ranks_b) and has_as_many(ranks_a, ranks_b)
         if not (steps_of_both or calls):
             print(f"no step is complete in both; the {count:,} checksums of both are the same")
             return 2
@@ -202,7 +202,8 @@ def compare_ranks(
 def never_shown(shown: RecordedRank, other: RecordedRank, steps: Sequence[int]) -> set[Key]:
     """Kinds and names of tensors that each step of a run shows, and no step of the other one.
 
-    So it is with modules that are compiled in the other run. That shows no names of its own then.
+    Modules that are compiled in the other run are an example. The other run then shows no names of
+    its own.
     """
     every, of_other = ever_shown(shown, steps), ever_shown(other, steps)
     renamed = {kind for kind, _ in of_other - every if kind in ("input", "activation", "loss")}
@@ -294,8 +295,8 @@ def notes(
     for name, ranks in zip(FIRST, (ranks_a, ranks_b), strict=True):
         if broken := {n for rank in ranks for n, step in rank.steps.items() if step.is_broken}:
             yield (
-                f"an error ended the {name} run in step {min(broken)}, of which that is compared "
-                "which both have"
+                f"an error ended the {name} run in step {min(broken)}; the tensors that both runs "
+                "have in it are compared"
             )
         if len({one.length for one in ranks}) > 1:
             lengths = " and ".join(str(one.length) for one in ranks)
@@ -304,11 +305,16 @@ def notes(
     if of_a != of_b and min(of_a, of_b):
         first = "the first is" if min(of_a, of_b) == 1 else f"the first {min(of_a, of_b)} are"
         yield f"{of_a} and {of_b} steps: {first} compared"
-    elif after_steps(ranks_a) != after_steps(ranks_b):
-        name = FIRST[after_steps(ranks_b)]
+    calling = [
+        f"the {name} run calls"
+        for name, ranks in zip(FIRST, (ranks_a, ranks_b), strict=True)
+        if after_steps(ranks)
+    ]
+    if len(calling) == 1 or (calling and not has_as_many(ranks_a, ranks_b)):
+        who = calling[0] if len(calling) == 1 else "each run calls"
         yield (
-            f"the {name} run calls modules after its last step, as an evaluation does; these calls "
-            "are not compared"
+            f"{who} modules after its last step, as an evaluation does; these calls are not "
+            "compared"
         )
     unseen = sorted(set[Key]().union(*(one.unseen for one in compared)))
     if unseen:
@@ -343,6 +349,11 @@ def unlike(ranks_a: Sequence[RecordedRank], ranks_b: Sequence[RecordedRank]) -> 
 def length(ranks: Sequence[RecordedRank]) -> int:
     """The number of steps of a run, on the rank that has the fewest."""
     return min(one.length for one in ranks)
+
+
+def has_as_many(ranks_a: Sequence[RecordedRank], ranks_b: Sequence[RecordedRank]) -> bool:
+    """Whether both runs have the same number of steps."""
+    return length(ranks_a) == length(ranks_b)
 
 
 def after_steps(ranks: Sequence[RecordedRank]) -> bool:
