@@ -182,5 +182,10 @@ def _is_told_by_torchrun(said: str, failed: float) -> bool:
     if not file or restarts_left():
         return False
     more = {"py_callstack": f"\n{said.rstrip()}", "timestamp": str(int(failed) - 1)}
-    Path(file).write_text(json.dumps({"message": {"message": said, "extraInfo": more}}))
+    try:
+        Path(file).write_text(json.dumps({"message": {"message": said, "extraInfo": more}}))
+    except OSError:  # the disk is full
+        with suppress(OSError):
+            os.unlink(file)  # torchrun would fail to read a part of it
+        return False
     return True

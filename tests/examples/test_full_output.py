@@ -4,6 +4,8 @@ written."""
 
 import errno
 import os
+import signal
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -11,6 +13,9 @@ import pytest
 pytest.importorskip("tyro", reason="tyro reads the flags")
 
 from support import ending
+
+from torchpar.errors import ConfigError
+from torchpar.training.outcome import Stopped
 
 REMEDY = "; let TORCHINDUCTOR_CACHE_DIR name a folder that can be written"
 
@@ -59,3 +64,32 @@ def test_the_line_names_the_variable_of_a_home_without_a_cache(monkeypatch):
     monkeypatch.setenv("HOME", "/dev/null/home")
     error = NotADirectoryError(errno.ENOTDIR, "Not a directory", "/dev/null/home/.triton")
     assert ending._reason(error).endswith(REMEDY.replace("TORCHINDUCTOR", "TRITON"))
+
+
+@pytest.mark.parametrize(
+    "error, status, said",
+    [
+        (Stopped(signal.SIGTERM), 143, ("stopped by SIGTERM; the state is saved", "")),
+        (Stopped(signal.SIGHUP), 129, ("stopped by SIGHUP; the state is saved", "")),
+        (ConfigError("a flag is wrong"), 2, ("", "error: a flag is wrong")),
+    ],
+)
+def test_the_status_stays_where_torchrun_cannot_be_told(
+    tmp_path, monkeypatch, capsys, error, status, said
+):
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+
+    def write_a_part(path: Path, text: str) -> None:
+        with path.open("w") as opened:
+            opened.write(text[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_a_part)
+    with pytest.raises(SystemExit) as left, ending.ending():
+        raise error
+    assert left.value.code == status
+    for written, expected in zip(capsys.readouterr(), said, strict=True):
+        assert expected in written
+        assert bool(written) == bool(expected)
+    assert not file.exists()  # a part of it would be an error of torchrun's
