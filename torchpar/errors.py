@@ -125,7 +125,7 @@ def message_of(error: BaseException) -> str:
     try:
         text = str(error)
     except BaseException as e:
-        # A signal's error, and that of a limit of time, are none of its class.
+        # KeyboardInterrupt and torchpar's time limit do not come from the error's class.
         if isinstance(e, KeyboardInterrupt) or type(e).__module__.startswith("torchpar."):
             raise
         text = f"(str of it raises {type(e).__name__})"

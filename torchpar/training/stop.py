@@ -18,8 +18,8 @@ from torchpar.parallel.launch.world import World
 from torchpar.training.answers import STOPPING, restore_handlers, unless_stopped
 from torchpar.training.outcome import Stopped
 
-# Added to the number of a signal that somebody has sent. Ranks whose torchrun was killed send
-# themselves SIGTERM, and the torchrun of another machine may start all again.
+# Added to the number of a signal that came from outside. A rank whose torchrun was killed sends
+# itself SIGTERM; nothing is added to that.
 SENT = 64
 
 

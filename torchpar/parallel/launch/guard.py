@@ -368,7 +368,7 @@ class Child:
         for message in map(decoded, lines):
             if isinstance(message, str):
                 WATCHED.said.add(message)
-            elif isinstance(message, dict):  # of two, one is a reader's
+            elif isinstance(message, dict):  # of two answers, one was written by the reader's code
                 self.answer = message if self.answer is None else {}
             elif isinstance(message, Done):
                 # Of two, one is a reader's: an error that one of them tells stays.

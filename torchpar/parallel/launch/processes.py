@@ -111,7 +111,9 @@ def stop_torchrun(number: int) -> None:
 
     torchrun takes ranks that end with status 0 for a success, and starts ranks again that end with
     another status. When it has received a signal it does neither: it ends with status 1, whatever
-    its ranks return. One rank on each machine calls this, as soon as no rank needs another.
+    its ranks return. One rank on each machine calls this, as soon as no rank needs another. A
+    torchrun that was signalled itself receives a second signal, because a handler in Python does
+    not see who sent the first one: it prints two tracebacks, and ends with status 1, too.
 
     Nothing is sent where torchrun did not start this process itself, such as by a shell script.
     """
