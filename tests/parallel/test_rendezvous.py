@@ -80,6 +80,13 @@ ELSEWHERE = "203.0.113.7"  # an address of documentation, which no machine has
         ({"FLUX_TASK_RANK": "0", "FLUX_JOB_SIZE": "1"}, None),
         ({"JSM_NAMESPACE_RANK": "0", "JSM_NAMESPACE_SIZE": "1"}, None),
         ({"PALS_RANKID": "0", "PALS_LOCAL_SIZE": "1"}, None),
+        # These set PMI_RANK as MPICH does, and no MPI_LOCALRANKID.
+        ({"FLUX_TASK_RANK": "0", "FLUX_JOB_SIZE": "1", "PMI_RANK": "0", "PMI_SIZE": "1"}, None),
+        ({"PALS_RANKID": "0", "PALS_LOCAL_SIZE": "1", "PMI_RANK": "0", "PMI_SIZE": "1"}, None),
+        (
+            MPICH | {"FLUX_TASK_RANK": "0", "FLUX_JOB_SIZE": "2", "PALS_RANKID": "0"},
+            (1, 1, 2, 2, "127.0.0.1", None, "mpich"),
+        ),
         ({"PMIX_RANK": "0"}, None),
         ({"SLURM_NPROCS": "1"}, None),
         ({"SLURM_NTASKS": "1", "SLURM_NPROCS": "1"}, None),
@@ -120,6 +127,11 @@ def test_rank_info_of_each_launcher(env, expected):
         ({"RANK": "0"}, "WORLD_SIZE is not set"),
         (OPENMPI | {"OMPI_COMM_WORLD_SIZE": "4"}, "-x MASTER_ADDR"),
         (MPICH | {"PMI_SIZE": "4", "MASTER_ADDR": "m"}, "-genv MASTER_ADDR"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "MPI_LOCALRANKID is not set"),
+        (
+            {"FLUX_TASK_RANK": "1", "FLUX_JOB_SIZE": "2", "PMI_RANK": "1", "PMI_SIZE": "2"},
+            "Flux started several processes (FLUX_JOB_SIZE is 2), expected torchrun",
+        ),
         (SLURM, "srun started several tasks"),
         (SLURM | {"PMI_RANK": "4", "PMI_SIZE": "7"}, "srun started several tasks"),  # --mpi=pmi2
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "srun started several tasks"),

@@ -57,6 +57,8 @@ _UNREAD = (
     ("LOCAL_RANK", "LOCAL_WORLD_SIZE", None),
     ("NODE_RANK", "NNODES", None),
 )
+# Shows srun, whose --mpi=pmi2 sets PMI_RANK, too, Flux or PALS.
+_SETS_PMI = {"SLURM_STEP_ID", "FLUX_TASK_RANK", "PALS_RANKID"}
 
 
 def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
@@ -83,8 +85,8 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo | None:
         env = {"LOCAL_RANK": env["RANK"], "LOCAL_WORLD_SIZE": env.get("WORLD_SIZE", ""), **env}
     elif "OMPI_COMM_WORLD_RANK" in env:
         launcher, job = "openmpi", env.get("PMIX_NAMESPACE")
-    elif "PMI_RANK" in env and ("MPI_LOCALRANKID" in env or "SLURM_STEP_ID" not in env):
-        launcher = "mpich"  # it names no job; srun --mpi=pmi2 sets PMI_RANK, too
+    elif "PMI_RANK" in env and ("MPI_LOCALRANKID" in env or not _SETS_PMI & env.keys()):
+        launcher = "mpich"  # it names no job
     else:
         _check_alone(env)
         return None
