@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Settings that a call changes, and memory that it keeps: the table names them, and restores."""
 
+import os
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import faulty_operators as faulty
@@ -11,7 +14,7 @@ from samples import normal
 from torch import Tensor
 
 from torchpar.testing import check_operator
-from torchpar.testing.operators.process_settings import SETTINGS, Settings
+from torchpar.testing.operators.process_settings import EVERY, SETTINGS, Settings
 
 SAMPLES = [(normal(5, 4), normal(6, 4, seed=1))]
 RULE = "settings left as they were"
@@ -27,9 +30,37 @@ def test_a_right_operator_leaves_nothing() -> None:
 def test_the_kit_leaves_the_process_as_it_was(name: str) -> None:
     """Also where the operator does not, in the first call, by which the kit looks for it."""
     op = faulty.make(f"kit_{name}", **faulty.FAULTS[f"leaves_{name}"][0])
-    before = Settings(SETTINGS)  # without those that imports of the rules change
+    before = Settings(EVERY)
     check_operator(lambda a, b: op(a, b), SAMPLES, rules=["values", "low precision", RULE])
     assert before.changes() == {}
+
+
+OF_THE_PROCESS: dict[str, tuple[Callable[[], object], str]] = {
+    "environment": (lambda: os.environ.update(TORCHPAR_LEFT="1"), "environment variables"),
+    "directory": (lambda: os.chdir("/"), "the working directory, from "),
+    "errors": (lambda: np.seterr(all="ignore"), "NumPy's handling of errors, from "),
+    "filters": (lambda: warnings.simplefilter("error"), "the filters of warnings"),
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_PROCESS)
+@pytest.mark.parametrize("is_function", [False, True])
+def test_what_an_earlier_row_has_changed_is_found_and_restored(
+    name: str, is_function: bool
+) -> None:
+    """Each row begins with the settings before the operator's first call, also of a function."""
+    change, words = OF_THE_PROCESS[name]
+    label = f"earlier_{name}_{is_function}"
+    op = faulty.make(label, kernel=faulty.kernel_after(lambda a: change()))
+    before = Settings(EVERY)
+    try:
+        given = (lambda a, b: op(a, b)) if is_function else op
+        table = check_operator(given, SAMPLES, reference=faulty.kernel, rules=["values", RULE])
+        assert before.changes() == {}
+    finally:
+        before.restore()
+    assert [row.outcome for row in table] == ["works", "wrong"], str(table)
+    assert f"changes {words}" in table[RULE].detail
 
 
 def test_each_setting_that_can_be_changed_is_seen_and_restored() -> None:

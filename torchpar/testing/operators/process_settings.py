@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The settings of this process that a call must leave as they were: PyTorch's, Python's, NumPy's.
 
-`Settings` holds their values at one time. `SETTINGS` lists them by the names that messages have.
+`Settings` holds their values at one time. `EVERY` lists them by the names that messages have.
 """
 
 import os
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 # An attribute that this version of PyTorch lacks, or a mixture of its old and new switches for
-# TF32, which it refuses to read.
-UNREADABLE = (AttributeError, RuntimeError, TypeError, ValueError, AssertionError)
+# TF32, which it refuses to read; or a working directory that somebody has removed.
+UNREADABLE = (AttributeError, RuntimeError, TypeError, ValueError, AssertionError, OSError)
 
 
 class Setting(NamedTuple):
@@ -224,7 +224,7 @@ SETTINGS: dict[str, Setting] = {
     "the current stream": Setting(_of_gpus(torch.cuda.current_stream), torch.cuda.set_stream),
     **GENERATORS,
 }
-# Imports on a first call, and compilers, change some of these once, and rely on it.
+# Imports change some of these once, so a first call may.
 OF_THE_PROCESS: dict[str, Setting] = {
     "NumPy's handling of errors": Setting(
         lambda: _numpy().geterr(), lambda x: _numpy().seterr(**x)
@@ -233,6 +233,7 @@ OF_THE_PROCESS: dict[str, Setting] = {
     "the working directory": Setting(os.getcwd, os.chdir),
     "the filters of warnings": Setting(lambda: list(warnings.filters), _put_filters, is_state=True),
 }
+EVERY = SETTINGS | OF_THE_PROCESS
 
 
 class Settings:
@@ -268,9 +269,9 @@ class Settings:
 
 
 @contextmanager
-def kept(settings: dict[str, Setting] = SETTINGS) -> Iterator[None]:
-    """Restore the settings at the end."""
-    before = Settings(settings)
+def kept() -> Iterator[None]:
+    """Restore every setting at the end."""
+    before = Settings(EVERY)
     try:
         yield
     finally:

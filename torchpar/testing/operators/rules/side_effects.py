@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torchpar.testing.operators.attempts import REFUSALS, Attempts, OutcomeException
 from torchpar.testing.operators.case import Case
 from torchpar.testing.operators.gradients import gradients
-from torchpar.testing.operators.process_settings import OF_THE_PROCESS, SETTINGS, Settings, kept
+from torchpar.testing.operators.process_settings import EVERY, SETTINGS, Settings, kept
 from torchpar.testing.operators.tensors import is_differentiable, normal_like
 
 SEED = 0x5EED_0F_0DD  # which no operator sets
@@ -30,12 +30,11 @@ def settings_left_as_they_were(case: Case) -> Attempts:
     """
 
     def check(compute: Callable[[], object], of_others: bool) -> None:
-        every = SETTINGS | OF_THE_PROCESS
-        with kept(every):
+        with kept():
             _seed()
             if of_others:
                 Settings(SETTINGS).put_others()
-            given = Settings(every)
+            given = Settings(EVERY)
             compute()
             given.restore()
             compute()
@@ -69,7 +68,7 @@ def _seed() -> None:
 
 def _has_backward(case: Case) -> bool:
     try:
-        with kept(SETTINGS | OF_THE_PROCESS):
+        with kept():
             return any(y.requires_grad for y in case.op(*_leaves(case)))
     except Exception:  # other rows say why
         return False
