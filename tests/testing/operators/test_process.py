@@ -63,6 +63,45 @@ def test_what_an_earlier_row_has_changed_is_found_and_restored(
     assert f"changes {words}" in table[RULE].detail
 
 
+LAZY: dict[str, tuple[Callable[[], object], str]] = {
+    "denormal": (lambda: torch.set_flush_denormal(True), "flush-denormal, from False to True"),
+    "seed": (lambda: torch.manual_seed(0), "PyTorch's random numbers"),
+    # What an import may change is asked of later calls alone.
+    "environment": (lambda: os.environ.update(TORCHPAR_LEFT="1"), ""),
+}
+
+
+@pytest.mark.parametrize("name", LAZY)
+@pytest.mark.parametrize("part", ["forward", "function", "backward"])
+def test_what_the_first_call_alone_changes_is_found(name: str, part: str) -> None:
+    """The first of all calls, which is not of the row of settings, as in a lazy initialization."""
+    change, words = LAZY[name]
+    changes = iter([change])
+
+    def once(t: Tensor) -> None:
+        next(changes, lambda: None)()
+
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        once(g)
+        return faulty.backward(ctx, g)
+
+    parts: Any = {"kernel": faulty.kernel_after(once)}
+    if part == "backward":
+        parts = {"backward": backward}
+    op = faulty.make(f"lazy_{name}_{part}", **parts)
+    given = (lambda a, b: op(a, b)) if part == "function" else op
+    before = Settings(EVERY)
+    try:
+        table = check_operator(given, SAMPLES, reference=faulty.kernel, rules=["values", RULE])
+        assert before.changes() == {}
+    finally:
+        before.restore()
+    row = table[RULE]
+    label = f"the first call of the {part.replace('function', 'forward')}: changes {words}"
+    assert row.outcome == ("wrong" if words else "works"), str(table)
+    assert not words or row.detail.startswith(label), row
+
+
 def test_each_setting_that_can_be_changed_is_seen_and_restored() -> None:
     before = Settings(SETTINGS)
     try:

@@ -80,6 +80,8 @@ class Case:
         op: the operator, as a function of ``operands`` to the tensors that it returns.
         plain: the reference, as such a function; the operator if there is no reference.
         name: the operator's name in PyTorch's registry, or the name of the function.
+        changed_first: the settings of the process that the first call of the forward and of the
+            backward changed, and how; empty for cases whose first call nobody has noted.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Case:
         self.indices = tuple(range(len(self.floating)))
         self.op = self.bind(op)
         self.plain = self.bind(op if reference is None else reference)
+        self.changed_first: dict[str, dict[str, str]] = {}
 
     def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[object, ...], dict[str, object]]:
         """The arguments of a call, with ``tensors`` for the operands."""

@@ -25,7 +25,8 @@ from torchpar.testing.operators.case import (
 )
 from torchpar.testing.operators.kernel_rules import KERNEL_ROWS, emulated_rows, emulating
 from torchpar.testing.operators.process_settings import kept
-from torchpar.testing.operators.rules import OF_GRADIENTS, RULES, try_rule
+from torchpar.testing.operators.rules import OF_GRADIENTS, RULES, note_first_call, try_rule
+from torchpar.testing.operators.rules.side_effects import noted
 from torchpar.testing.operators.table import OperatorTable
 from torchpar.testing.operators.tensors import Memory
 from torchpar.testing.rows import Row
@@ -92,7 +93,8 @@ def check_operator(
         if not callable(function) and (what == "operator" or function is not None):
             given = f"the {what} is an object of type {type(function).__name__}"
             raise ConfigError(f"{given}, expected a callable")
-    with kept():
+    changed_first: dict[str, str] = {}
+    with noted(changed_first):
         overload = find_overload(op, chosen[0])
     if overload is not None and overload._schema.is_mutable:
         way = "torch.library.opcheck takes it, and nogpu.check_kernel its kernel"
@@ -101,11 +103,13 @@ def check_operator(
         )
     formula = _formula(op, overload) if reference is None else None
     cases = [Case(op, overload, reference or formula, one) for one in chosen]
+    cases[0].changed_first["the forward"] = changed_first
     disabled = logging.root.manager.disable
     logging.disable()  # the compiler's logs of errors, which are in the table
     try:
         with warnings.catch_warnings(action="ignore"), _without_warnings_of_loops(), kept():
             if emulate is None:
+                note_first_call(names, cases[0])
                 counted = WATCHED.counted(names, "rows", len(names))
                 rows = [try_rule(rule, cases) for rule in counted]
                 notes = (*_flop_notes(overload), *_notes(overload, cases))

@@ -12,7 +12,7 @@ from torchpar.parallel.launch.guard import WATCHED
 from torchpar.testing.operators.attempts import OutcomeException
 from torchpar.testing.operators.case import Case
 from torchpar.testing.operators.gradients import pulled_back
-from torchpar.testing.operators.rules import try_cases, try_rule
+from torchpar.testing.operators.rules import note_first_call, try_cases, try_rule
 from torchpar.testing.rows import Row
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def emulated_rows(names: Sequence[str], cases: Sequence[Case], arch: str) -> lis
         raise ConfigError(f"arch is {arch!r}, expected one of {', '.join(ARCHITECTURES)}")
     gpus: list[Emulator] = []
     rows = []
+    with emulate(arch):
+        note_first_call(names, cases[0])
     others = [name for name in names if name not in KERNEL_ROWS]
     for name in WATCHED.counted(others, "rows", len(names)):
         if name in NOT_EMULATED:

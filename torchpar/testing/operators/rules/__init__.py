@@ -105,7 +105,15 @@ OF_GRADIENTS = (
     "checkpoint",
     "torch.func: vjp",
 )
+OF_SETTINGS = "settings left as they were"
 ONCE = ("torch.compile by Inductor", "torch.export, save and load")  # for the first sample only
+
+
+def note_first_call(names: Sequence[str], case: Case) -> None:
+    """Call the operator before all rules, if the row of settings is asked for: it needs to know
+    what the first call of all has changed."""
+    if OF_SETTINGS in names:
+        side_effects.note_first_call(case)
 
 
 def try_rule(name: str, cases: Sequence[Case]) -> Row:

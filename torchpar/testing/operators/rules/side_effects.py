@@ -4,19 +4,20 @@
 import gc
 import random
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from torchpar.testing.operators.attempts import REFUSALS, Attempts, OutcomeException
-from torchpar.testing.operators.case import Case
+from torchpar.parallel.launch.guard import WATCHED
+from torchpar.testing.operators.attempts import REFUSALS, Attempts, OutcomeException, outcome_of
+from torchpar.testing.operators.case import Case, shapes_of
 from torchpar.testing.operators.gradients import gradients
 from torchpar.testing.operators.process_settings import EVERY, SETTINGS, Settings, kept
-from torchpar.testing.operators.tensors import is_differentiable, normal_like
+from torchpar.testing.operators.tensors import Memory, is_differentiable, normal_like
 
 SEED = 0x5EED_0F_0DD  # which no operator sets
 CALLS = 4  # after which the memory of the first call must be free
@@ -26,7 +27,7 @@ def settings_left_as_they_were(case: Case) -> Attempts:
     """A call and its backward change no setting, draw no random number and keep no memory.
 
     Each is called twice, since a first call may import modules. All settings are restored between
-    the two calls.
+    the two calls. `note_first_call` has seen what the operator's first call of all changed.
     """
 
     def check(compute: Callable[[], object], of_others: bool) -> None:
@@ -39,23 +40,67 @@ def settings_left_as_they_were(case: Case) -> Attempts:
             given.restore()
             compute()
             changes = given.changes()
-        if changes:
-            name, how = next(iter(changes.items()))
-            more = f", and {len(changes) - 1} more" if len(changes) > 1 else ""
-            changed = f"changes {name}" + f", from {how}" * bool(how) + more
-            way = "; compute without them, or restore them"
-            raise OutcomeException("wrong", f"{changed}{way}")
+        _expect_none(changes)
 
+    for label, changes in case.changed_first.items():
+        yield f"the first call of {label}", partial(_expect_none, changes)
+    for label, compute in _computes(case).items():
+        yield label, partial(check, compute, False)
+        yield f"{label}, with other settings", partial(check, compute, True)
+    yield "memory", partial(_check_memory, case)
+
+
+def _computes(case: Case) -> dict[str, Callable[[], object]]:
     computes: dict[str, Callable[[], object]] = {
         "the forward": partial(case.takes, case.operands),
         "the backward": partial(_call, case),
     }
     if not _has_backward(case):
         del computes["the backward"]
-    for label, compute in computes.items():
-        yield label, partial(check, compute, False)
-        yield f"{label}, with other settings", partial(check, compute, True)
-    yield "memory", partial(_check_memory, case)
+    return computes
+
+
+def _expect_none(changes: dict[str, str]) -> None:
+    if changes:
+        name, how = next(iter(changes.items()))
+        more = f", and {len(changes) - 1} more" if len(changes) > 1 else ""
+        changed = f"changes {name}" + f", from {how}" * bool(how) + more
+        way = "; compute without them, or restore them"
+        raise OutcomeException("wrong", f"{changed}{way}")
+
+
+@contextmanager
+def noted(changes: dict[str, str]) -> Iterator[None]:
+    """Enter into ``changes`` what calls change, and restore all settings.
+
+    The settings of `OF_THE_PROCESS`, which an import in a first call may change, are left out.
+    """
+    with kept():
+        _seed()
+        before = Settings(SETTINGS)
+        try:
+            yield
+        finally:
+            changes.update(before.changes())
+
+
+def note_first_call(case: Case) -> None:
+    """Call the operator and its backward before any row does, for `settings_left_as_they_were`.
+
+    Only there is seen what an operator changes once, as by a lazy initialization.
+    """
+    restore = Memory(case.operands).restore
+    text = f"its first call on sample 0 of {shapes_of(case.operands)}"
+
+    def forward() -> None:
+        case.takes(case.operands)
+
+    def backward() -> None:
+        _call(case)
+
+    for label, compute in {"the forward": forward, "the backward": backward}.items():
+        with noted(case.changed_first.setdefault(label, {})), WATCHED.calling(case.name, text):
+            outcome_of(compute, restore)  # the rows meet its errors again
 
 
 def _seed() -> None:
