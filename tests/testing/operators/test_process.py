@@ -63,6 +63,17 @@ def test_what_an_earlier_row_has_changed_is_found_and_restored(
     assert f"changes {words}" in table[RULE].detail
 
 
+def test_a_compiler_may_name_the_place_of_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Inductor does in each compilation where no variable names one."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    monkeypatch.setenv(name, "")  # and restore it
+    del os.environ[name]
+    kernel = faulty.kernel_after(lambda a: os.environ.setdefault(name, "/tmp/cache"))
+    op = faulty.make("compiling", kernel=kernel)
+    assert check_operator(op, SAMPLES, rules=RULE)[RULE].outcome == "works"
+    assert name in os.environ  # the compiler relies on it
+
+
 LAZY: dict[str, tuple[Callable[[], object], str]] = {
     "denormal": (lambda: torch.set_flush_denormal(True), "flush-denormal, from False to True"),
     "seed": (lambda: torch.manual_seed(0), "PyTorch's random numbers"),

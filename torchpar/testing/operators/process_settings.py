@@ -115,8 +115,16 @@ def _put_state_of_numpy(state: Any) -> None:
     numpy.random.set_state((name, numpy.frombuffer(numbers, "uint32"), *others))
 
 
+# The beginnings of variables that Inductor and Triton set where they are missing, as the places of their caches.
+OF_COMPILERS = ("TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_")
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(OF_COMPILERS)}
+
+
 def _put_environment(before: dict[str, str]) -> None:
-    for name in os.environ.keys() - before.keys():
+    for name in _environment().keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
 
@@ -229,7 +237,7 @@ OF_THE_PROCESS: dict[str, Setting] = {
     "NumPy's handling of errors": Setting(
         lambda: _numpy().geterr(), lambda x: _numpy().seterr(**x)
     ),
-    "environment variables": Setting(lambda: dict(os.environ), _put_environment, is_state=True),
+    "environment variables": Setting(_environment, _put_environment, is_state=True),
     "the working directory": Setting(os.getcwd, os.chdir),
     "the filters of warnings": Setting(lambda: list(warnings.filters), _put_filters, is_state=True),
 }
