@@ -457,7 +457,8 @@ def tripled(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
     return 3 * ga, gb
 
 
-IN_FLOAT32 = [(normal(5, 4).float(), normal(6, 4, seed=1).float())]
+# Not contiguous, so that the row of values compares two layouts.
+IN_FLOAT32 = [(normal(4, 5).float().mT, normal(4, 6, seed=1).float().mT)]
 TRIPLED = faulty.make("tripled", backward=tripled, formula=None)
 TRIPLED_WITH_A_FORMULA = faulty.make("tripled_with_a_formula", backward=tripled)
 RIGHT_IN_FLOAT32 = faulty.make("right_in_float32", formula=None)
@@ -539,7 +540,25 @@ def test_a_table_that_compared_nothing_is_not_ok(capsys: Any) -> None:
     found = json.loads(capsys.readouterr().out)
     assert (found["ok"], found["missing"]) == (False, "none of 1 rows compared a result")
     # An operator without gradients lacks none.
-    assert check_operator(torch.argmax, [(normal(3),)], rules=["values", "gradcheck"]).ok
+    rules = ["values", "gradcheck"]
+    assert check_operator(torch.argmax, [(normal(3),)], reference=torch.argmax, rules=rules).ok
+
+
+def test_an_operator_that_is_compared_with_itself_has_compared_nothing() -> None:
+    """Without a reference other layouts alone differ from the call that they are compared with."""
+    op = faulty.make("alone_beyond", kernel=faulty.kernel_with_a_limit(1024), formula=None)
+    table = check_operator(op, SAMPLES, rules=["values", "larger sizes"])
+    assert not table.ok
+    assert table.missing.startswith("none of 2 rows compared a result")
+    message = "no reference, and contiguous operands: the operator was compared with itself"
+    assert [(row.outcome, row.detail) for row in table] == [
+        ("not run", message),
+        ("not run", "no reference"),
+    ]
+    strided = [tuple(t.mT.contiguous().mT for t in SAMPLES[0])]
+    assert check_operator(op, strided, rules="values").ok
+    table = check_operator(op, SAMPLES, reference=faulty.kernel, rules=["values", "larger sizes"])
+    assert [row.outcome for row in table] == ["works", "wrong"]
 
 
 @pytest.mark.parametrize(
@@ -1075,7 +1094,13 @@ def test_a_table_says_whether_cpp_plays_the_calls(
         op = library.custom_op(name, lambda x: x * 2, mutates_args=(), schema=schema)
     else:
         op = library.triton_op(name, function, mutates_args=(), schema=schema, **options)
-    table = check_operator(op, [(normal(4, 3),)], rules="values", emulate="sm_90")
+    table = check_operator(
+        op,
+        [(normal(4, 3),)],
+        reference=function or (lambda x: x * 2),
+        rules="values",
+        emulate="sm_90",
+    )
     assert table.played == str(table).splitlines()[-1]
     assert sentence in table.played
     assert check_operator(torch.mul, SAMPLES_OF_ONE_SHAPE, rules="values").played == ""

@@ -33,6 +33,8 @@ MOST_CALLS = 10_000
 
 
 def larger_sizes(case: Case) -> AttemptsAndRemark:
+    if case.reference is None:  # larger operands are contiguous: the same call would be its oracle
+        raise OutcomeException("not run", "no reference")
     reached: list[int] = []
     refused: dict[str, str] = {}
 
@@ -62,7 +64,7 @@ def larger_sizes(case: Case) -> AttemptsAndRemark:
 
 def _compare(case: Case, operands: Tensors) -> None:
     same_values(case, operands)
-    if case.reference is not None and case.floating and any(case.is_smooth):
+    if case.floating and any(case.is_smooth):
         other = case.of(operands)
         try:
             found = pulled_back(other.smooth(other.op), other)
