@@ -234,6 +234,36 @@ def backward_with_a_limit(limit: int) -> Callable[..., tuple[Tensor, ...]]:
     return lambda ctx, g: tuple(beyond(limit, t) for t in backward(ctx, g))
 
 
+def kernel_of_strided(a: Tensor, b: Tensor) -> Tensor:
+    result = kernel(a, b)
+    return result if a.is_contiguous() else beyond(1024, result)
+
+
+def backward_of_strided(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
+    da, db = backward(ctx, g)
+    return (da, db) if g.is_contiguous() else (beyond(1024, da), db)
+
+
+def without_the_last(t: Tensor) -> Tensor:
+    return beyond(t.numel() - 1, t)
+
+
+def kernel_of_multiples(a: Tensor, b: Tensor) -> Tensor:
+    """As a grid of n // 128 blocks with a wrong rest leaves it."""
+    result = kernel(a, b)
+    return result if result.numel() % 128 else without_the_last(result)
+
+
+def kernel_of_4096(a: Tensor, b: Tensor) -> Tensor:
+    result = kernel(a, b)
+    return without_the_last(result) if result.numel() == 4096 else result
+
+
+def backward_of_multiples(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
+    da, db = backward(ctx, g)
+    return da, (db if db.numel() % 128 else without_the_last(db))
+
+
 # Numbers of elements, drawn so that no row is fitted to them.
 LIMITS = [int(2 ** random.Random(i).uniform(5, 16)) for i in range(3)]
 
@@ -388,6 +418,20 @@ FAULTS: dict[str, tuple[dict[str, Callable[..., Any]], str, str]] = {
         "larger sizes",
         "is 0, expected",
     ),
+    **{
+        f"larger_{part.__name__}": (
+            {part.__name__.partition("_")[0]: part},
+            "larger sizes",
+            words,
+        )
+        for part, words in (
+            (kernel_of_strided, "all sizes, transposed: past 4096 elements: off by"),
+            (backward_of_strided, "all sizes, transposed: past 4096 elements: [0] off by"),
+            (kernel_of_multiples, "all sizes, as powers of 2: of 1024 elements: off by"),
+            (kernel_of_4096, "all sizes, as powers of 2: of 4096 elements: off by"),
+            (backward_of_multiples, "all sizes, as powers of 2: of 1024 elements: [1] off by"),
+        )
+    },
     "infinity": (
         {"kernel": lambda a, b: kernel(a.masked_fill(a.isneginf(), 0), b)},
         "infinities",

@@ -40,6 +40,31 @@ def test_sizes_grow_together_and_are_odd() -> None:
         assert bool((larger.abs() < 1.01 * x.abs().max()).all())
 
 
+@pytest.mark.parametrize(
+    "shapes, elements, grown",
+    [
+        (((4, 3),), 1024, ((32, 32),)),
+        (((4, 3),), 4096, ((64, 64),)),
+        (((2, 3, 5),), 1024, ((8, 8, 16),)),
+        (((5, 4), (6, 4)), 4096, ((64, 64), (64, 64))),  # the result is the largest
+        (((7,),), 4096, ((4096,),)),
+        (((3, 3),), 1024, ((32, 32),)),
+        (((3, 3, 3),), 1024, ((8, 8, 8),)),  # 512: no cube has 1024
+        (((5, 1), (5, 4)), 1024, ((32, 1), (32, 32))),  # a size of 1 is broadcast
+    ],
+)
+def test_sizes_grow_to_powers_of_two(shapes: Any, elements: int, grown: Any) -> None:
+    operands = tuple(normal(*shape) for shape in shapes)
+
+    def function(a: Tensor, *others: Tensor) -> Tensor:
+        return faulty.kernel(a, *others) if shapes[-1] == (6, 4) else a
+
+    case = Case(function, None, function, Sample(operands))
+    sizes = sorted({size for t in operands for size in t.shape if size > 1})
+    found = Growth(case, "all sizes", sizes).powers_of_two(elements)
+    assert tuple(tuple(t.shape) for t in found) == grown
+
+
 def up_to(most: int) -> Callable[..., Tensor]:
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         if max(a.numel(), b.numel(), len(a) * len(b)) > most:

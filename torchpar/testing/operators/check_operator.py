@@ -25,8 +25,8 @@ from torchpar.testing.operators.case import (
 )
 from torchpar.testing.operators.kernel_rules import KERNEL_ROWS, emulated_rows, emulating
 from torchpar.testing.operators.process_settings import kept
-from torchpar.testing.operators.rules import OF_GRADIENTS, RULES, note_first_call, try_rule
-from torchpar.testing.operators.rules.side_effects import noted
+from torchpar.testing.operators.rules import OF_GRADIENTS, RULES, try_rule
+from torchpar.testing.operators.rules.side_effects import note_first_call, noted
 from torchpar.testing.operators.table import OperatorTable
 from torchpar.testing.operators.tensors import Memory
 from torchpar.testing.rows import Row

@@ -12,7 +12,8 @@ from torchpar.parallel.launch.guard import WATCHED
 from torchpar.testing.operators.attempts import OutcomeException
 from torchpar.testing.operators.case import Case
 from torchpar.testing.operators.gradients import pulled_back
-from torchpar.testing.operators.rules import note_first_call, try_cases, try_rule
+from torchpar.testing.operators.rules import try_cases, try_rule
+from torchpar.testing.operators.rules.side_effects import note_first_call
 from torchpar.testing.rows import Row
 
 if TYPE_CHECKING:

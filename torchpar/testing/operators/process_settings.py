@@ -115,7 +115,8 @@ def _put_state_of_numpy(state: Any) -> None:
     numpy.random.set_state((name, numpy.frombuffer(numbers, "uint32"), *others))
 
 
-# The beginnings of variables that Inductor and Triton set where they are missing, as the places of their caches.
+# The beginnings of variables that Inductor and Triton set where they are missing, as the places of
+# their caches.
 OF_COMPILERS = ("TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_")
 
 

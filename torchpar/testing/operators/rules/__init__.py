@@ -54,7 +54,7 @@ RULES: dict[str, Rule] = {
     "any of the gradients": autograd.any_of_the_gradients,
     "changes after the call": autograd.changes_after_the_call,
     "undeclared writes": undeclared_writes,
-    "settings left as they were": side_effects.settings_left_as_they_were,
+    side_effects.ROW: side_effects.settings_left_as_they_were,
     "forward mode": autograd.forward_mode,
     "batched gradients": _as_reference(transform=autograd.batched_gradients),
     "checkpoint": _as_reference(transform=autograd.checkpointed_gradients),
@@ -105,15 +105,7 @@ OF_GRADIENTS = (
     "checkpoint",
     "torch.func: vjp",
 )
-OF_SETTINGS = "settings left as they were"
 ONCE = ("torch.compile by Inductor", "torch.export, save and load")  # for the first sample only
-
-
-def note_first_call(names: Sequence[str], case: Case) -> None:
-    """Call the operator before all rules, if the row of settings is asked for: it needs to know
-    what the first call of all has changed."""
-    if OF_SETTINGS in names:
-        side_effects.note_first_call(case)
 
 
 def try_rule(name: str, cases: Sequence[Case]) -> Row:

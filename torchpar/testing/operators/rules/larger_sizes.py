@@ -3,11 +3,12 @@
 
 Sizes of the sample grow until the largest operand or result has more elements than a limit: each
 size alone, in all dimensions that have it, and all sizes together. So operands fit together as
-those of the sample do.
+those of the sample do. These sizes are odd, and the operands contiguous. All sizes together are
+also tried in other layouts, and as powers of two.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -20,12 +21,17 @@ from torchpar.errors import first_line
 from torchpar.testing.operators.attempts import REFUSALS, AttemptsAndRemark, OutcomeException
 from torchpar.testing.operators.case import Case, Operator
 from torchpar.testing.operators.gradients import pulled_back
+from torchpar.testing.operators.layouts import LAYOUTS
 from torchpar.testing.operators.rules.values import same_values
-from torchpar.testing.operators.tensors import Tensors, is_differentiable, normal_like
+from torchpar.testing.operators.tensors import Layout, Tensors, is_differentiable, normal_like
 
 # Elements. A block of a kernel seldom has more than the first two. The second dimension of a grid
 # has fewer blocks than the last.
 LIMITS = (1024, 4096, 65536)
+# Those that sizes of powers of two reach exactly, where the sizes of the sample allow it.
+EXACT = (1024, 4096)
+# Layouts of operands and of incoming gradients, tried past the second limit.
+STRIDED = ("transposed", "stepped")
 # Elements of the largest tensor within the reference, such as the square of a long dimension.
 MOST = 2**24
 # Calls of operators by the reference, as those of a loop over a long dimension.
@@ -38,40 +44,73 @@ def larger_sizes(case: Case) -> AttemptsAndRemark:
     reached: list[int] = []
     refused: dict[str, str] = {}
 
-    def check(growth: "Growth", *limits: int) -> None:
-        """Compare results and gradients past the first limit that is not refused."""
-        for limit in limits:
+    def check(way: "Way") -> None:
+        """Compare results and gradients for the first number of elements that is not refused."""
+        for limit in way.limits:
             try:
-                _compare(case, growth.operands(limit))
+                _compare(case, way.operands(limit), way.layout)
             except OutcomeException as e:
                 outcome, message = e.args
                 if outcome == "not run":
-                    refused.setdefault(f"{growth.label}, past {limit}", message)
-                    if limit != limits[-1]:
+                    refused.setdefault(f"{way.label}, {way.where} {limit}", message)
+                    if limit != way.limits[-1]:
                         continue
-                raise OutcomeException(outcome, f"past {limit} elements: {message}") from e
+                raise OutcomeException(outcome, f"{way.where} {limit} elements: {message}") from e
             reached.append(limit)
             return
 
-    growths = _growths(case)
-    for limit in LIMITS if growths else ():
-        yield growths[-1].label, partial(check, growths[-1], limit)
-    for growth in growths[:-1]:
-        yield growth.label, partial(check, growth, *reversed(LIMITS))
+    for way in _ways(case):
+        yield way.label, partial(check, way)
     most = f"up to {max(reached)} elements" if reached else ""
     return "; ".join([most, *(f"{label}: {message}" for label, message in [*refused.items()][:1])])
 
 
-def _compare(case: Case, operands: Tensors) -> None:
+class Way(NamedTuple):
+    """A way to make larger operands.
+
+    Attributes:
+        label: names it in the row.
+        operands: operands for a number of elements.
+        limits: the numbers of elements, of which the first that is not refused is tried.
+        layout: that of the operands and of the incoming gradients.
+        where: "past" or "of" a number of elements.
+    """
+
+    label: str
+    operands: Callable[[int], Tensors]
+    limits: Sequence[int]
+    layout: Layout = lambda t: t
+    where: str = "past"
+
+
+def _ways(case: Case) -> Iterator[Way]:
+    growths = _growths(case)
+    if not growths:
+        return
+    *alone, every = growths
+    for limit in LIMITS:
+        yield Way(every.label, every.operands, [limit])
+    for growth in alone:
+        yield Way(growth.label, growth.operands, LIMITS[::-1])
+    for name in STRIDED if max(t.dim() for t in case.operands) > 1 else STRIDED[1:]:
+        label = f"{every.label}, {name}"
+        yield Way(label, every.operands, LIMITS[1::-1], LAYOUTS[name])
+    for limit in EXACT:
+        yield Way(f"{every.label}, as powers of 2", every.powers_of_two, [limit], where="of")
+
+
+def _compare(case: Case, operands: Tensors, layout: Layout = lambda t: t) -> None:
+    operands = tuple(map(layout, operands))
     same_values(case, operands)
     if case.floating and any(case.is_smooth):
         other = case.of(operands)
+        pulled = partial(pulled_back, layout=layout, of_operands=layout)
         try:
-            found = pulled_back(other.smooth(other.op), other)
+            found = pulled(other.smooth(other.op), other)
         except (*REFUSALS, TypeError):  # the rows of gradients say why
             return
-        expected = pulled_back(other.oracle, other)
-        other.close(found, expected, lambda: pulled_back(other.wide.oracle, other.wide))
+        expected = pulled(other.oracle, other)
+        other.close(found, expected, lambda: pulled(other.wide.oracle, other.wide))
 
 
 def _growths(case: Case) -> list["Growth"]:
@@ -114,12 +153,42 @@ class Growth:
                 high = middle
             else:
                 low = middle
-        if (most := self._elements(high, of_reference=True)) > MOST:
+        self._expect_feasible(high)
+        return _resized(self.case.operands, self._changed(high))
+
+    def powers_of_two(self, elements: int) -> Tensors:
+        """Operands whose sizes are powers of two, of which the largest has so many elements.
+
+        The largest is an operand or a result. It has fewer elements where no powers of two reach
+        them, as where a size occurs twice.
+
+        Raises:
+            OutcomeException: the sample is larger or empty, or the reference would need too much.
+        """
+        results = self.case.takes(self.case.operands, self.case.plain)
+        largest = max((*self.case.operands, *results), key=Tensor.numel)
+        if not 0 < largest.numel() <= elements:
+            raise OutcomeException("not run", f"the sample has {largest.numel()} elements")
+        dims = {size: largest.shape.count(size) for size in self.sizes}
+        exponents = dict.fromkeys(self.sizes, 0)
+        left = math.log2(elements / math.prod(n for n in largest.shape if n not in exponents))
+        while fitting := [size for size in self.sizes if 0 < dims[size] <= left]:
+            # The smallest first, and of equal ones the largest size.
+            chosen = min(fitting, key=lambda size: (exponents[size], -size))
+            exponents[chosen] += 1
+            left -= dims[chosen]
+        most = max(exponents.values())
+        changed = {size: 2 ** (exponents[size] if dims[size] else most) for size in self.sizes}
+        self._expect_feasible(max(-(-new // size) for size, new in changed.items()))
+        return _resized(self.case.operands, changed)
+
+    def _expect_feasible(self, factor: int) -> None:
+        """Raise "not run" if the reference would need too much at sizes larger by a factor."""
+        if (most := self._elements(factor, of_reference=True)) > MOST:
             message = f"the reference would need a tensor of {most:.1e} elements"
             raise OutcomeException("not run", message)
-        if (calls := self._powers.calls.at(high)) > MOST_CALLS:
+        if (calls := self._powers.calls.at(factor)) > MOST_CALLS:
             raise OutcomeException("not run", f"the reference would call {calls:.1e} operators")
-        return _resized(self.case.operands, self._changed(high))
 
     def _changed(self, factor: int) -> dict[int, int]:
         return {size: size * factor | 1 for size in self.sizes}

@@ -19,6 +19,7 @@ from torchpar.testing.operators.gradients import gradients
 from torchpar.testing.operators.process_settings import EVERY, SETTINGS, Settings, kept
 from torchpar.testing.operators.tensors import Memory, is_differentiable, normal_like
 
+ROW = "settings left as they were"
 SEED = 0x5EED_0F_0DD  # which no operator sets
 CALLS = 4  # after which the memory of the first call must be free
 
@@ -84,11 +85,13 @@ def noted(changes: dict[str, str]) -> Iterator[None]:
             changes.update(before.changes())
 
 
-def note_first_call(case: Case) -> None:
-    """Call the operator and its backward before any row does, for `settings_left_as_they_were`.
+def note_first_call(rows: Sequence[str], case: Case) -> None:
+    """Call the operator and its backward before any row does, if `ROW` is one of the rows.
 
     Only there is seen what an operator changes once, as by a lazy initialization.
     """
+    if ROW not in rows:
+        return
     restore = Memory(case.operands).restore
     text = f"its first call on sample 0 of {shapes_of(case.operands)}"
 
