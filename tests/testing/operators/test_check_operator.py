@@ -31,7 +31,7 @@ from torchpar.testing import OperatorTable, Row, Sample, check_operator
 from torchpar.testing.operators import command_line
 from torchpar.testing.operators.attempts import OutcomeException
 from torchpar.testing.operators.compare import accurate, close
-from torchpar.testing.operators.rules import RULES
+from torchpar.testing.operators.rules import OF_DERIVATIVES, RULES
 
 # PyTorch's compiler reads it.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -479,7 +479,15 @@ WITHOUT_BACKWARD = library.custom_op(
     mutates_args=(),
     schema=faulty.SCHEMA,
 )
-MISSING = "; {}, or choose rows without gradients"
+FORWARD_ONLY = library.custom_op(
+    "torchpar_faulty::forward_only",
+    faulty.kernel,
+    mutates_args=(),
+    schema=faulty.SCHEMA,
+)
+FORWARD_ONLY.register_fake(faulty.fake)
+FORWARD_ONLY.register_autocast()
+MISSING = '; {}, or choose the rules "without gradients"'
 
 
 @pytest.mark.parametrize(
@@ -520,6 +528,26 @@ def test_samples_of_float32_do_not_hide_a_wrong_gradient(
         assert out.splitlines()[-1] == last
     note = "the reference is the formula that the operator registers"
     assert (note in out) == (operator == "TRIPLED_WITH_A_FORMULA")
+
+
+def test_an_operator_without_a_backward_is_ok_without_gradients(capsys: Any) -> None:
+    """By one name, which the last line of a table with rows of gradients gives."""
+    tried = ("values", "schema", "NaN", "gradcheck")  # the others take long
+    with patch.dict(RULES, {name: lambda case: "" for name in RULES if name not in tried}):
+        given = ["--samples", f"{__name__}:samples", "--reference", "faulty_operators:kernel"]
+        given = [f"{__name__}:FORWARD_ONLY", *given, "--rules"]
+        assert command_line.main([*given, "values", "gradcheck"]) == 1
+        assert capsys.readouterr().out.endswith(MISSING.format("register a backward") + "\n")
+        assert command_line.main([*given, "without gradients", "values", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        names = [row["rule"] for row in found["rows"]]
+        assert names == [name for name in RULES if name not in OF_DERIVATIVES]
+        assert {"gradcheck", "torch.func: jvp", "vmap and gradients"} <= {*OF_DERIVATIVES}
+        # A wrong result is found there.
+        wrong = faulty.make("wrong_forward", kernel=lambda a, b: 2 * faulty.kernel(a, b))
+        rules = "without gradients"
+        table = check_operator(wrong, SAMPLES, reference=faulty.kernel, rules=rules)
+        assert table["values"].outcome == "wrong"
 
 
 def test_samples_of_float32_may_lie_at_a_kink() -> None:

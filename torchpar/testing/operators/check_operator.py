@@ -23,9 +23,20 @@ from torchpar.testing.operators.case import (
     name_of,
     shapes_of,
 )
-from torchpar.testing.operators.kernel_rules import KERNEL_ROWS, emulated_rows, emulating
+from torchpar.testing.operators.kernel_rules import (
+    KERNEL_GRADIENTS,
+    KERNEL_ROWS,
+    emulated_rows,
+    emulating,
+)
 from torchpar.testing.operators.process_settings import kept
-from torchpar.testing.operators.rules import OF_GRADIENTS, RULES, try_rule
+from torchpar.testing.operators.rules import (
+    OF_DERIVATIVES,
+    OF_GRADIENTS,
+    RULES,
+    WITHOUT_GRADIENTS,
+    try_rule,
+)
 from torchpar.testing.operators.rules.side_effects import note_first_call, noted
 from torchpar.testing.operators.table import OperatorTable
 from torchpar.testing.operators.tensors import Memory
@@ -60,7 +71,9 @@ def check_operator(
             lower precision right rows can fail. For numerical derivatives samples of another dtype
             are cast to float64.
         reference: a differentiable function of the same arguments, of PyTorch's operators.
-        rules: a name or names of rows, as the printed table has them; by default all.
+        rules: a name or names of rows, as the printed table has them; by default all. The name
+            "without gradients" stands for all rows but those of derivatives, for an operator that
+            has no backward.
         emulate: "sm_80", "sm_90" or "sm_100": execute the operator's Triton kernels as compiled for
             this GPU, on samples on the CPU. All rules but those of compilers, of graphs and of
             DTensors run them, and further rows say what was wrong within a kernel. Give small
@@ -74,12 +87,7 @@ def check_operator(
         ConfigError: an unknown rule or architecture; no sample, or a sample that is not a tuple; an
             operator that writes to operands; a function that raises before it calls an operator.
     """
-    known = [*RULES, *(KERNEL_ROWS if emulate is not None else ())]
-    names = known if rules is None else [rules] if isinstance(rules, str) else list(rules)
-    if unknown := [name for name in names if name not in known]:
-        expected = ", ".join(map(repr, known))
-        way = "; rows of kernels need emulate=" * (unknown[0] in KERNEL_ROWS)
-        raise ConfigError(f"rule {unknown[0]!r}, expected one of {expected}{way}")
+    names = _names(rules, emulate)
     if not isinstance(samples, Iterable):
         raise ConfigError(
             f"the samples are an object of type {type(samples).__name__}, expected a list"
@@ -123,6 +131,24 @@ def check_operator(
         logging.disable(disabled)
 
 
+def _names(rules: Iterable[str] | None, emulate: str | None) -> list[str]:
+    """The names of the rows that are asked for, each once."""
+    known = [*RULES, *(KERNEL_ROWS if emulate is not None else ())]
+    if rules is None:
+        return known
+    names: list[str] = []
+    for name in [rules] if isinstance(rules, str) else rules:
+        if name == WITHOUT_GRADIENTS:
+            names += [one for one in known if one not in (*OF_DERIVATIVES, KERNEL_GRADIENTS)]
+        elif name in known:
+            names.append(name)
+        else:
+            expected = ", ".join(map(repr, [*known, WITHOUT_GRADIENTS]))
+            way = "; rows of kernels need emulate=" * (name in KERNEL_ROWS)
+            raise ConfigError(f"rule {name!r}, expected one of {expected}{way}")
+    return list(dict.fromkeys(names))
+
+
 def _formula(op: Callable[..., object], overload: Operator | None) -> Callable[..., object] | None:
     """The formula of an operator of `torchpar.library`, which takes the same arguments."""
     if overload is None or (_overload_of(op) is None and not hasattr(op, "overloads")):
@@ -133,7 +159,7 @@ def _formula(op: Callable[..., object], overload: Operator | None) -> Callable[.
 
 def _missing_gradients(rows: Sequence[Row], cases: Sequence[Case]) -> str:
     """A sentence if rows of gradients were asked for, and none compared a gradient."""
-    asked = [row for row in rows if row.rule in (*OF_GRADIENTS, "kernel gradients")]
+    asked = [row for row in rows if row.rule in (*OF_GRADIENTS, KERNEL_GRADIENTS)]
     if not asked or any(row.outcome in ("works", "wrong") for row in asked):
         return ""
     if not any(map(_has_gradient, cases)):
@@ -143,8 +169,8 @@ def _missing_gradients(rows: Sequence[Row], cases: Sequence[Case]) -> str:
     way = "register a backward" if refused else "give a reference"
     reason = row.detail.partition("; ")[0]
     return (
-        f"no row compared a gradient ({row.rule}: {row.outcome}, {reason}); {way}, or choose rows "
-        "without gradients"
+        f"no row compared a gradient ({row.rule}: {row.outcome}, {reason}); {way}, or choose the "
+        f'rules "{WITHOUT_GRADIENTS}"'
     )
 
 

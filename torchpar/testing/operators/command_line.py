@@ -107,7 +107,10 @@ def main(arguments: Sequence[str]) -> int:
         "operator of torchpar.library registers",
     )
     parser.add_argument(
-        "--rules", nargs="+", metavar="RULE", help="rows of the table; default: all"
+        "--rules",
+        nargs="+",
+        metavar="RULE",
+        help='rows of the table; default: all; "without gradients": all but those of derivatives',
     )
     parser.add_argument(
         "--emulate",

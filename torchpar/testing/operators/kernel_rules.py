@@ -48,9 +48,10 @@ def kernel_gradients(case: Case, gpu: "Emulator") -> str:
     return "" if has_more else "the backward launches no kernel"
 
 
+KERNEL_GRADIENTS = "kernel gradients"
 KERNEL_RULES: dict[str, Callable[..., str | None]] = {  # of a case, and of the emulator "gpu"
     "kernel values": kernel_values,
-    "kernel gradients": kernel_gradients,
+    KERNEL_GRADIENTS: kernel_gradients,
 }
 KERNEL_ROWS = (*KERNEL_RULES, *FOUND)
 # These trace the operator, or compute by several ranks.

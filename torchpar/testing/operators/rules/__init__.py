@@ -105,6 +105,16 @@ OF_GRADIENTS = (
     "checkpoint",
     "torch.func: vjp",
 )
+# `check_operator` takes this name for all rules but those of derivatives, for an operator without a
+# backward.
+WITHOUT_GRADIENTS = "without gradients"
+OF_DERIVATIVES = (
+    *OF_GRADIENTS,
+    "changes after the call",
+    "forward mode",
+    *(name for name in RULES if name.startswith("torch.func: ")),
+    "vmap and gradients",
+)
 ONCE = ("torch.compile by Inductor", "torch.export, save and load")  # for the first sample only
 
 
