@@ -676,7 +676,7 @@ RIGHT, FORK = _twice("right", lambda x: None), _twice("fork", lambda x: os.fork(
 STOP = _twice("stop", lambda x: _stop("interrupted by itself"))
 EXIT = _twice("exit", lambda x: os._exit(0))
 SPIN = _twice("spin", lambda x: ctypes.PyDLL(None).pause())  # which holds the interpreter's lock
-MATRIX = [(normal(4, 3),)]
+MATRIX = [(normal(3, 4).mT,)]  # not contiguous, so that the row of values compares two layouts
 
 
 def _stop(text: str = "") -> None:
