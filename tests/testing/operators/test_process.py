@@ -60,7 +60,7 @@ def test_what_an_earlier_row_has_changed_is_found_and_restored(
     finally:
         before.restore()
     assert [row.outcome for row in table] == ["works", "wrong"], str(table)
-    assert f"changes {words}" in table[RULE].detail
+    assert table[RULE].detail.startswith(f"the forward: changes {words}")
 
 
 def test_a_compiler_may_name_the_place_of_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
