@@ -294,16 +294,21 @@ def head(rng: random.Random, d: int, outputs: int) -> tuple[nn.Module, nn.Module
     if rng.random() < 0.1:
         last = nn.utils.parametrizations.weight_norm(last)
     kind = rng.random()
-    if kind < 0.6:
+    if kind < 0.5:
         return last, last
+    if kind < 0.6:
+        return nn.Sequential(last, *norm(rng, outputs)), last
     h = rng.choice((d, *HIDDEN))
     if h != d:
         last = nn.Linear(h, outputs)
     layers = [nn.Linear(d, h), *norm(rng, h), act(rng), last]
+    behind = norm(rng, outputs) if rng.random() < 0.2 else []
     if kind < 0.8:
-        return nn.Sequential(*layers), last
+        return nn.Sequential(*layers, *behind), last
     whole = nn.Module()
     whole.dense, whole.out_proj = layers[0], last
+    if behind:
+        whole.norm = behind[0]
     return whole, last
 
 
@@ -517,9 +522,26 @@ def as_wide_as_the_stream(rng: random.Random) -> Model:
     return model
 
 
+def speech(rng: random.Random) -> Model:
+    """A spectrum and its end by linear layers, and convolutions with norms that correct the
+    spectrum, as SpeechT5 has."""
+    model = Model()
+    model.trunk, d = transformer(rng)
+    outputs, channels = rng.choice(OUTPUTS), rng.choice(HIDDEN)
+    model.post = nn.Module()
+    model.post.feat_out, model.post.prob_out = nn.Linear(d, outputs), nn.Linear(d, 2)
+    for i, pair in enumerate(pairwise((outputs, channels, channels, outputs))):
+        setattr(model.post, f"conv{i}", nn.Conv1d(*pair, 5))
+        setattr(model.post, f"norm{i}", nn.BatchNorm1d(pair[1]))
+    # The spectrum itself is as wide as what the convolutions take.
+    model.true |= {model.post.prob_out, model.post.conv2}
+    return model
+
+
 MODELS = [
     trunk_and_heads, trunk_and_heads, trunk_and_heads, tied, auxiliary, actor_and_critic,
     distilled, detector, dense, queries, exits, two_towers, as_wide_as_the_stream,
+    speech,
 ]  # fmt: skip
 LINE = re.compile(r"overrides=(\{.*?\})")
 

@@ -177,6 +177,36 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "state_head reward_head",
         "",
     ),
+    "norms at the end of a module of heads": (
+        lambda: made(
+            body=trunk(),
+            post=made(
+                feat_out=nn.Linear(16, 20), prob_out=nn.Linear(16, 2),
+                conv1=nn.Conv1d(20, 32, 5), norm1=nn.BatchNorm1d(32),
+                conv2=nn.Conv1d(32, 20, 5), norm2=nn.BatchNorm1d(20),
+            ),
+        ),
+        "post.prob_out",
+        "post.conv2",
+    ),
+    "a convolution and its norm behind the head": (
+        lambda: made(
+            body=trunk(),
+            head=made(fc=nn.Linear(16, 10), conv=nn.Conv1d(10, 10, 3), norm=nn.BatchNorm1d(10)),
+        ),
+        "head.fc",
+        "head.fc head.conv",
+    ),
+    "norms behind heads": (
+        lambda: made(
+            body=net(9, 16, 16),
+            a=nn.Sequential(nn.Linear(16, 5), nn.BatchNorm1d(5)),
+            b=nn.Sequential(nn.Linear(16, 6), nn.LayerNorm(6)),
+            c=nn.Sequential(nn.Linear(16, 7), nn.RMSNorm(7)),
+        ),
+        "a.0 b.0 c.0",
+        "",
+    ),
 }  # fmt: skip
 
 

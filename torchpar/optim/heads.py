@@ -43,7 +43,7 @@ class Heads(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """A module with parameters of its own.
+    """A module with matrices of its own.
 
     Attributes:
         takes: the widths of its inputs; of an unknown layer all sizes of its parameters.
@@ -183,7 +183,7 @@ class _Search:
         """Whether a later layer takes the width of layer ``i``."""
         layer = self.layers[i]
         assert layer.gives is not None
-        if i == self.last:  # which a norm may follow
+        if i == self.last:  # sizes of unknown layers behind it may be other things than widths
             return self._is_taken_by_conv(i)
         is_taken = self.last_taker.get(layer.gives, -1) > i or self._is_taken_by_conv(i)
         return is_taken or self._is_taken_early(i)
@@ -246,6 +246,10 @@ class _Search:
                 return True
         return False
 
+    def _is_called_head(self, path: str) -> bool:
+        """Whether the path has a module with the name of a head."""
+        return any(not _NAMES.isdisjoint(_words(part)) for part in path.split("."))
+
     def _is_fed(self, i: int) -> bool:
         """Whether another layer gives what layer ``i`` takes.
 
@@ -288,6 +292,10 @@ class _Search:
         for i in self.linear:
             path = self.layers[i].path
             if self._is_taken(i):
+                # A convolution takes the last layer, or refines what a head gives.
+                if i == self.last and self._is_called_head(path):
+                    reasons[path] = "the last linear layer"
+                    doubtful.add(path)
                 continue
             if self._is_hidden_in_trunk(i) or not self._is_at_ends(i):
                 inner.append(i)
@@ -348,7 +356,7 @@ def _is_multiple(layer: _Layer) -> bool:
 
 
 def _layer_of(path: str, module: Any) -> _Layer | None:  # noqa: PLR0911  # a line for each kind
-    """The widths of a module itself; None if it has none."""
+    """The widths of a module itself; None if it has none, or gives the width that it takes."""
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     # A wrapper, such as a layer with adapters, may have the attributes of the layer that it holds.
     if is_linear(module) and (own or hasattr(module, "parametrizations")):
@@ -373,4 +381,7 @@ def _layer_of(path: str, module: Any) -> _Layer | None:  # noqa: PLR0911  # a li
         return None
     if hasattr(module, "nf") and len(sizes[0]) == 2:  # transformers' Conv1D, stored (in, out)
         return _Layer(path, frozenset([sizes[0][0]]), module.nf)
-    return _Layer(path, frozenset(n for size in sizes for n in size if n > 1))
+    widths = [[n for n in size if n > 1] for size in sizes]
+    if all(len(of_one) <= 1 for of_one in widths):
+        return None  # a norm or a scale, which gives the width that it takes
+    return _Layer(path, frozenset(n for of_one in widths for n in of_one))
