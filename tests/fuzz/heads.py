@@ -514,11 +514,40 @@ def as_wide_as_the_stream(rng: random.Random) -> Model:
     """Heads of the width that other layers take, which their names tell."""
     model = Model()
     model.trunk, d = rng.choice(TRUNKS)(rng)
-    first, second = rng.choice([("state_head", "reward_head"), ("a_classifier", "b_classifier")])
+    first, second = rng.choice(
+        [("state_head", "reward_head"), ("a_classifier", "b_classifier"), ("head1", "head2"),
+         ("policyHead", "valueHead"), ("classifier", "aux")]
+    )  # fmt: skip
     for name, outputs in ((first, d), (second, rng.choice((d, *OUTPUTS)))):
         layer = nn.Linear(d, outputs)
         setattr(model, name, layer)
         model.true.add(layer)
+    return model
+
+
+def equal_towers(rng: random.Random) -> Model:
+    """Two encoders of one width, each with a head of that width, as SigLIP has."""
+    model, form, name = Model(), rng.random(), rng.choice(("head", "classifier", "logits"))
+    for tower in ("text", "image"):
+        inner = nn.Module()
+        inner.body, d = transformer(random.Random(form))
+        layer = nn.Linear(d, d)
+        setattr(inner, name, layer)
+        setattr(model, tower, inner)
+        model.true.add(layer)
+    return model
+
+
+def networks_in_a_row(rng: random.Random) -> Model:
+    """Networks of one form, of which each takes what the one before gives."""
+    model, draw = Model(), rng.choice([2, 3])
+    h, widths = rng.choice(HIDDEN), [rng.choice(STREAMS) for _ in range(draw)]
+    widths.append(widths[-1] if rng.random() < 0.5 else rng.choice(OUTPUTS))
+    names = rng.choice([("0", "1", "2"), ("encoder", "projector", "predictor")])
+    for name, (inputs, outputs) in zip(names, pairwise(widths), strict=False):
+        last = nn.Linear(h, outputs)
+        model.add_module(name, nn.Sequential(nn.Linear(inputs, h), act(rng), last))
+    model.true.add(last)
     return model
 
 
@@ -533,15 +562,14 @@ def speech(rng: random.Random) -> Model:
     for i, pair in enumerate(pairwise((outputs, channels, channels, outputs))):
         setattr(model.post, f"conv{i}", nn.Conv1d(*pair, 5))
         setattr(model.post, f"norm{i}", nn.BatchNorm1d(pair[1]))
-    # The spectrum itself is as wide as what the convolutions take.
-    model.true |= {model.post.prob_out, model.post.conv2}
+    model.true |= {model.post.feat_out, model.post.prob_out, model.post.conv2}
     return model
 
 
 MODELS = [
     trunk_and_heads, trunk_and_heads, trunk_and_heads, tied, auxiliary, actor_and_critic,
     distilled, detector, dense, queries, exits, two_towers, as_wide_as_the_stream,
-    speech,
+    equal_towers, networks_in_a_row, speech,
 ]  # fmt: skip
 LINE = re.compile(r"overrides=(\{.*?\})")
 

@@ -187,7 +187,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
             ),
         ),
         "post.prob_out",
-        "post.conv2",
+        "post.feat_out post.conv2",
     ),
     "a convolution and its norm behind the head": (
         lambda: made(
@@ -196,6 +196,23 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         ),
         "head.fc",
         "head.fc head.conv",
+    ),
+    # As SegFormer's: the projections of a head for each pixel are hidden.
+    "a convolution behind a projection in a head": (
+        lambda: made(
+            body=net(9, 16, 16),
+            decode_head=made(projection=nn.Linear(16, 16), fuse=nn.Conv2d(16, 5, 1)),
+        ),
+        "",
+        "decode_head.fuse",
+    ),
+    "a hidden layer that is named by what follows": (
+        lambda: made(
+            body=trunk(),
+            head=made(pre_logits=nn.Sequential(nn.Linear(16, 16), nn.Tanh()), fc=nn.Linear(16, 5)),
+        ),
+        "head.fc",
+        "",
     ),
     "norms behind heads": (
         lambda: made(
@@ -206,6 +223,50 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         ),
         "a.0 b.0 c.0",
         "",
+    ),
+    "towers with heads as wide as the stream": (
+        lambda: made(
+            text=made(body=trunk(), head=nn.Linear(16, 16)),
+            image=made(body=trunk(), head=nn.Linear(16, 16)),
+        ),
+        "image.head",
+        "text.head",
+    ),
+    "a classifier as wide as what a later head takes": (
+        lambda: made(body=trunk(), classifier=nn.Linear(16, 16), aux=net(16, 16, 3)),
+        "aux.2",
+        "classifier",
+    ),
+    "numbered heads of which some are as wide as the stream": (
+        lambda: made(
+            body=trunk(2, 64), head1=nn.Linear(64, 64), head2=nn.Linear(64, 64),
+            head3=nn.Linear(64, 3),
+        ),
+        "head3",
+        "head1 head2",
+    ),
+    "heads in a dictionary, as wide as the stream": (
+        lambda: made(
+            body=trunk(),
+            heads=nn.ModuleDict({"a": nn.Linear(16, 16), "b": net(16, 16, 16), "c": net(16, 3)}),
+        ),
+        "heads.c.0",
+        "heads.a heads.b.2",
+    ),
+    "names of a head by capitals": (
+        lambda: made(body=trunk(), policyHead=nn.Linear(16, 16), valueHead=nn.Linear(16, 16)),
+        "policyHead valueHead",
+        "",
+    ),
+    "networks in a row": (
+        lambda: made(body=net(9, 32, 16), projector=net(16, 32, 8), predictor=net(8, 32, 8)),
+        "predictor.2",
+        "predictor.2",
+    ),
+    "sequences in a row": (
+        lambda: nn.Sequential(net(10, 16, 16), net(16, 16, 16)),
+        "1.2",
+        "1.2",
     ),
 }  # fmt: skip
 

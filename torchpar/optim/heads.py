@@ -22,7 +22,7 @@ import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -82,8 +82,15 @@ _MOST_JOINED = 4  # outputs of one width that a layer takes beside each other
 
 
 def _words(path: str) -> list[str]:
-    """The words of the last name in a path."""
-    return re.split(r"[_\d]+", path.rpartition(".")[2].lower())
+    """The words of the last name in a path, which are `value` and `head` also in `valueHead`."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", path.rpartition(".")[2])
+    return re.split(r"[_\d]+", name.lower())
+
+
+def _is_name_of_head(name: str) -> bool:
+    """Whether a name tells of a head; timm's `pre_logits` is a hidden layer before it."""
+    words = _words(name)
+    return not _NAMES.isdisjoint(words) and "pre" not in words
 
 
 class _Search:
@@ -226,6 +233,26 @@ class _Search:
                 return True
         return False
 
+    def _is_in_numbered_block(self, i: int) -> bool:
+        """Whether layer ``i`` is in a numbered block of a trunk, which adds to what it takes.
+
+        The blocks are modules of one type and equal widths. A sequence, or a module with a name
+        such as `decoder`, may be a network behind another one.
+        """
+        path = self.layers[i].path
+        for blocks in self.trunks:
+            block = next((one for one in blocks if path.startswith(f"{one}.")), None)
+            if block is None or not block.rpartition(".")[2].isdigit():
+                continue
+            of_block = self._widths_of(block)
+            is_equal = any(one != block and self._widths_of(one) == of_block for one in blocks)
+            if is_equal and not isinstance(self.model.get_submodule(block), nn.Sequential):
+                return True
+        return False
+
+    def _widths_of(self, path: str) -> list[tuple[frozenset[int], int | None]]:
+        return [(self.layers[i].takes, self.layers[i].gives) for i in self.spans[path]]
+
     def _is_at_ends(self, i: int) -> bool:
         """Whether later layers take nothing of the modules that contain layer ``i``."""
         parts = self.layers[i].path.split(".")
@@ -236,19 +263,43 @@ class _Search:
         """Whether layer ``i`` ends a module that is called a head, or is one of its modules."""
         parts = self.layers[i].path.split(".")
         for depth, part in enumerate(parts, 1):
-            words = _words(part)
-            if _NAMES.isdisjoint(words):
+            if not _is_name_of_head(part):
                 continue
             module = self.model.get_submodule(".".join(parts[:depth]))
-            is_list = isinstance(module, nn.ModuleList | nn.ModuleDict) or words[-1].endswith("s")
+            is_list = isinstance(module, nn.ModuleList | nn.ModuleDict) or _words(part)[
+                -1
+            ].endswith("s")
             named = ".".join(parts[: depth + (is_list and depth < len(parts))])
             if i == self.ends[named]:
                 return True
         return False
 
-    def _is_called_head(self, path: str) -> bool:
-        """Whether the path has a module with the name of a head."""
-        return any(not _NAMES.isdisjoint(_words(part)) for part in path.split("."))
+    def _is_refined(self, i: int, last_convolutions: set[str]) -> bool:
+        """Whether convolutions beside layer ``i`` take its output and give one of the same width.
+
+        They may correct it, as those behind SpeechT5's spectrum do.
+        """
+        width = self.layers[i].gives
+        assert width is not None
+        parent = self.layers[i].path.rpartition(".")[0]
+        later = [self.layers[j] for j in self.spans[parent] if j > i and self.layers[j].is_conv]
+        given = {layer.gives or 1 for layer in later if layer.path in last_convolutions} - {1}
+        return any(
+            width % channels == 0 and any(channels in layer.takes for layer in later)
+            for channels in given
+        )
+
+    def _has_name_of_its_own(self, i: int) -> bool:
+        """Whether layer ``i`` itself is called a head, or the list or sequence that it ends."""
+        names = self.layers[i].path.split(".")
+        lists = (nn.ModuleList, nn.ModuleDict)
+        while len(names) > 1:
+            above = self.model.get_submodule(".".join(names[:-1]))
+            ends = isinstance(above, nn.Sequential) and self.ends[".".join(names[:-1])] == i
+            if not ends and not isinstance(above, lists):
+                break
+            names.pop()
+        return _is_name_of_head(names[-1])
 
     def _is_fed(self, i: int) -> bool:
         """Whether another layer gives what layer ``i`` takes.
@@ -287,22 +338,30 @@ class _Search:
                 channels.add(other.gives)
         return False
 
+    def _last_as_head(self, convolutions: set[str]) -> Literal["certain", "in doubt"] | None:
+        """Whether the last linear layer is a head; None if not."""
+        i = self.last
+        if self._is_taken(i):
+            return "in doubt" if self._is_refined(i, convolutions) else None
+        if self._is_hidden_in_trunk(i):
+            return None if self._is_in_numbered_block(i) else "in doubt"
+        if not self._is_at_ends(i):
+            return None
+        return "in doubt" if self._is_taken_early(i) else "certain"
+
     def find(self) -> Heads:
-        reasons, doubtful, inner = dict[str, str](), self._last_convolutions(), list[int]()
+        convolutions = self._last_convolutions()
+        reasons, doubtful, inner = dict[str, str](), convolutions.copy(), list[int]()
         for i in self.linear:
             path = self.layers[i].path
-            if self._is_taken(i):
-                # A convolution takes the last layer, or refines what a head gives.
-                if i == self.last and self._is_called_head(path):
-                    reasons[path] = "the last linear layer"
-                    doubtful.add(path)
-                continue
-            if self._is_hidden_in_trunk(i) or not self._is_at_ends(i):
-                inner.append(i)
-            elif i == self.last:
+            if i == self.last and (last := self._last_as_head(convolutions)) is not None:
                 reasons[path] = "the last linear layer"
-                if self._is_taken_early(i):
+                doubtful |= {path} if last == "in doubt" else set()
+            elif self._is_taken(i):
+                if self._is_refined(i, convolutions) or self._has_name_of_its_own(i):
                     doubtful.add(path)
+            elif self._is_hidden_in_trunk(i) or not self._is_at_ends(i):
+                inner.append(i)
             elif self._is_named(i) or not self._is_in_doubt(i):
                 reasons[path] = "no later layer takes it"
             else:
@@ -338,12 +397,12 @@ class _Search:
         known = [path.split(".") for path in reasons]
         for i in self.linear:
             path = self.layers[i].path
-            above, name = path.split(".")[:-1], path.split(".")[-1]
-            if path in reasons:
+            above, words = path.split(".")[:-1], _words(path)
+            if path in reasons or len(words) == 1:
                 continue
             for *parents, theirs in known:
-                word = theirs.rpartition("_")[2]
-                if word in _SHARED and name.endswith(f"_{word}") and above == parents:
+                word = _words(theirs)[-1]
+                if word in _SHARED and words[-1] == word and above == parents:
                     doubtful.discard(path)
                     reasons[path] = f"as {theirs} is"
 
