@@ -289,8 +289,8 @@ def test_an_exit_of_each_block_is_named_in_the_first_line() -> None:
     optimizer: Any = Muon.for_model(model)
     first, second, *_ = str(optimizer).splitlines()
     assert first == (
-        '3 layers may be output heads: for those that make outputs, write overrides={"body.blocks.*'
-        '.leave.weight": "others"}, and for others the same with "muon"'
+        '3 layers may be output heads: write overrides={"body.blocks.*.leave.weight": "others"} '
+        'for output heads, or "muon" in its place for hidden layers'
     )
     assert second.startswith("parameter ")
     for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
@@ -312,6 +312,21 @@ def test_a_pattern_in_the_first_line_fits_no_other_layer() -> None:
     line = str(Muon.for_model(model)).partition("\n")[0]
     assert '"body.blocks.0.leave.weight": "others", "body.blocks.2.leave.weight": "others"' in line
     assert "*" not in line
+
+
+@pytest.mark.parametrize("key", ["a[0]", "a*", "a?", "[!a]", 'a"b', "a\\b"])
+def test_the_first_line_is_accepted_for_each_key_of_a_dictionary(key: str) -> None:
+    """Also where the key is a pattern, which would fit other keys or none."""
+    with torch.device("meta"):
+        heads = {name: nn.Linear(16, 16) for name in (key, "ab")}
+        model = made(body=trunk(), heads=nn.ModuleDict(heads), fc=nn.Linear(16, 5))
+    line = str(Muon.for_model(model)).partition("\n")[0]
+    overrides = ast.literal_eval(line[line.index("{") : line.rindex("}") + 1])
+    assert list(overrides) == [f"heads.{name}.weight" for name in heads]
+    del overrides["heads.ab.weight"]
+    decided: Any = Muon.for_model(model, overrides=overrides)
+    found = {one.name: one.choice for one in decided.assignments if one.reason == "override"}
+    assert found == {f"heads.{key}.weight": "others"}
 
 
 def test_the_table_is_printed_where_stdout_is_ascii() -> None:

@@ -5,6 +5,7 @@ docs/muon.md names the sources of the rules. Layers of other libraries are recog
 attributes.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -79,19 +80,25 @@ class ModelOptimizer(ChainedOptimizer):
         if not doubtful:
             return []
         others = [one.name for one in self.assignments if one.name not in doubtful]
-        # One pattern for the same layer in each block.
-        patterns = {name: re.sub(r"\.\d+(?=\.)", ".*", name) for name in doubtful}
+        # One pattern for the same layer in each block. A key of a dictionary may have signs of
+        # patterns.
+        patterns = {
+            name: name if re.search(r"[*?[]", name) else re.sub(r"\.\d+(?=\.)", ".*", name)
+            for name in doubtful
+        }
         fitting = [
             name if any(fnmatchcase(other, pattern) for other in others) else pattern
             for name, pattern in patterns.items()
         ]
-        choices = ", ".join(f'"{one}": "others"' for one in dict.fromkeys(fitting))
+        choices = ", ".join(
+            f'{json.dumps(one, ensure_ascii=False)}: "others"' for one in dict.fromkeys(fitting)
+        )
         layers = (
             "layer may be an output head" if len(doubtful) == 1 else "layers may be output heads"
         )
         return [
-            f"{len(doubtful)} {layers}: for those that make outputs, write "
-            f'overrides={{{choices}}}, and for others the same with "muon"'
+            f"{len(doubtful)} {layers}: write overrides={{{choices}}} for output heads, or "
+            '"muon" in its place for hidden layers'
         ]
 
 
@@ -130,7 +137,12 @@ def chain(  # noqa: C901  # a line for each rule, in their order
             assignments[p] = assignments[p]._replace(may_be_head=True)
 
     def change(pattern: str, **changes: Any) -> None:
-        named = [p for p, of in uses.items() if any(fnmatchcase(use.name, pattern) for use in of)]
+        # A name may have signs of patterns, as keys of a ModuleDict do.
+        named = [p for p, of in uses.items() if any(use.name == pattern for use in of)]
+        if not named:
+            named = [
+                p for p, of in uses.items() if any(fnmatchcase(use.name, pattern) for use in of)
+            ]
         if not named:
             name = next((one.name for one in assignments.values()), "")
             expected = f"a name or pattern such as {name}" if name else "a model with parameters"
