@@ -690,7 +690,7 @@ def test_each_part_of_a_chain_saves_and_loads_in_its_own_way() -> None:
     (chain, _), (other, _) = make(called), make(called)
     chain.step()
     saved = copy.deepcopy(chain.state_dict())
-    assert saved["format"] == 2
+    assert saved["parts"] == [{}, {"format": 2}]
     assert saved["state"][0]["momentum_buffer"].tolist() == [1.0, 1.0]
     assert saved["state"][1]["packed"].tolist() == [6.0, 6.0]
     assert [group["params"] for group in saved["param_groups"]] == [[0], [1]]
@@ -701,15 +701,102 @@ def test_each_part_of_a_chain_saves_and_loads_in_its_own_way() -> None:
     assert other.state[q]["momentum_buffer"].tolist() == [4.5, 4.5]
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(AssertionError):
-        other.load_state_dict({**saved, "format": 3})
+        other.load_state_dict({**saved, "parts": [{}, {"format": 3}]})
     assert str(other.state_dict()) == str(before)
     other.step()
+    flat = {key: value for key, value in saved.items() if key != "parts"}  # of version 0.5
+    other.load_state_dict({**flat, "format": 2})
+    assert other.state[q]["momentum_buffer"].tolist() == [3.0, 3.0]
+    with pytest.raises(ConfigError, match="the state dict is of 1 optimizers, expected 2; load"):
+        other.load_state_dict({**saved, "parts": [{}]})
+
+
+class Scaled(torch.optim.SGD):
+    """SGD with a number of its own in its state dict."""
+
+    rho = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "rho": self.rho}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state_dict = {**state_dict}
+        self.rho = state_dict.pop("rho")
+        super().load_state_dict(state_dict)
+
+
+def test_parts_of_a_chain_keep_their_own_keys() -> None:
+    """Also in a chain beside a chain, and beside an optimizer without keys of its own."""
+    for nest in (lambda a, b, c: (a, b, c), lambda a, b, c: (ChainedOptimizer(a, b), c)):
+        parts: list[Any] = [
+            kind([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+            for kind in (Scaled, Scaled, torch.optim.SGD)
+        ]
+        parts[0].rho, parts[1].rho = 1, 2
+        chain = ChainedOptimizer(*nest(*parts))
+        saved = copy.deepcopy(chain.state_dict())
+        parts[0].rho, parts[1].rho = 3, 4
+        chain.load_state_dict(saved)
+        assert (parts[0].rho, parts[1].rho) == (1, 2)
+
+
+class WithSteps(torch.optim.SGD):
+    """SGD that counts its steps under a key that is no parameter."""
+
+    def step(self, closure: Any = None) -> Any:
+        steps = self.state["global"]
+        steps["step"] = steps.get("step", 0) + 1
+        return super().step(closure)
+
+
+def test_state_of_no_parameter_is_of_one_part() -> None:
+    def make(*kinds: type[torch.optim.SGD]) -> list[Any]:
+        return [kind([torch.nn.Parameter(torch.ones(2))], lr=0.1) for kind in kinds]
+
+    message = "two of its optimizers keep state under 'global', which is no parameter; take"
+    for steps in (0, 1):  # the counter is made before the chain, or by its first step
+        first, second = make(WithSteps, WithSteps)
+        for _ in range(steps):
+            first.step()
+            second.step()
+        with pytest.raises(ConfigError, match=message):
+            ChainedOptimizer(first, second).step()
+    for kinds in ((WithSteps, torch.optim.SGD), (torch.optim.SGD, WithSteps)):
+        chain = ChainedOptimizer(ChainedOptimizer(*make(*kinds)), *make(torch.optim.SGD))
+        for _ in range(3):
+            chain.step()
+        loaded = ChainedOptimizer(ChainedOptimizer(*make(*kinds)), *make(torch.optim.SGD))
+        loaded.load_state_dict(copy.deepcopy(chain.state_dict()))
+        for one in (chain, loaded, copy.deepcopy(chain), ChainedOptimizer(*chain.optimizers)):
+            one.step()
+            one.step()
+        assert loaded.state["global"] == {"step": 5}
+
+
+def test_a_switch_passes_its_arguments_on() -> None:
+    class Switched(torch.optim.SGD):
+        mode: bool | None = None
+
+        def train(self, mode: bool = True) -> None:
+            self.mode = mode
+
+    part = Switched([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    chain: Any = ChainedOptimizer(
+        ChainedOptimizer(part), torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
+    )
+    found = []
+    for arguments, options in (((False,), {}), ((), {"mode": False}), ((), {})):
+        chain.train(*arguments, **options)
+        found.append(part.mode)
+    assert found == [False, False, True]
 
 
 def test_a_chain_of_what_is_no_optimizer_is_refused() -> None:
     p = torch.nn.Parameter(torch.ones(2, 2))
     with pytest.raises(ConfigError, match="an argument is of type list, expected optimizers of"):
         ChainedOptimizer([Muon([p])])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no optimizer is given, expected at least one"):
+        ChainedOptimizer()
 
 
 def test_a_chain_of_chains_saves_the_state_of_all_and_takes_a_new_rate():  # noqa: C901  # a loop for each kind of chain

@@ -48,7 +48,7 @@ def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping):
-        return {key: _copied(one) for key, one in value.items()}
+        return {key: _copied(item) for key, item in value.items()}
     return type(value)(map(_copied, value)) if isinstance(value, list | tuple) else value
 
 
@@ -59,15 +59,19 @@ class ChainedOptimizer(Optimizer):
     has the methods `train` and `eval` if one of the optimizers has them, as those of the package
     schedulefree do.
 
+    The state dict has the groups and the state of all parameters. What else an optimizer saves is
+    in a dictionary of its own in the list "parts", in the order of the optimizers.
+
     Args:
         optimizers: with all of their parameter groups; perhaps chains themselves.
 
     Attributes:
         defaults: the arguments that all of the optimizers have, with the values of the first, such
-            as its "lr"; and "momentum" if some have it, and not all have "betas".
+            as its "lr". They include "momentum" if some optimizer has it and not all have "betas".
 
     Raises:
-        ConfigError: an argument that is no optimizer.
+        ConfigError: no argument, or one that is no optimizer. Also, and on a step, if two
+            optimizers keep state under the same key that is no parameter.
         NotImplementedError: from `add_param_group`.
         RuntimeError: on a step, on saving, loading or copying, if groups were added, removed or
             replaced afterwards, in the chain or in one of the optimizers.
@@ -76,6 +80,10 @@ class ChainedOptimizer(Optimizer):
     _parts: Sequence[dict[str, Any]] = ()  # of the state dict that is loaded
 
     def __init__(self, *optimizers: Optimizer):
+        if not optimizers:
+            raise ConfigError(
+                "ChainedOptimizer: no optimizer is given, expected at least one of torch.optim"
+            )
         for optimizer in optimizers:
             if not isinstance(optimizer, Optimizer):
                 raise ConfigError(
@@ -96,10 +104,29 @@ class ChainedOptimizer(Optimizer):
             for optimizer in reversed(optimizers):
                 if "momentum" in optimizer.defaults:
                     self.defaults["momentum"] = optimizer.defaults["momentum"]
-        for optimizer in optimizers:
-            self.state.update(optimizer.state)
         self.optimizers = optimizers
+        self._join_states()
         self._share_state()
+
+    def _join_states(self) -> None:
+        """Take over the state of the optimizers, and note of which each one is."""
+        # The index of the optimizer that has made state under a key that is no parameter.
+        self._owners: dict[object, int] = {}
+        for index, optimizer in enumerate(self.optimizers):
+            for key in (key for key in optimizer.state if not isinstance(key, Tensor)):
+                if key not in self.state:
+                    self._owners[key] = index
+                elif self.state[key] is optimizer.state[key]:
+                    self._owners.pop(key, None)  # of optimizers that have been in one chain
+                else:
+                    raise self._conflict(key)
+            self.state.update(optimizer.state)
+
+    def _conflict(self, key: object) -> ConfigError:
+        return ConfigError(
+            f"ChainedOptimizer: two of its optimizers keep state under {key!r}, which is no "
+            "parameter; take optimizers whose state is of parameters"
+        )
 
     def _share_state(self) -> None:
         """Give each optimizer the chain's state, and the chain's groups which it steps."""
@@ -123,12 +150,14 @@ class ChainedOptimizer(Optimizer):
             self._share_state()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "optimizers": self.optimizers}
+        return {
+            **super().__getstate__(), "optimizers": self.optimizers, "_owners": self._owners
+        }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state of a copy, or let each optimizer load its part of a state dict."""
         if "optimizers" not in self.__dict__:  # of a copy
-            super().__setstate__(state)
+            super().__setstate__({"_owners": {}, **state})
             self._share_state()
             return
         try:
@@ -140,9 +169,13 @@ class ChainedOptimizer(Optimizer):
         except Exception:
             self._share_state()
             raise
-        of_all = {key: one for key, one in state["state"].items() if not isinstance(key, Tensor)}
-        self.param_groups = [group for one in self.optimizers for group in one.param_groups]
-        self.state = defaultdict(dict, of_all)
+        of_no_parameter = {
+            key: value for key, value in state["state"].items() if not isinstance(key, Tensor)
+        }
+        self.param_groups = [
+            group for optimizer in self.optimizers for group in optimizer.param_groups
+        ]
+        self.state = defaultdict(dict, of_no_parameter)
         for optimizer in self.optimizers:
             self.state.update(optimizer.state)
         self._share_state()
@@ -171,13 +204,14 @@ class ChainedOptimizer(Optimizer):
         Parameters are numbered in the order of all groups.
         """
         self._check_groups()
-        of_params = {p for group in self.param_groups for p in group["params"]}
-        state_dict["state"] = {key: one for key, one in self.state.items() if key not in of_params}
+        of_all = {p for group in self.param_groups for p in group["params"]}
+        state_dict["state"] = {key: value for key, value in self.state.items() if key not in of_all}
         state_dict["param_groups"], first = [], 0
+        parts: list[dict[str, Any]] = []
         for optimizer in self.optimizers:
-            own = {p for group in optimizer.param_groups for p in group["params"]}
+            of_part = {p for group in optimizer.param_groups for p in group["params"]}
             optimizer.state = defaultdict(
-                dict, {key: one for key, one in self.state.items() if key in own}
+                dict, {key: value for key, value in self.state.items() if key in of_part}
             )
             try:
                 saved = optimizer.state_dict()
@@ -187,13 +221,12 @@ class ChainedOptimizer(Optimizer):
             for group in saved["param_groups"]:
                 params = [numbers[i] for i in group["params"]]
                 state_dict["param_groups"].append({**group, "params": params})
-            for i, one in saved["state"].items():
-                state_dict["state"][numbers.get(i, i)] = one
-            others = {
-                key: one for key, one in saved.items() if key not in ("state", "param_groups")
-            }
-            state_dict |= others
+            for i, value in saved["state"].items():
+                state_dict["state"][numbers.get(i, i)] = value
+            parts.append({key: saved[key] for key in saved.keys() - {"state", "param_groups"}})
             first += sum(len(group["params"]) for group in optimizer.param_groups)
+        if any(parts):
+            state_dict["parts"] = parts
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as `torch.optim.Optimizer.load_state_dict` does."""
@@ -208,11 +241,19 @@ class ChainedOptimizer(Optimizer):
     def _cut(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
         """Cut a state dict, after the hooks of others, into the parts of the optimizers."""
         groups, self._parts = iter(state_dict["param_groups"]), []
-        for optimizer in self.optimizers:
-            own = list(islice(groups, len(optimizer.param_groups)))
-            numbers = {i for group in own for i in group["params"]}
-            state = {i: one for i, one in state_dict["state"].items() if i in numbers}
-            self._parts.append({**state_dict, "state": state, "param_groups": own})
+        # A state dict of an earlier version has the keys of all parts beside each other.
+        common = {key: value for key, value in state_dict.items() if key != "parts"}
+        parts = state_dict.get("parts", [{}] * len(self.optimizers))
+        if len(parts) != len(self.optimizers):
+            raise ConfigError(
+                f"{type(self).__name__}: the state dict is of {len(parts)} optimizers, expected "
+                f"{len(self.optimizers)}; load one of the same optimizers"
+            )
+        for optimizer, keys_of_part in zip(self.optimizers, parts, strict=True):
+            of_part = list(islice(groups, len(optimizer.param_groups)))
+            numbers = {i for group in of_part for i in group["params"]}
+            state = {i: value for i, value in state_dict["state"].items() if i in numbers}
+            self._parts.append({**common, **keys_of_part, "state": state, "param_groups": of_part})
 
     def add_param_group(self, param_group: Group) -> None:
         if hasattr(self, "optimizers"):
@@ -222,31 +263,31 @@ class ChainedOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     @property
-    def train(self) -> Callable[[], None]:
+    def train(self) -> Callable[..., None]:
         """Switch each optimizer that has modes to training; missing if none has."""
         return self._switch("train")
 
     @property
-    def eval(self) -> Callable[[], None]:
+    def eval(self) -> Callable[..., None]:
         """Switch each optimizer that has modes to evaluation; missing if none has."""
         return self._switch("eval")
 
-    def _switch(self, mode: str) -> Callable[[], None]:
+    def _switch(self, mode: str) -> Callable[..., None]:
         """A function that calls the method ``mode`` of all optimizers that have it.
 
-        Trainers ask ``hasattr(optimizer, "train")``.
+        It passes its arguments on. Trainers ask ``hasattr(optimizer, "train")``.
         """
-        switches = [getattr(one, mode, None) for one in self.optimizers]
-        found = [switch for switch in switches if callable(switch)]
-        if not found:
+        methods = [getattr(optimizer, mode, None) for optimizer in self.optimizers]
+        switches = [method for method in methods if callable(method)]
+        if not switches:
             raise AttributeError(
                 f"ChainedOptimizer: none of its optimizers has {mode}()", name=mode, obj=self
             )
 
-        def switch_all() -> None:
+        def switch_all(*args: object, **kwargs: object) -> None:
             self._check_groups()
-            for switch in found:
-                switch()
+            for switch in switches:
+                switch(*args, **kwargs)
 
         return switch_all
 
@@ -258,6 +299,26 @@ class ChainedOptimizer(Optimizer):
         """
         self._check_groups()
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for optimizer in self.optimizers:
-            optimizer.step()
+        for index, optimizer in enumerate(self.optimizers):
+            with self._owning(index):
+                optimizer.step()
         return loss
+
+    @contextmanager
+    def _owning(self, index: int) -> Iterator[None]:
+        """Hide state of other optimizers that is of no parameter, and note which is new."""
+        hidden = {
+            key: self.state.pop(key)
+            for key, owner in self._owners.items()
+            if owner != index and key in self.state
+        }
+        count = len(self.state)
+        try:
+            yield
+            for key in islice(self.state, count, None):
+                if key in hidden:
+                    raise self._conflict(key)
+                if not isinstance(key, Tensor):
+                    self._owners[key] = index
+        finally:
+            self.state.update(hidden)
