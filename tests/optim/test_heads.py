@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from torchpar.errors import ConfigError
 from torchpar.optim import Muon
 from torchpar.optim.heads import find_heads
 
@@ -327,6 +328,14 @@ def test_the_first_line_is_accepted_for_each_key_of_a_dictionary(key: str) -> No
     decided: Any = Muon.for_model(model, overrides=overrides)
     found = {one.name: one.choice for one in decided.assignments if one.reason == "override"}
     assert found == {f"heads.{key}.weight": "others"}
+
+
+def test_a_lazy_layer_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.LazyLinear(3))
+    with pytest.raises(ConfigError, match=r"for_model: 1.weight, of a lazy layer, .* by a forward"):
+        Muon.for_model(model)
+    model(torch.ones(2, 4))
+    assert not str(Muon.for_model(model)).startswith("1 layer")
 
 
 def test_the_table_is_printed_where_stdout_is_ascii() -> None:

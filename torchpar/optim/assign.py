@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
@@ -110,6 +111,11 @@ def _check_types(model: object, others: object, **mappings: object) -> None:
     if not callable(others):
         raise ConfigError(
             f"Muon.for_model: others is of type {type(others).__name__}, expected a function"
+        )
+    if lazy := next((name for name, p in model.named_parameters() if is_lazy(p)), None):
+        raise ConfigError(
+            f"Muon.for_model: {lazy}, of a lazy layer, has no shape yet; initialize it by a "
+            "forward pass first"
         )
     for name, mapping in mappings.items():
         if not isinstance(mapping, Mapping):
