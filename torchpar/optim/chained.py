@@ -111,7 +111,7 @@ class ChainedOptimizer(Optimizer):
     def _join_states(self) -> None:
         """Take over the state of the optimizers, and note of which each one is."""
         # The index of the optimizer that has made state under a key that is no parameter.
-        self._owners: dict[object, int] = {}
+        self._owners: dict[Any, int] = {}
         for index, optimizer in enumerate(self.optimizers):
             for key in (key for key in optimizer.state if not isinstance(key, Tensor)):
                 if key not in self.state:
@@ -204,8 +204,10 @@ class ChainedOptimizer(Optimizer):
         Parameters are numbered in the order of all groups.
         """
         self._check_groups()
-        of_all = {p for group in self.param_groups for p in group["params"]}
-        state_dict["state"] = {key: value for key, value in self.state.items() if key not in of_all}
+        of_chain = {p for group in self.param_groups for p in group["params"]}
+        state_dict["state"] = {
+            key: value for key, value in self.state.items() if key not in of_chain
+        }
         state_dict["param_groups"], first = [], 0
         parts: list[dict[str, Any]] = []
         for optimizer in self.optimizers:

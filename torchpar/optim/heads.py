@@ -4,18 +4,24 @@
 A hidden layer gives a width that a later layer takes. No later layer takes the width of a head. So
 a linear layer is a head if
 
-1. no later layer takes its width, and it is the last linear layer of the model, or
-2. no later layer takes its width, and the same is true of the last linear layer of each module that
-   contains it, unless it is in one of several equal blocks of a trunk, or
-3. its name says so, as those of its siblings do: `policy_head` beside `value_head`.
+1. no later layer takes its width, nor the width of the last product of any module that contains it,
+   unless it is in a block of a trunk, or
+2. its name says so, as those of its siblings do: `policy_head` beside `value_head`.
 
 A key in attention, say, has a width that nobody takes, but the attention ends with a projection,
-whose width the next layer takes. The blocks of a trunk follow each other: a block gives the width
-that the next one takes. Equal modules that do not follow each other, such as an actor and a critic,
-end with a head each.
+whose width the next layer takes. The blocks of a trunk are modules of the same types that follow
+each other: a block gives the width that the next one takes. Modules of the same types that do not
+follow each other, such as an actor and a critic, end with a head each. A norm or a scale takes no
+width, since it gives the width that it takes.
 
-The order is that of registration in the model. Where a later layer could take a part of the width,
-or the width beside others, the layer is in doubt, and so is a convolution like a head.
+The order is that of registration in the model. A layer is in doubt where a later layer could take
+a part of the width, or the width beside others. So are
+
+- the last linear layer of the model if it is in a trunk, unless its block has a number, is no
+  sequence, and has the widths of another block,
+- a layer with the name of a head whose width a later layer takes,
+- a linear layer whose output convolutions beside it may correct, and
+- a convolution like a head.
 """
 
 import re
@@ -167,7 +173,7 @@ class _Search:
                 taken |= layer.takes
 
     def _find_trunks(self) -> list[list[str]]:
-        """Groups of equal modules of which one takes what the one before gives."""
+        """Groups of modules of the same types of which one takes what the one before gives."""
         trunks: list[list[str]] = []
         for path, module in self.model.named_modules():
             if path not in self.spans:
@@ -236,7 +242,7 @@ class _Search:
     def _is_in_numbered_block(self, i: int) -> bool:
         """Whether layer ``i`` is in a numbered block of a trunk, which adds to what it takes.
 
-        The blocks are modules of one type and equal widths. A sequence, or a module with a name
+        The blocks are modules of the same types and widths. A sequence, or a module with a name
         such as `decoder`, may be a network behind another one.
         """
         path = self.layers[i].path
