@@ -125,8 +125,8 @@ def message_of(error: BaseException) -> str:
     try:
         text = str(error)
     except BaseException as e:
-        # KeyboardInterrupt and torchpar's time limit do not come from the error's class.
-        if isinstance(e, KeyboardInterrupt) or type(e).__module__.startswith("torchpar."):
+        # KeyboardInterrupt and this package's time limit do not come from the error's class.
+        if isinstance(e, KeyboardInterrupt) or type(e).__module__.startswith(f"{__package__}."):
             raise
         text = f"(str of it raises {type(e).__name__})"
     return str.__getitem__(text, slice(LONGEST))  # of a subclass, too, an ordinary string
