@@ -437,7 +437,7 @@ def test_two_ranks_train_a_transformer_as_one_does(ranks, tmp_path, flags, rel, 
         assert printed == f"{found[-1][-1]['validation_loss']:.3f}"
         page = (tmp_path / f"report-{world_size}" / "run.html").read_text("utf-8")
         assert page.count(">A step") == 2
-        assert re.search(r"\nblocks\.0\.linear1\.weight +512×128 +Muon +hidden matrix", out)
+        assert re.search(r"\nblocks\.0\.linear1\.weight +512x128 +Muon +hidden matrix", out)
     for name, group in groupby(found[0], itemgetter("optimizer")):
         rows = list(group)
         assert rows[0]["train_loss"] == found[0][0]["train_loss"]  # the same weights and windows
