@@ -30,6 +30,7 @@ from threading import enumerate as threads
 from threading import main_thread
 from typing import IO, Any, NamedTuple, TypeVar
 
+from torchpar.errors import TorchparError
 from torchpar.parallel.launch.processes import Terminated, die_with_parent
 
 T = TypeVar("T")
@@ -535,6 +536,9 @@ def watched(main: Callable[[], int], what: str, pipe: int, dump: IO[bytes]) -> i
         if not status and WATCHED.has_called:  # it is none of --help, but of a reader's class
             print(f"{what} was ended by sys.exit({e.code!r})", file=sys.stderr)
             status = e.code = 1
+        raise
+    except TorchparError:
+        status = 2  # with which the commands end after they have printed it
         raise
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
