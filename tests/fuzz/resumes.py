@@ -91,9 +91,7 @@ def draw(rng: random.Random) -> Drawn:
         rng.choice([*DTYPES]),
         rng.random() < 0.5 and not by_closure,
         rng.choice(("none", "torch", "python", "numpy", "own", "own of NumPy")),
-        rng.choice(
-            ("model", "average", "function of the average")[: 1 if average == "none" else 3]
-        ),
+        rng.choice(JUDGES[: 1 if average == "none" else 3]),
         rng.choice((None, 1, 2, 4)),
         rng.random() < 0.2,
         1 if rng.random() < 0.8 else 2,
